@@ -1,0 +1,75 @@
+# Everything a contributor can do: `make help`. Only Python >= 3.10 and make are needed beforehand.
+PYTHON ?= python3
+VENV ?= .venv
+
+# The environment's tools are called by their paths, so that nothing has to be activated.
+BIN = $(VENV)/bin
+PIP = $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input install -c constraints.txt
+
+# Two test workers on two cores: one thread each, or they fight over the cores.
+ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+.PHONY: help demo test test-gpu lint format docs bench clean distclean
+
+help: ## list what can be done here
+	@$(PYTHON) -c 'import re; [print("  make %-10s %s" % t) for t in re.findall(r"^([a-z-]+):.*?## (.+)$$", open("Makefile").read(), re.M)]'
+
+demo: $(VENV)/.installed-examples ## run the main example on real data: three tables and a figure
+	@$(BIN)/python examples/digits_multitask/run.py
+
+test: $(VENV)/.installed-test ## run all tests, doctests and the README's code
+	@echo "Running the tests, two at a time"
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not gpu"
+
+test-gpu: $(VENV)/.installed-test ## run the tests that need a CUDA device
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then echo "Running the tests that need a CUDA device"; $(BIN)/python -m pytest -q -m gpu; \
+	else echo "No CUDA device here: NO test was run."; fi
+
+lint: $(VENV)/.installed-lint ## check style, formatting, import rules (ruff) and types (mypy --strict)
+	@echo "Checking with ruff and mypy"
+	@$(BIN)/ruff check --quiet .
+	@$(BIN)/ruff format --check --quiet . || { echo "Not formatted as ruff does it: run make format"; exit 1; }
+	@$(BIN)/mypy --strict --no-error-summary lightning_bn
+
+format: $(VENV)/.installed-lint ## rewrite the code as `make lint` wants it, where that is safe
+	@$(BIN)/ruff check --quiet --fix-only .
+	@$(BIN)/ruff format .
+
+docs: $(VENV)/.installed-docs ## build the documentation into site/, strictly
+	@echo "Building the documentation into site/"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+
+bench: $(VENV)/.installed-bench ## run every benchmark (prints ratios of paired runs)
+	@found=; for f in benchmarks/[!_]*.py; do [ -e "$$f" ] || continue; found=1; \
+	echo "== $$f"; $(BIN)/python "$$f" || exit 1; done; \
+	[ -n "$$found" ] || echo "No benchmarks here yet."
+
+clean: ## remove what these commands wrote, except the environment
+	@$(PYTHON) -c 'import glob, shutil; \
+	names = ["build", "dist", "site", ".mypy_cache", ".pytest_cache", ".ruff_cache", ".hypothesis", "lightning_logs", "checkpoints", "benchmarks/output"]; \
+	names += glob.glob("examples/*/output") + [p for d in ("lightning_bn", "tests", "examples", "benchmarks") for p in glob.glob(d + "/**/__pycache__", recursive=True)]; \
+	[shutil.rmtree(n, ignore_errors=True) for n in names]'
+
+distclean: clean ## remove the environment too
+	@rm -rf "$(VENV)"
+
+$(VENV)/.created:
+	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else 'lightning-bn needs Python 3.10 or newer, but $(PYTHON) is %d.%d. Try: make $(MAKECMDGOALS) PYTHON=python3.11' % v[:2])"
+	@echo "Creating $(VENV) with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv "$(VENV)"
+	@touch $@
+
+# torch first and alone, so that what follows finds the pinned build in place.
+$(VENV)/.installed-torch: $(VENV)/.created constraints.txt
+	@echo "Installing torch into $(VENV) (once; it is large)"
+	@$(PIP) torch
+	@touch $@
+
+$(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml constraints.txt
+	@echo "Installing what '$*' needs into $(VENV) (once)"
+	@$(PIP) -e ".[$*]"
+	@touch $@

@@ -1,0 +1,137 @@
+"""Experiment 1: none of the backbone's weights trained, and the old task still died.
+
+Phase A (pretrain.yaml) teaches backbone and digit head the ten digits. Phase B (config.yaml) trains only a new head,
+parity, on images from another sensor. Both run from their YAML files; the rows differ in the callbacks alone.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean
+
+import torch
+from model import DigitsModule
+from rich.table import Table
+from tables import in_line, results_table, spread
+from torch import nn
+from yaml_fit import fit_yaml
+
+from lightning_bn.functional import DriftSummary, summarize, take_snapshot
+from lightning_bn.functional.drift import in_words
+
+BACKBONE = "network.backbone"
+
+ROWS = {
+    "no callbacks": (),
+    "freezing": ("BatchNormFreezer", "BatchNormMonitor"),
+    "recalibration": ("PreciseBatchNorm", "BatchNormMonitor"),
+    "both": ("BatchNormFreezer", "PreciseBatchNorm", "BatchNormMonitor"),
+}
+"""Which of this package's callbacks are left in config.yaml."""
+
+FITS = 1 + len(ROWS)
+"""Fits per seed."""
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """One fit of phase B; accuracies in percent.
+
+    Attributes:
+        old_before: On the old task, before the fit.
+        old: On the old task, by epoch.
+        new: On the new task, by epoch.
+        weights_kept: Whether every weight of the backbone is bit-identical.
+        statistics_kept: Whether every running statistic of the backbone is bit-identical.
+        drift: Of the backbone's running statistics, from before the fit to after it.
+    """
+
+    old_before: float
+    old: list[float]
+    new: list[float]
+    weights_kept: bool
+    statistics_kept: bool
+    drift: DriftSummary
+
+
+def run(seed: int, folder: Path, announce: Callable[[str], None]) -> dict[str, Outcome]:
+    """Phase A once, then phase B once per row from the same checkpoint."""
+    announce("ten digits")
+    learned, _, _ = fit_yaml("pretrain.yaml", seed, folder)
+    checkpoint = str(folder / "pretrained.ckpt")
+    outcomes = {}
+    for row, switched_on in ROWS.items():
+        announce(f"parity, {row}")
+        curve, _, after = fit_yaml("config.yaml", seed, folder, switched_on, {"pretrained": checkpoint})
+        before = DigitsModule(pretrained=checkpoint)
+        old, new = (take_snapshot(module, root=BACKBONE) for module in (before, after))
+        outcomes[row] = Outcome(
+            old_before=learned["digit_accuracy"][-1],
+            old=curve["digit_accuracy"],
+            new=curve["parity_accuracy"],
+            weights_kept=same_weights(before.network.backbone, after.network.backbone),
+            statistics_kept=old.same_bits(new),
+            drift=summarize(old, new),
+        )
+    return outcomes
+
+
+def same_weights(a: nn.Module, b: nn.Module) -> bool:
+    """Whether all parameters are equal, bit for bit."""
+    return all(torch.equal(p, q) for p, q in zip(a.parameters(), b.parameters(), strict=True))
+
+
+def table(seeds: Sequence[dict[str, Outcome]]) -> Table:
+    """One line per row: the old task before and after, the new task, and what happened to the backbone."""
+    result = results_table(
+        "1. None of the backbone's weights trained, and the old task still died",
+        ["callbacks"],
+        ["old task\nbefore, %", "old task\nafter, %", "new task\nlast\nepoch, %", "new task\nworst\nepoch, %"],
+    )
+    result.add_column("backbone's\nlargest\ndrift")
+    result.add_column("its\nfrozen\nlayers")
+    for row, outcomes in by_row(seeds).items():
+        result.add_row(
+            row,
+            spread([outcome.old_before for outcome in outcomes]),
+            spread([outcome.old[-1] for outcome in outcomes]),
+            spread([outcome.new[-1] for outcome in outcomes]),
+            spread([min(outcome.new) for outcome in outcomes]),
+            "none" if kept(outcomes) else worst(outcomes).replace(", ", "\n").replace("variance", "var"),
+            ("bit-\nidentical" if kept(outcomes) else "moved") if "BatchNormFreezer" in ROWS[row] else "–",
+        )
+    return result
+
+
+def reading(seeds: Sequence[dict[str, Outcome]]) -> str:
+    """What the table says, from its own numbers."""
+    rows = by_row(seeds)
+    fits = [outcome for outcomes in rows.values() for outcome in outcomes]
+    unchanged = sum(outcome.weights_kept for outcome in fits)
+    bare, frozen = rows["no callbacks"], rows["freezing"]
+    lost, kept_back = (
+        [outcome.old_before - outcome.old[-1] for outcome in outcomes] for outcomes in (bare, frozen)
+    )
+    price = fmean([a.new[-1] - b.new[-1] for a, b in zip(bare, frozen, strict=True)])
+    return (
+        f"The backbone's weights are bit-identical after {unchanged} of {len(fits)} fits. Without callbacks its BatchNorm "
+        f"statistics moved all the same ({worst(bare)}), and the old task lost {in_line(lost)} points; with freezing it "
+        f"lost {in_line(kept_back)}. The new task {'pays' if price >= 0 else 'gains'} {abs(price):.1f} points for the "
+        "freezing."
+    )
+
+
+def by_row(seeds: Sequence[dict[str, Outcome]]) -> dict[str, list[Outcome]]:
+    """The outcomes of all seeds, row by row."""
+    return {row: [outcomes[row] for outcomes in seeds] for row in ROWS}
+
+
+def kept(outcomes: Sequence[Outcome]) -> bool:
+    """Whether no seed's running statistics moved."""
+    return all(outcome.statistics_kept for outcome in outcomes)
+
+
+def worst(outcomes: Sequence[Outcome]) -> str:
+    """The channel that drifted most in any seed, in plain units."""
+    largest = max((outcome.drift for outcome in outcomes), key=lambda drift: drift.max)
+    return in_words(largest.variance_ratio, largest.mean_shift)

@@ -1,0 +1,76 @@
+"""Runs the whole example: three experiments over several seeds, three tables, one figure."""
+
+import argparse
+import shutil
+import time
+from collections.abc import Iterator
+from functools import partial
+from itertools import count
+from pathlib import Path
+
+import alternating
+import figure
+import forgetting
+import lagging
+import learning_rate
+from fitting import be_quiet
+from data import NUM_TEST
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+OUTPUT = Path(__file__).parent / "output"
+EXPERIMENTS = (forgetting, learning_rate, lagging, alternating)
+COLUMNS = (TextColumn("{task.description:<52}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+
+
+def main() -> None:
+    """Fits, then tables, then the figure."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=5, help="how many seeds to run (default: 5)")
+    seeds = range(parser.parse_args().seeds)
+    be_quiet()
+    shutil.rmtree(OUTPUT, ignore_errors=True)
+    console = Console()
+    started = time.monotonic()
+
+    forgot, rates, lagged, alternated = [], [], [], []
+    with Progress(*COLUMNS, console=console) as progress:
+        bar = progress.add_task("", total=len(seeds) * sum(experiment.FITS for experiment in EXPERIMENTS))
+        done = count()
+        for seed in seeds:
+            announce = partial(start_fit, progress, bar, done, seed)
+            folder = OUTPUT / f"seed_{seed}"
+            forgot.append(forgetting.run(seed, folder, announce))
+            rates.append(learning_rate.run(seed, folder, announce))
+            lagged.append(lagging.run(seed, announce))
+            alternated.append(alternating.run(seed, announce))
+        progress.update(bar, description="all fits done", completed=next(done))
+
+    show(console, forgetting.table(forgot), forgetting.reading(forgot), learning_rate.reading(rates))
+    show(console, lagging.table(lagged), lagging.reading(lagged))
+    show(console, alternating.table(alternated), alternating.reading(alternated))
+    path = figure.save(OUTPUT / "digits_multitask.png", forgot, lagged)
+    console.print(
+        f"Every cell: mean over {len(seeds)} seeds, below it the least and the largest. Accuracies on {NUM_TEST} images "
+        f"that no fit trained on. {next(done) - 1} fits in {time.monotonic() - started:.0f} s.\n"
+        f"Figure: {path}\nLogs and checkpoints: {OUTPUT}",
+        highlight=False, soft_wrap=True
+    )
+
+
+def start_fit(progress: Progress, bar: TaskID, done: Iterator[int], seed: int, text: str) -> None:
+    """Says which fit starts, and that the one before it is done."""
+    progress.update(bar, description=f"seed {seed}: {text}", completed=next(done))
+
+
+def show(console: Console, table: Table, *readings: str) -> None:
+    """A table and what it says."""
+    console.print(table)
+    for reading in readings:
+        console.print(reading, highlight=False)
+        console.print()
+
+
+if __name__ == "__main__":
+    main()

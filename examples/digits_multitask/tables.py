@@ -1,0 +1,29 @@
+"""How the tables write a number that was measured once per seed: the mean, and below it the least and the largest."""
+
+from collections.abc import Sequence
+from statistics import fmean
+
+from rich import box
+from rich.table import Table
+
+
+def results_table(title: str, labels: Sequence[str], numbers: Sequence[str]) -> Table:
+    """An empty table that fits 80 columns: columns of text to the left, columns of numbers to the right."""
+    table = Table(
+        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
+    )
+    for label in labels:
+        table.add_column(label, vertical="top", no_wrap=True)
+    for number in numbers:
+        table.add_column(number, justify="right", vertical="top", no_wrap=True)
+    return table
+
+
+def spread(values: Sequence[float]) -> str:
+    """``mean`` over the seeds, and on a second line, dim, ``least–largest``; one decimal."""
+    return f"{fmean(values):.1f}\n[dim]{min(values):.1f}–{max(values):.1f}[/dim]"
+
+
+def in_line(values: Sequence[float]) -> str:
+    """The same within a sentence: ``mean (least to largest)``."""
+    return f"{fmean(values):.1f} ({min(values):.1f} to {max(values):.1f})"

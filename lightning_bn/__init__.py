@@ -1,0 +1,37 @@
+"""PyTorch Lightning callbacks around BatchNorm, on top of plain functions (``lightning_bn.functional``).
+
+The callbacks are resolved when they are first asked for, so that ``import lightning_bn.functional`` loads no Lightning.
+"""
+
+import importlib
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_bn.callbacks.freezer import BatchNormFreezer
+    from lightning_bn.callbacks.monitor import BatchNormMonitor
+    from lightning_bn.callbacks.precise import PreciseBatchNorm
+
+__all__ = ["BatchNormFreezer", "BatchNormMonitor", "PreciseBatchNorm", "__version__"]
+
+_HOME = {
+    "BatchNormFreezer": "lightning_bn.callbacks.freezer",
+    "BatchNormMonitor": "lightning_bn.callbacks.monitor",
+    "PreciseBatchNorm": "lightning_bn.callbacks.precise",
+}
+
+try:
+    __version__ = version("lightning-bn")
+except PackageNotFoundError:  # run from a source tree that was not installed
+    __version__ = "0+unknown"
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = found = getattr(importlib.import_module(_HOME[name]), name)
+    return found
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,0 +1,39 @@
+"""The ground floor: what is done to BatchNorm layers, for any ``torch.nn.Module`` and without Lightning."""
+
+from lightning_bn.functional.drift import MEASURES, DriftSummary, Measure, drift, summarize
+from lightning_bn.functional.freezing import freeze_batch_norm, frozen_batch_norm, unfreeze_batch_norm
+from lightning_bn.functional.layers import batch_norm_layers, tracked_layers
+from lightning_bn.functional.moments import Moments, merge, moments, variance
+from lightning_bn.functional.patterns import SelectionError
+from lightning_bn.functional.recalibration import Recalibration, recalibrate
+from lightning_bn.functional.semantics import LayerBehaviour, describe
+from lightning_bn.functional.snapshots import Snapshot, restore_snapshot, take_snapshot
+from lightning_bn.functional.status import LayerStatus, is_frozen, layer_status
+
+__all__ = [
+    "MEASURES",
+    "DriftSummary",
+    "LayerBehaviour",
+    "LayerStatus",
+    "Measure",
+    "Moments",
+    "Recalibration",
+    "SelectionError",
+    "Snapshot",
+    "batch_norm_layers",
+    "describe",
+    "drift",
+    "freeze_batch_norm",
+    "frozen_batch_norm",
+    "is_frozen",
+    "layer_status",
+    "merge",
+    "moments",
+    "recalibrate",
+    "restore_snapshot",
+    "summarize",
+    "take_snapshot",
+    "tracked_layers",
+    "unfreeze_batch_norm",
+    "variance",
+]

@@ -1,0 +1,83 @@
+"""What a batch is made of: its tensors moved to a device, its samples counted, a model fed with it."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def model_device(model: nn.Module) -> torch.device:
+    """The device of the first parameter or buffer, the CPU for a model without either."""
+    for tensors in (model.parameters(), model.buffers()):
+        for tensor in tensors:
+            return tensor.device
+    return torch.device("cpu")
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """The batch with every tensor in it on ``device``; lists, tuples, named tuples and mappings are followed."""
+    if isinstance(batch, Mapping):
+        moved = {key: to_device(value, device) for key, value in batch.items()}
+        return moved if type(batch) is dict else _like(batch, moved)
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(value, device) for value in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(value, device) for value in batch)
+    # Whatever else knows how to move itself: tensors, packed sequences, tokenisers' encodings, graphs.
+    return batch.to(device) if callable(getattr(batch, "to", None)) else batch
+
+
+def num_samples(batch: Any) -> int | None:
+    """The leading dimension of the first tensor in the batch; None if there is no such tensor."""
+    if isinstance(batch, Tensor):
+        return batch.shape[0] if batch.dim() else None
+    values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
+    return next((count for value in values if (count := num_samples(value)) is not None), None)
+
+
+def default_forward(model: nn.Module, batch: Any) -> Any:
+    """Calls the model on a tensor, on the first element of a tuple or list, or with the items of a dict as keywords.
+
+    Raises:
+        TypeError: If the batch is none of these, or the model's forward does not take the keys of the dict.
+    """
+    if isinstance(batch, Tensor):
+        return model(batch)
+    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):
+        return model(batch[0])
+    if isinstance(batch, Mapping):
+        try:
+            inspect.signature(_forward_of(model)).bind(**batch)
+        except TypeError as error:
+            raise TypeError(
+                f"{type(model).__name__}.forward cannot be called with the keys {sorted(map(str, batch))} of the "
+                f"batch ({error}): pass forward=lambda model, batch: ... that feeds it."
+            ) from error
+        return model(**batch)
+    raise TypeError(
+        f"a batch is {describe_batch(batch)}; without forward= the model can be fed a tensor, a tuple or list that "
+        f"starts with one, or a dict of keywords: pass forward=lambda model, batch: ... that feeds it."
+    )
+
+
+def describe_batch(batch: Any) -> str:
+    """The type of a batch and of what it starts with, for an error."""
+    inner = f" that starts with {type(batch[0]).__name__}" if isinstance(batch, list | tuple) and batch else ""
+    return f"{type(batch).__name__}{inner}"
+
+
+def _forward_of(model: nn.Module) -> Callable[..., Any]:
+    wrapped: Any = getattr(model, "_orig_mod", model)
+    forward: Callable[..., Any] = wrapped.forward
+    return forward
+
+
+def _like(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
+    try:
+        return type(batch)(moved)  # type: ignore[call-arg]
+    except TypeError:
+        return moved

@@ -1,0 +1,204 @@
+"""Batch statistics of many layers at once, collected while a model runs and merged in float64.
+
+For the duration each layer's running statistics are views into one flat arena and its momentum is 1, so that after a
+forward the arena holds the statistics of that batch, which the layer computes anyway: no second pass over the
+activations, and one vectorised merge for all layers. Per layer and call, Python only reads a shape.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import Self
+
+from lightning_bn.functional.moments import Moments, merge
+
+_REBOUND = ("running_mean", "running_var", "num_batches_tracked")
+
+
+class OneValuePerChannelError(ValueError):
+    """A layer was given one value per channel, of which there is no variance.
+
+    Attributes:
+        layer: Its name.
+    """
+
+    def __init__(self, layer: str) -> None:
+        super().__init__(f"BatchNorm layer {layer!r} was given one value per channel, of which there is no variance")
+        self.layer = layer
+
+
+@dataclass(frozen=True)
+class Collected:
+    """What one collector gathered of one layer.
+
+    Attributes:
+        moments: Over all uses with finite statistics; ``count`` of shape ``()``, the others ``(C,)``, float64.
+        uses: Forwards with finite statistics.
+        nonfinite: Forwards left out because a statistic was not finite.
+    """
+
+    moments: Moments
+    uses: int
+    nonfinite: int
+
+
+class Collector:
+    """Collects statistics of ``layers`` as a context manager; afterwards they are exactly as they were.
+
+    Args:
+        layers: By name; each with running statistics. Whoever runs the forwards puts them in train mode.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(1)
+        >>> with Collector({"bn": layer}) as collector:
+        ...     for batch in (torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])):
+        ...         with collector.batch():
+        ...             _ = layer(batch)
+        >>> collector.collected()["bn"].moments.mean
+        tensor([4.], dtype=torch.float64)
+        >>> layer.running_mean
+        tensor([0.])
+    """
+
+    def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
+        grouped: dict[tuple[torch.device, torch.dtype], dict[str, _BatchNorm]] = {}
+        for name, layer in layers.items():
+            running = layer.running_mean
+            if running is None:
+                raise ValueError(f"BatchNorm layer {name!r} has no running statistics to collect into")
+            grouped.setdefault((running.device, running.dtype), {})[name] = layer
+        self._names = tuple(layers)
+        self._arenas = [_Arena(members, *key) for key, members in grouped.items()]
+
+    def __enter__(self) -> Self:
+        try:
+            for arena in self._arenas:
+                arena.bind()
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for arena in self._arenas:
+            arena.release()
+
+    def batch(self) -> _Batch:
+        """A context for the forwards of one batch: what they leave is merged at its end, dropped on an exception."""
+        return _Batch(self._arenas)
+
+    def collected(self) -> dict[str, Collected]:
+        """What was gathered of each layer so far."""
+        gathered: dict[str, Collected] = {}
+        for arena in self._arenas:
+            gathered.update(arena.collected())
+        return {name: gathered[name] for name in self._names}
+
+
+class _Batch:
+    def __init__(self, arenas: list[_Arena]) -> None:
+        self._arenas = arenas
+
+    def __enter__(self) -> None:
+        for arena in self._arenas:
+            arena.clear()
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        for arena in self._arenas:
+            if kind is None:
+                arena.merge()
+            else:
+                arena.clear()
+
+
+class _Arena:
+    """The layers whose statistics share a device and a dtype."""
+
+    def __init__(self, layers: Mapping[str, _BatchNorm], device: torch.device, dtype: torch.dtype) -> None:
+        self._layers = dict(layers)
+        # A bf16 model needs bf16 buffers: its statistics are read with bf16's precision, and summed in float64.
+        exact = torch.float32 if device.type == "mps" else torch.float64
+        channels = [layer.num_features for layer in layers.values()]
+        # Ordinary tensors, also where the caller is in inference mode: they are written to again outside of it.
+        with torch.inference_mode(False):
+            self._layer_of = torch.arange(len(channels)).repeat_interleave(torch.tensor(channels)).to(device)
+            self._flat = torch.zeros(2, sum(channels), device=device, dtype=dtype)
+            self._sums = Moments(*torch.zeros(3, sum(channels), device=device, dtype=exact))
+            self._uses, self._nonfinite = torch.zeros(2, len(channels), device=device, dtype=torch.int64)
+        ends = list(accumulate(channels))
+        self._slices = {name: slice(end - size, end) for name, size, end in zip(layers, channels, ends, strict=True)}
+        self._counts = [0] * len(channels)
+        self._found: list[tuple[_BatchNorm, dict[str, Tensor | None], float | None]] = []
+        self._handles: list[Any] = []
+
+    def bind(self) -> None:
+        for index, (name, layer) in enumerate(self._layers.items()):
+            part = self._slices[name]
+            self._found.append((layer, {key: layer._buffers[key] for key in _REBOUND}, layer.momentum))
+            layer._buffers["running_mean"] = self._flat[0, part]
+            layer._buffers["running_var"] = self._flat[1, part]
+            layer._buffers["num_batches_tracked"] = None
+            layer.momentum = 1.0
+            self._handles.append(layer.register_forward_pre_hook(self._hook(index, name, part), with_kwargs=True))
+
+    def release(self) -> None:
+        for handle in self._handles:
+            handle.remove()
+        for layer, buffers, momentum in self._found:
+            layer._buffers.update(buffers)
+            layer.momentum = momentum
+        self._handles, self._found = [], []
+
+    def _hook(self, index: int, name: str, part: slice) -> Any:
+        counts, channels = self._counts, part.stop - part.start
+
+        def before_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            batch: Tensor = args[0] if args else kwargs["input"]
+            count = batch.numel() // channels
+            if count == 1:
+                raise OneValuePerChannelError(name)
+            if counts[index]:
+                # A second use in this forward would overwrite the first.
+                self.merge()
+            if not layer.track_running_stats:
+                # Switched off after construction: the layer would not write, so that its statistics are computed here.
+                var, mean = torch.var_mean(batch.detach().movedim(1, 0).flatten(1).to(self._sums.mean.dtype), 1)
+                self._flat[0, part], self._flat[1, part] = mean, var
+            counts[index] = count
+
+        return before_forward
+
+    def clear(self) -> None:
+        # Also before each forward: with momentum 1 an old inf or NaN would come back as 0 * inf.
+        self._flat.zero_()
+        self._counts[:] = [0] * len(self._counts)
+
+    def merge(self) -> None:
+        """Adds what lies in the arena to the sums and clears it; layers with a non-finite statistic are left out."""
+        mean, var = self._flat.to(self._sums.mean.dtype)
+        counts = torch.tensor(self._counts, dtype=mean.dtype, device=mean.device)
+        bad_channels = ~torch.isfinite(mean + var)
+        bad = torch.zeros_like(counts).index_add_(0, self._layer_of, bad_channels.to(counts.dtype)) > 0
+        used = (counts > 0) & ~bad
+        count = torch.where(used, counts, 0)[self._layer_of]
+        taken = used[self._layer_of]
+        batch = Moments(count, torch.where(taken, mean, 0), torch.where(taken, var * (count - 1), 0))
+        self._sums = merge(self._sums, batch)
+        self._uses += used
+        self._nonfinite += (counts > 0) & bad
+        self.clear()
+
+    def collected(self) -> dict[str, Collected]:
+        uses, nonfinite = self._uses.tolist(), self._nonfinite.tolist()
+        gathered = {}
+        for index, (name, part) in enumerate(self._slices.items()):
+            count, mean, m2 = (values[part] for values in self._sums)
+            gathered[name] = Collected(Moments(count[0], mean, m2), uses[index], nonfinite[index])
+        return gathered

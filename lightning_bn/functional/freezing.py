@@ -1,0 +1,305 @@
+"""Keeping running statistics and affine parameters of BatchNorm layers fixed, and letting go of them again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from typing_extensions import Self
+
+from lightning_bn.functional.layers import (
+    affine_parameters,
+    batch_norm_layers,
+    has_running_statistics,
+    quoted,
+    tracked_layers,
+)
+from lightning_bn.functional.patterns import Patterns, SelectionError
+from lightning_bn.functional.semantics import has_initial_statistics
+from lightning_bn.functional.status import is_frozen, layer_status, update_status
+
+_OWNER = "freeze_batch_norm"
+_REQUIRED_GRAD = "_lightning_bn_required_grad"
+_GIVEN_MODE = "_lightning_bn_given_mode"
+_HELD_CLASSES: dict[type[_BatchNorm], type[_BatchNorm]] = {}
+
+
+def freeze_batch_norm(
+    model: nn.Module,
+    modules: Patterns = None,
+    exclude: Patterns = None,
+    *,
+    stats: bool = True,
+    affine: bool = True,
+    root: str = "",
+) -> tuple[str, ...]:
+    """Freezes the selected BatchNorm layers in place until :func:`unfreeze_batch_norm`; returns their names.
+
+    With ``stats`` a layer normalises with its running statistics in training and in evaluation, and they do not move:
+    it stays in eval mode through ``.train()`` on itself or on any parent, through deepcopy, pickling and
+    ``load_state_dict`` (which may set the values, since it was asked to). The layer object, its tensors and its state
+    dict keys stay what they were; its class becomes a subclass of the one it had. With ``affine`` its ``weight`` and
+    ``bias`` no longer require a gradient, and one that is there is dropped, so that no optimizer moves them. Freezing
+    twice is freezing once.
+
+    Not survived: conversion to SyncBatchNorm, which builds new layers (freeze afterwards), and a later
+    ``model.requires_grad_(True)``, which asks for affine training again.
+
+    Args:
+        model: Any module.
+        modules: As for :func:`~lightning_bn.functional.batch_norm_layers`.
+        exclude: As for ``batch_norm_layers``.
+        stats: Whether to freeze the running statistics.
+        affine: Whether to freeze ``weight`` and ``bias``.
+        root: As for ``batch_norm_layers``.
+
+    Raises:
+        SelectionError: As for ``batch_norm_layers``; under ``stats`` also if a selected layer has no running
+            statistics.
+        ValueError: If neither ``stats`` nor ``affine`` is asked for.
+
+    Warns:
+        UserWarning: If statistics are frozen that are still those of construction.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+        >>> _ = net(torch.randn(8, 1, 5, 5))
+        >>> freeze_batch_norm(net)
+        ('1',)
+        >>> net.train()[1].training
+        False
+    """
+    layers = select_to_freeze(model, modules, exclude, stats=stats, affine=affine, root=root)
+    freeze_layers(layers, stats=stats, affine=affine)
+    return tuple(layers)
+
+
+def unfreeze_batch_norm(
+    model: nn.Module,
+    modules: Patterns = None,
+    exclude: Patterns = None,
+    *,
+    stats: bool = True,
+    affine: bool = True,
+    root: str = "",
+) -> tuple[str, ...]:
+    """Lets go of what :func:`freeze_batch_norm` froze among the selected layers; returns the names of those it changed.
+
+    A layer goes back to the mode it would be in had it not been frozen (that of the last ``.train()`` or ``.eval()``
+    it was given, else the one it had), its parameters to the ``requires_grad`` they had. Layers that were not frozen
+    are left alone.
+
+    Args:
+        model: Any module.
+        modules: As for :func:`~lightning_bn.functional.batch_norm_layers`.
+        exclude: As for ``batch_norm_layers``.
+        stats: Whether to let go of the running statistics.
+        affine: Whether to let go of ``weight`` and ``bias``.
+        root: As for ``batch_norm_layers``.
+
+    Raises:
+        SelectionError: As for ``batch_norm_layers``.
+    """
+    return unfreeze_layers(batch_norm_layers(model, modules, exclude, root), stats=stats, affine=affine)
+
+
+@contextmanager
+def frozen_batch_norm(
+    model: nn.Module,
+    modules: Patterns = None,
+    exclude: Patterns = None,
+    *,
+    stats: bool = True,
+    affine: bool = True,
+    root: str = "",
+) -> Iterator[tuple[str, ...]]:
+    """A context in which the selected layers are frozen; yields their names.
+
+    At its end, also after an exception, each layer is exactly as it was found: class, mode, ``requires_grad``, and
+    frozen or not.
+
+    Args:
+        model: Any module.
+        modules: As for :func:`freeze_batch_norm`.
+        exclude: As for ``freeze_batch_norm``.
+        stats: As for ``freeze_batch_norm``.
+        affine: As for ``freeze_batch_norm``.
+        root: As for ``freeze_batch_norm``.
+
+    Raises:
+        SelectionError: As for ``freeze_batch_norm``.
+        ValueError: As for ``freeze_batch_norm``.
+    """
+    layers = select_to_freeze(model, modules, exclude, stats=stats, affine=affine, root=root)
+    found = {name: _State(layer) for name, layer in layers.items()}
+    try:
+        freeze_layers(layers, stats=stats, affine=affine)
+        yield tuple(layers)
+    finally:
+        for state in found.values():
+            state.restore()
+
+
+def select_to_freeze(
+    model: nn.Module, modules: Patterns, exclude: Patterns, *, stats: bool, affine: bool, root: str
+) -> dict[str, _BatchNorm]:
+    """The layers that a freeze with these arguments means, checked: nothing is changed.
+
+    Raises:
+        SelectionError: As for :func:`freeze_batch_norm`.
+        ValueError: As for :func:`freeze_batch_norm`.
+
+    Warns:
+        UserWarning: As for :func:`freeze_batch_norm`.
+    """
+    if not stats and not affine:
+        raise ValueError("stats=False with affine=False freezes nothing: ask for at least one of them.")
+    if not stats:
+        return batch_norm_layers(model, modules, exclude, root)
+    layers = batch_norm_layers(model, modules, exclude, root)
+    without = [name for name, layer in layers.items() if not has_running_statistics(layer)]
+    if without:
+        raise SelectionError(
+            f"BatchNorm layer {quoted(without)} has no running statistics to freeze (constructed with "
+            f"track_running_stats=False): leave it out with exclude, or freeze with stats=False."
+        )
+    layers = tracked_layers(model, modules, exclude, root)
+    initial = [name for name, layer in layers.items() if has_initial_statistics(layer)]
+    if initial:
+        warnings.warn(
+            f"freezing {len(initial)} BatchNorm layers whose running statistics are still those of construction, "
+            f"mean 0 and variance 1: {quoted(initial)}. They would normalise nothing: load the pre-trained weights "
+            f"before freezing, or recalibrate first.",
+            stacklevel=3,
+        )
+    return layers
+
+
+def freeze_layers(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, by: str = _OWNER) -> None:
+    """Freezes layers that are already resolved; ``by`` is who asks, and who has to let go again."""
+    if affine:
+        # All of them before any changes: layers may share a parameter.
+        for layer in layers.values():
+            layer.__dict__.setdefault(_REQUIRED_GRAD, tuple(p.requires_grad for p in affine_parameters(layer)))
+    for layer in layers.values():
+        status = layer_status(layer)
+        if stats and by not in status.stats_frozen_by:
+            _hold_in_eval(layer)
+            update_status(layer, stats_frozen_by=(*status.stats_frozen_by, by))
+        if affine and by not in status.affine_frozen_by:
+            update_status(layer, affine_frozen_by=(*status.affine_frozen_by, by))
+        if affine:
+            for parameter in affine_parameters(layer):
+                parameter.requires_grad_(False)
+                # An optimizer moves by a gradient that is still there, and skips a parameter that has none.
+                parameter.grad = None
+
+
+def unfreeze_layers(
+    layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, by: str = _OWNER
+) -> tuple[str, ...]:
+    """Lets go of layers that ``by`` froze; one that someone else also holds stays frozen. Names of those changed."""
+    changed: dict[str, None] = {}
+    for name, layer in layers.items():
+        status = layer_status(layer)
+        if stats and by in status.stats_frozen_by:
+            others = tuple(owner for owner in status.stats_frozen_by if owner != by)
+            update_status(layer, stats_frozen_by=others)
+            if not others:
+                _let_go(layer)
+            changed[name] = None
+        if affine and by in status.affine_frozen_by:
+            others = tuple(owner for owner in status.affine_frozen_by if owner != by)
+            update_status(layer, affine_frozen_by=others)
+            if not others:
+                required = layer.__dict__.pop(_REQUIRED_GRAD, ())
+                for parameter, requires_grad in zip(affine_parameters(layer), required, strict=False):
+                    parameter.requires_grad_(requires_grad)
+            changed[name] = None
+    return tuple(changed)
+
+
+class _HeldInEval(_BatchNorm):
+    """Put before the class of a frozen layer: it stays in eval mode whatever mode it is given.
+
+    The mode it would be in were it not frozen is kept on the layer. No annotations here: torch.jit.script reads
+    them.
+    """
+
+    def train(self, mode: bool = True) -> Self:
+        super().train(mode)
+        self.__dict__[_GIVEN_MODE] = mode
+        self.training = False
+        return self
+
+    def extra_repr(self) -> str:
+        described: str = super().extra_repr()  # type: ignore[no-untyped-call]
+        return f"{described}, frozen"
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        # The class is made at run time, so that pickle cannot find it by name: it is made again from the base.
+        reduced: tuple[Any, ...] | str = super().__reduce_ex__(protocol)
+        if isinstance(reduced, tuple) and reduced[1][:1] == (type(self),):
+            return (_new_held, (type(self).__mro__[2],), *reduced[2:])
+        return reduced
+
+
+def _hold_in_eval(layer: _BatchNorm) -> None:
+    if not isinstance(layer, _HeldInEval):
+        layer.__dict__[_GIVEN_MODE] = layer.training
+        layer.__class__ = _held_class(type(layer))
+    layer.training = False
+
+
+def _let_go(layer: _BatchNorm) -> None:
+    if isinstance(layer, _HeldInEval):
+        layer.__class__ = type(layer).__mro__[2]
+        layer.training = layer.__dict__.pop(_GIVEN_MODE)
+
+
+def _held_class(base: type[_BatchNorm]) -> type[_BatchNorm]:
+    """The class of a frozen layer that was a ``base``; the same one every time."""
+    if base in _HELD_CLASSES:
+        return _HELD_CLASSES[base]
+    # Name and module stay the base's: exporters, tracers and summaries recognise layers by them.
+    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
+    return _HELD_CLASSES.setdefault(base, type(base.__name__, (_HeldInEval, base), names))
+
+
+def _new_held(base: type[_BatchNorm]) -> _BatchNorm:
+    held = _held_class(base)
+    return held.__new__(held)
+
+
+class _State:
+    """Everything about one layer that freezing may change, as it is now."""
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        self._layer = layer
+        self._class = type(layer)
+        self._training = layer.training
+        self._status = layer_status(layer)
+        self._own = {name: layer.__dict__[name] for name in (_REQUIRED_GRAD, _GIVEN_MODE) if name in layer.__dict__}
+        self._gradients = [
+            (parameter, parameter.requires_grad, parameter.grad) for parameter in affine_parameters(layer)
+        ]
+
+    def restore(self) -> None:
+        layer = self._layer
+        layer.__class__ = self._class
+        layer.training = self._training
+        for name in (_REQUIRED_GRAD, _GIVEN_MODE):
+            layer.__dict__.pop(name, None)
+        layer.__dict__.update(self._own)
+        update_status(layer, **vars(self._status))
+        for parameter, requires_grad, gradient in self._gradients:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient
+
+
+__all__ = ["freeze_batch_norm", "frozen_batch_norm", "is_frozen", "unfreeze_batch_norm"]

@@ -1,0 +1,221 @@
+"""Which modules are BatchNorm, under which names, and which of them a selection means."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+from lightning_bn.functional.patterns import Pattern, Patterns, SelectionError, as_patterns, is_below
+
+_WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def batch_norm_layers(
+    model: nn.Module, modules: Patterns = None, exclude: Patterns = None, root: str = ""
+) -> dict[str, _BatchNorm]:
+    """Every selected BatchNorm layer of ``model`` under its canonical name, in registration order.
+
+    BatchNorm is what derives from ``torch.nn.modules.batchnorm._BatchNorm``: BatchNorm1d, 2d, 3d, SyncBatchNorm, the
+    lazy variants and subclasses. Canonical names carry no wrapper components (``_orig_mod`` of compiled modules,
+    ``_fsdp_wrapped_module``, ``module`` of DistributedDataParallel). A layer shared under several names is listed once,
+    under the first of them.
+
+    Args:
+        model: Any module.
+        modules: What to select; one pattern or several, None for every BatchNorm layer. A module path such as
+            ``"backbone.layer1"`` selects itself and everything below it, by whole components. A pattern with ``*``,
+            ``?`` or ``[`` is a glob over components (``**`` stands for any number of them, also none) and selects
+            everything below what it matches. ``"re:..."`` is a regular expression for the whole name of a layer.
+        exclude: What to leave out, in the same grammar. A shared layer is selected if any of its names is, and left out
+            if any of its names is.
+        root: Put before every pattern, so that names are given relative to it: ``root="model"`` where a LightningModule
+            keeps the network in ``self.model``.
+
+    Raises:
+        SelectionError: If ``model`` has no BatchNorm layer, if a pattern matches none, or if everything is excluded.
+        TypeError: If a pattern is not a string.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Sequential(nn.BatchNorm1d(3)))
+        >>> list(batch_norm_layers(net))
+        ['1', '2.0']
+        >>> list(batch_norm_layers(net, exclude="1"))
+        ['2.0']
+    """
+    found = _LayerNames(model)
+    selected = set(found.layers) if modules is None and not root else found.match(modules, root, "modules")
+    if exclude is not None and exclude != []:
+        remaining = selected - found.match(exclude, root, "exclude")
+        if not remaining:
+            raise SelectionError(
+                f"exclude={exclude!r} leaves none of the {len(selected)} selected BatchNorm layers: "
+                f"exclude less, or select more."
+            )
+        selected = remaining
+    return {found.names[key][0]: layer for key, layer in found.layers.items() if key in selected}
+
+
+def tracked_layers(
+    model: nn.Module, modules: Patterns = None, exclude: Patterns = None, root: str = ""
+) -> dict[str, _BatchNorm]:
+    """The selected BatchNorm layers that keep running statistics.
+
+    With ``modules=None`` layers constructed with ``track_running_stats=False`` are left out; where ``modules`` names
+    them they are an error, since what was asked for cannot be done.
+
+    Args:
+        model: Any module.
+        modules: As for :func:`batch_norm_layers`.
+        exclude: As for :func:`batch_norm_layers`.
+        root: As for :func:`batch_norm_layers`.
+
+    Raises:
+        SelectionError: As for :func:`batch_norm_layers`; if a layer selected by ``modules`` has no running statistics;
+            if no selected layer has any; or if a lazy layer is still uninitialised.
+    """
+    layers = batch_norm_layers(model, modules, exclude, root)
+    without = [name for name, layer in layers.items() if not has_running_statistics(layer)]
+    if without and (modules is not None or len(without) == len(layers)):
+        raise SelectionError(
+            f"BatchNorm layer {quoted(without)} has no running statistics (constructed with "
+            f"track_running_stats=False): it normalises with batch statistics in training and in evaluation. "
+            f"Leave it out with exclude, or construct it with track_running_stats=True."
+        )
+    for name, layer in layers.items():
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+            raise SelectionError(
+                f"BatchNorm layer {name!r} is a {type(layer).__name__} that has not seen a batch yet, so it has no "
+                f"channels: run one forward pass of the model first."
+            )
+    return {name: layer for name, layer in layers.items() if name not in set(without)}
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether the tensor belongs to a lazy layer that has not seen a batch yet."""
+    return isinstance(tensor, UninitializedBuffer | UninitializedParameter)
+
+
+def has_running_statistics(layer: _BatchNorm) -> bool:
+    """Whether the layer holds running statistics as buffers, whatever its flags say."""
+    return layer.running_mean is not None and layer.running_var is not None
+
+
+def affine_parameters(layer: _BatchNorm) -> list[nn.Parameter]:
+    """The layer's ``weight`` and ``bias``, those it has."""
+    candidates: tuple[nn.Parameter | None, ...] = (layer.weight, layer.bias)
+    return [parameter for parameter in candidates if parameter is not None]
+
+
+def named_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under every one of its canonical names, in registration order."""
+    seen: set[tuple[str, int]] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        name = canonical_name(model, path)
+        if (name, id(module)) not in seen:
+            seen.add((name, id(module)))
+            yield name, module
+
+
+def canonical_name(model: nn.Module, path: str) -> str:
+    """``path`` below ``model`` without the components that wrappers add.
+
+    Example:
+        >>> canonical_name(nn.Sequential(), "backbone._orig_mod.bn1")
+        'backbone.bn1'
+    """
+    kept: list[str] = []
+    module: nn.Module | None = model
+    for component in path.split(".") if path else ():
+        wrapped = component == "module" and isinstance(module, DistributedDataParallel | DataParallel)
+        if not wrapped and component not in _WRAPPER_COMPONENTS:
+            kept.append(component)
+        module = None if module is None else module._modules.get(component)
+    return ".".join(kept)
+
+
+def quoted(names: Sequence[str], most: int = 5) -> str:
+    """``names`` as a reader wants them in an error: quoted, the first few, and how many more."""
+    shown = ", ".join(repr(name) for name in names[:most])
+    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
+
+
+class _LayerNames:
+    """All names of all BatchNorm layers below one model, and of the modules around them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: dict[int, _BatchNorm] = {}
+        self.names: dict[int, list[str]] = {}
+        self.paths: dict[str, None] = {}
+        others: Counter[str] = Counter()
+        for name, module in named_paths(model):
+            self.paths[name] = None
+            if isinstance(module, _BatchNorm):
+                self.layers[id(module)] = module
+                self.names.setdefault(id(module), []).append(name)
+            elif "Norm" in type(module).__name__:
+                others[type(module).__name__] += 1
+        if not self.layers:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in others.items()) or "no normalisation layer at all"
+            raise SelectionError(
+                f"{type(model).__name__} has no BatchNorm layer (found: {kinds}). Layers count that derive from "
+                f"torch.nn.modules.batchnorm._BatchNorm; if the layers are built later (configure_model), call this "
+                f"afterwards."
+            )
+
+    def match(self, patterns: Patterns, root: str, argument: str) -> set[int]:
+        """Keys of the layers that any of the patterns means."""
+        matched: set[int] = set()
+        for pattern in as_patterns(patterns, argument):
+            hits = self._hits(pattern, root)
+            if not hits:
+                raise SelectionError(self._nothing(pattern, root, argument))
+            matched |= hits
+        return matched
+
+    def _hits(self, pattern: Pattern, root: str) -> set[int]:
+        return {key for key, names in self.names.items() if any(pattern.matches(name, root) for name in names)}
+
+    def _below(self, path: str) -> int:
+        """How many BatchNorm layers are at ``path`` or below it."""
+        return sum(any(is_below(name, path) for name in names) for names in self.names.values())
+
+    def _nothing(self, pattern: Pattern, root: str, argument: str) -> str:
+        """Why a pattern means nothing, and what was probably meant."""
+        if root and not self._below(root):
+            return f"root={root!r} has no BatchNorm layer below it. {self._closest(root, '')}"
+        full = f"{root}.{pattern.text}" if root else pattern.text
+        if full in self.paths:
+            return (
+                f"{argument}: {full!r} exists but has no BatchNorm layer at or below it: take it off the list. "
+                f"{self._closest(pattern.text, root)}"
+            )
+        start = f"{argument}: {pattern.text!r} matches no BatchNorm layer" + (f" below root={root!r}" if root else "")
+        return f"{start}. {self._root_hint(pattern, root)}{self._closest(pattern.text, root)}"
+
+    def _root_hint(self, pattern: Pattern, root: str) -> str:
+        """The root under which the pattern would have meant something, as a sentence or nothing."""
+        candidates = {"", *self.paths} - {root}
+        for candidate in sorted(candidates, key=lambda path: (path.count(".") + bool(path), path)):
+            hits = self._hits(pattern, candidate)
+            if hits:
+                return f"With root={candidate!r} it would match {len(hits)}. "
+        return ""
+
+    def _closest(self, pattern: str, root: str) -> str:
+        """Names near the pattern with the number of BatchNorm layers below each."""
+        counts = {path: self._below(path) for path in self.paths if path and is_below(path, root)}
+        relative = {path[len(root) :].lstrip("."): count for path, count in counts.items() if count}
+        relative.pop("", None)
+        literal = pattern.removeprefix("re:")
+        close = difflib.get_close_matches(literal, relative, n=3, cutoff=0.4)
+        if not close:
+            top = min((name.count(".") for name in relative), default=0)
+            close = [name for name in relative if name.count(".") == top][:5]
+        near = ", ".join(f"{name!r} ({relative[name]} BatchNorm)" for name in close)
+        return f"Closest: {near}." if near else f"The model has {len(self.layers)} BatchNorm layers."

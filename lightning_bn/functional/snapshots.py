@@ -1,0 +1,204 @@
+"""Running statistics of many layers as one named, flat value: take, write back, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import reduce
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.functional.layers import batch_norm_layers, is_lazy, quoted, tracked_layers
+from lightning_bn.functional.patterns import Patterns
+
+_NO_COUNTER = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Running statistics of L layers with C channels altogether, copied at one moment.
+
+    Attributes:
+        names: Canonical names of the layers, L of them, in registration order.
+        channels: Channels of each layer; they lie one after another in the flat tensors.
+        mean: ``running_mean`` of all layers, shape ``(C,)``, in units of each layer's input.
+        var: ``running_var`` of all layers, shape ``(C,)``, unbiased, in squared units of the input.
+        num_batches_tracked: Shape ``(L,)``, int64; -1 for a layer without the counter.
+        weight: The affine ``weight`` of all layers, shape ``(C,)``, 1 where there is none. Only read, by measures of
+            drift that ask what a change does to a layer's output; never written back.
+        eps: Each layer's ``eps``.
+    """
+
+    names: tuple[str, ...]
+    channels: tuple[int, ...]
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor
+    weight: Tensor
+    eps: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def slices(self) -> dict[str, slice]:
+        """Where each layer's channels lie in the flat tensors."""
+        ends = list(accumulate(self.channels))
+        return {name: slice(end - size, end) for name, size, end in zip(self.names, self.channels, ends, strict=True)}
+
+    def to(self, device: torch.device | str) -> Snapshot:
+        """The same snapshot with its tensors on ``device``."""
+        return replace(
+            self,
+            mean=self.mean.to(device),
+            var=self.var.to(device),
+            num_batches_tracked=self.num_batches_tracked.to(device),
+            weight=self.weight.to(device),
+        )
+
+    def same_bits(self, other: Snapshot) -> bool:
+        """Whether both describe the same layers with bit-identical statistics and counters (NaN equals itself)."""
+        return (
+            (self.names, self.channels) == (other.names, other.channels)
+            and same_bits(self.mean, other.mean)
+            and same_bits(self.var, other.var)
+            and torch.equal(self.num_batches_tracked, other.num_batches_tracked.to(self.num_batches_tracked.device))
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, lists and strings only, for a checkpoint that is read with ``weights_only=True``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Snapshot:
+        """The snapshot that :meth:`state_dict` described."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in state.items()
+        }
+        return cls(**values)
+
+
+def take_snapshot(model: nn.Module, modules: Patterns = None, exclude: Patterns = None, root: str = "") -> Snapshot:
+    """Copies of the running statistics of the selected layers; nothing in ``model`` changes.
+
+    Args:
+        model: Any module.
+        modules: As for :func:`~lightning_bn.functional.batch_norm_layers`; None takes every layer that keeps running
+            statistics.
+        exclude: As for ``batch_norm_layers``.
+        root: As for ``batch_norm_layers``.
+
+    Raises:
+        SelectionError: As for ``batch_norm_layers``, or if a layer selected by ``modules`` has no running statistics.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(2)
+        >>> before = take_snapshot(layer)
+        >>> _ = layer(torch.randn(8, 2))
+        >>> restore_snapshot(layer, before)
+        >>> take_snapshot(layer).same_bits(before)
+        True
+    """
+    return snapshot_of(tracked_layers(model, modules, exclude, root))
+
+
+def snapshot_of(layers: Mapping[str, _BatchNorm]) -> Snapshot:
+    """The snapshot of layers that are already resolved; each must have running statistics."""
+    listed = list(layers.values())
+    with torch.no_grad():
+        return Snapshot(
+            names=tuple(layers),
+            channels=tuple(layer.num_features for layer in listed),
+            mean=_flat([_tensor(layer.running_mean) for layer in listed]),
+            var=_flat([_tensor(layer.running_var) for layer in listed]),
+            num_batches_tracked=_counters(listed),
+            weight=_flat([_weight(layer) for layer in listed]),
+            eps=tuple(layer.eps for layer in listed),
+        )
+
+
+def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
+    """Writes a snapshot's running statistics and counters back, in place and bit-exactly.
+
+    The buffers stay the same tensor objects. Layers that the snapshot does not name, and all weights, are left alone.
+    Where layers differ in dtype, a NaN stays a NaN but may lose its payload.
+    Everything is checked before anything is written.
+
+    Args:
+        model: The module the snapshot was taken of, or one with BatchNorm layers of the same names and channels.
+        snapshot: What to write.
+
+    Raises:
+        ValueError: If a layer of the snapshot is missing in ``model``, has no running statistics, another number of
+            channels or buffers of a dtype that cannot hold the values.
+    """
+    layers = batch_norm_layers(model)
+    missing = [name for name in snapshot.names if name not in layers]
+    if missing:
+        raise ValueError(
+            f"the snapshot has statistics of {quoted(missing)}, but the model has no BatchNorm layer of that name; "
+            f"it has {quoted(list(layers))}. Restore into the model the snapshot was taken of."
+        )
+    write_snapshot({name: layers[name] for name in snapshot.names}, snapshot)
+
+
+def write_snapshot(layers: Mapping[str, _BatchNorm], snapshot: Snapshot) -> None:
+    """Writes a snapshot into layers that are already resolved, all of its names and no other.
+
+    Raises:
+        ValueError: As for :func:`restore_snapshot`.
+    """
+    for name, size in zip(snapshot.names, snapshot.channels, strict=True):
+        running = layers[name].running_mean
+        if running is None or layers[name].running_var is None:
+            raise ValueError(f"BatchNorm layer {name!r} has no running statistics to write a snapshot into.")
+        if is_lazy(running) or running.shape != (size,):
+            raise ValueError(
+                f"BatchNorm layer {name!r} has {layers[name].num_features} channels, the snapshot has {size} for it: "
+                f"it was taken of another model"
+                + (", or run one forward first so that the lazy layer has any." if is_lazy(running) else ".")
+            )
+    with torch.no_grad():
+        for index, (name, part) in enumerate(snapshot.slices().items()):
+            layer = layers[name]
+            _tensor(layer.running_mean).copy_(snapshot.mean[part])
+            _tensor(layer.running_var).copy_(snapshot.var[part])
+            if layer.num_batches_tracked is not None and int(snapshot.num_batches_tracked[index]) != _NO_COUNTER:
+                layer.num_batches_tracked.copy_(snapshot.num_batches_tracked[index])
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same bits, NaN and signed zeros included."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    bits_a, bits_b = (t.detach().to(a.device).contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(bits_a, bits_b)
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """One copy of all values, in the narrowest dtype that holds each of them exactly, where the first one lives."""
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    device = tensors[0].device
+    return torch.cat([tensor.detach().to(device=device, dtype=dtype) for tensor in tensors])
+
+
+def _counters(layers: list[_BatchNorm]) -> Tensor:
+    device = _tensor(layers[0].running_mean).device
+    missing = torch.tensor(_NO_COUNTER, device=device)
+    counters = [missing if layer.num_batches_tracked is None else layer.num_batches_tracked for layer in layers]
+    return torch.stack([counter.detach().to(device) for counter in counters])
+
+
+def _weight(layer: _BatchNorm) -> Tensor:
+    weight: Tensor | None = layer.weight
+    return torch.ones_like(_tensor(layer.running_mean)) if weight is None else weight
+
+
+def _tensor(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise ValueError("a BatchNorm layer without running statistics reached a place that needs them")
+    return value

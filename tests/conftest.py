@@ -1,0 +1,21 @@
+"""Settings of the whole suite."""
+
+import os
+
+import pytest
+import torch
+from hypothesis import settings
+
+os.environ.setdefault("MPLBACKEND", "Agg")  # figures are written, never shown
+
+# A slow moment of the machine is not a failure: pytest-timeout is the only clock.
+settings.register_profile("suite", deadline=None)
+settings.load_profile("suite")
+
+
+def pytest_collection_modifyitems(items):
+    """Skips tests marked ``gpu`` where there is no CUDA device."""
+    if not torch.cuda.is_available():
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason="no CUDA device"))
