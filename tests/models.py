@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -180,9 +180,7 @@ def fill_statistics(model: nn.Module, seed: int = 0) -> nn.Module:
 
 def bits(tensor: Tensor) -> bytes:
     """The bytes of a tensor, for comparisons in which NaN equals itself and 0.0 is not -0.0."""
-    return (
-        tensor.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes() if tensor.dim() else bits(tensor[None])
-    )
+    return bytes(tensor.detach().cpu().reshape(-1).contiguous().view(torch.uint8).tolist())
 
 
 def state_bits(module: nn.Module) -> dict[str, bytes]:

@@ -9,15 +9,15 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from data import DigitsData, Task
-from fitting import fit
-from model import DigitsModule
-from network import MultiTaskNetwork
 from pytorch_lightning import seed_everything
 from rich.table import Table
-from tables import results_table, spread
 
+from data import DigitsData, Task
+from fitting import fit
 from lightning_bn.functional import recalibrate, restore_snapshot, take_snapshot
+from model import DigitsModule
+from network import MultiTaskNetwork
+from tables import results_table, spread
 
 TASKS: tuple[Task, ...] = ("digit", "parity")
 EPOCHS = 8

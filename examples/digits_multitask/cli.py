@@ -1,16 +1,13 @@
 """The command line: ``python cli.py fit --config config.yaml``. Everything it does is in the YAML file."""
 
-from typing import Any, Optional, Union
-
-from data import DigitsData
-from model import DigitsModule
 from pytorch_lightning import Callback
 from pytorch_lightning.cli import ArgsType, LightningCLI
 
-__all__ = ["main"]
+from data import DigitsData
+from model import DigitsModule
 
 
-def main(args: ArgsType = None, callbacks: Optional[list[Callback]] = None) -> LightningCLI:
+def main(args: ArgsType = None, callbacks: list[Callback] | None = None) -> LightningCLI:
     """Runs what ``args`` say, or else the command line, with ``callbacks`` beside those of the YAML file."""
     return LightningCLI(DigitsModule, DigitsData, args=args, trainer_defaults={"callbacks": callbacks or []})
 

@@ -4,35 +4,34 @@ from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
 
-import matplotlib
+import torch
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
-matplotlib.use("Agg")
-
-import matplotlib.pyplot as plt
 from forgetting import Outcome, by_row
 from lagging import EPOCHS, SETTINGS, Pair
-from matplotlib.axes import Axes
 
 WITHOUT, WITH = "#c8553d", "#2a6f97"
-"""Colours: without this package's callbacks, and with them."""
+"""Colours: statistics that nobody looks after, and those that this package does."""
+SHADES = ("#8c2f1b", "#c8553d", "#e8a598")
+"""One for each BatchNorm layer of the backbone, where it is not frozen."""
 
 
 def save(path: Path, forgot: Sequence[dict[str, Outcome]], lagged: Sequence[dict[str, Pair]]) -> Path:
     """Draws all panels and writes them to ``path``."""
     style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 11}
-    with plt.rc_context(style):
-        figure, axes = plt.subplot_mosaic(
-            [["old task"] * 3 + ["drift"] * 3, [0, 0, 1, 1, 2, 2]], figsize=(12, 7.5), layout="constrained"
-        )
+    with rc_context(style):
+        figure = Figure(figsize=(12, 7.5), layout="constrained")
+        axes: dict[str, Axes] = figure.subplot_mosaic([["old task"] * 3 + ["drift"] * 3, list("001122")])
         draw_old_task(axes["old task"], forgot)
         draw_drift(axes["drift"], forgot)
-        for index, setting in enumerate(SETTINGS):
-            draw_validation(axes[index], [pairs[setting.name] for pairs in lagged])
-            axes[index].set_title(f"Validation: {setting.name}\n({setting.details()})")
-        axes[0].set_ylabel("accuracy on ten digits, %")
-        axes[0].legend(loc="lower right", frameon=False)
+        for panel, setting in zip("012", SETTINGS, strict=True):
+            draw_validation(axes[panel], [pairs[setting.name] for pairs in lagged])
+            axes[panel].set_title(f"Validation: {setting.name}\n({setting.details()})")
+        axes["0"].set_ylabel("accuracy on ten digits, %")
+        axes["0"].legend(loc="lower right", frameon=False)
         figure.savefig(path, dpi=150)
-        plt.close(figure)
     return path
 
 
@@ -40,24 +39,41 @@ def draw_old_task(axes: Axes, seeds: Sequence[dict[str, Outcome]]) -> None:
     """A dot per seed and a line at the mean, for each row of table 1, against the accuracy before."""
     rows = by_row(seeds)
     before = fmean(outcomes["no callbacks"].old_before for outcomes in seeds)
-    axes.axhline(before, color="grey", linestyle=":", zorder=0)
-    axes.text(len(rows) - 0.55, before - 2, f"before: {before:.1f} %", color="grey", ha="right", va="top")
-    for position, (row, outcomes) in enumerate(rows.items()):
+    axes.axhline(before, color="grey", linestyle=":", zorder=0, label=f"before: {before:.1f} %")
+    for position, outcomes in enumerate(rows.values()):
         after = [outcome.old[-1] for outcome in outcomes]
         colour = WITH if all(outcome.statistics_kept for outcome in outcomes) else WITHOUT
-        offsets = [position + 0.3 * (index + 0.5 - len(after) / 2) / len(after) for index in range(len(after))]
-        axes.plot(offsets, after, "o", color=colour, alpha=0.7)
+        offsets = [position + 0.4 * (index + 0.5 - len(after) / 2) / len(after) for index in range(len(after))]
+        axes.plot(offsets, after, "o", color=colour, alpha=0.6)
         axes.hlines(fmean(after), position - 0.3, position + 0.3, color=colour, linewidth=2)
-        axes.annotate(f"{fmean(after):.1f} %", (position + 0.32, fmean(after)), va="center", color=colour)
+        above = (position, max(after))
+        axes.annotate(f"{fmean(after):.1f} %", above, (0, 8), textcoords="offset points", ha="center", color=colour)
     axes.set_xticks(range(len(rows)), rows)
-    axes.set_xlim(-0.6, len(rows) - 0.3)
-    axes.set_ylim(0, 104)
+    axes.set_ylim(0, 112)
+    axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("accuracy on the old task, %")
-    axes.set_title("The old task after the new one was learned\n(a dot per seed, a line at the mean)")
+    axes.set_title("The old task, after only the head of a new one was trained\n(a dot per seed, a line at the mean)")
+    axes.legend(loc="center", frameon=False)
 
 
 def draw_drift(axes: Axes, seeds: Sequence[dict[str, Outcome]]) -> None:
-    pass
+    """Drift of each backbone layer by step, measured by BatchNormMonitor: seeds thin, mean thick."""
+    rows = by_row(seeds)
+    for row, colours in (("recalibration", SHADES), ("freezing", (WITH,) * len(SHADES))):
+        histories = [outcome.history for outcome in rows[row] if outcome.history is not None]
+        curves = torch.stack([history.values() for history in histories])
+        steps = histories[0].steps
+        for layer, name in enumerate(histories[0].names):
+            label = f"not frozen: {name.removeprefix('network.')}" if row == "recalibration" else "frozen: all three"
+            axes.plot(steps, curves[:, :, layer].T, color=colours[layer], linewidth=0.6, alpha=0.4)
+            axes.plot(steps, curves[:, :, layer].mean(dim=0), color=colours[layer], linewidth=2.5, label=label)
+    handles, labels = axes.get_legend_handles_labels()
+    axes.legend(handles[:4], labels[:4], frameon=False, loc="upper right", bbox_to_anchor=(1, 0.82))
+    axes.set_yscale("symlog", linthresh=0.01)
+    axes.set_ylim(-0.001, 100)
+    axes.set_xlabel("training step on the new task")
+    axes.set_ylabel("largest drift of a channel (Jeffreys)")
+    axes.set_title("How far the backbone's running statistics moved\n(measured by BatchNormMonitor)")
 
 
 def draw_validation(axes: Axes, pairs: Sequence[Pair]) -> None:
@@ -68,7 +84,8 @@ def draw_validation(axes: Axes, pairs: Sequence[Pair]) -> None:
         curves = [getattr(pair, attribute) for pair in pairs]
         for curve in curves:
             axes.plot(epochs, curve, color=colour, linewidth=0.8, alpha=0.5)
-        axes.plot(epochs, [fmean(values) for values in zip(*curves, strict=True)], color=colour, linewidth=2.5, label=label)
+        means = [fmean(values) for values in zip(*curves, strict=True)]
+        axes.plot(epochs, means, color=colour, linewidth=2.5, label=label)
     axes.set_xticks(epochs)
     axes.set_ylim(0, 104)
     axes.set_xlabel("epoch")

@@ -5,9 +5,10 @@ import warnings
 from collections import defaultdict
 from collections.abc import Sequence
 
+from pytorch_lightning import Callback, LightningModule, Trainer
+
 from data import DigitsData
 from model import DigitsModule
-from pytorch_lightning import Callback, LightningModule, Trainer
 
 
 class Curve(Callback):
@@ -43,7 +44,7 @@ def fit(module: DigitsModule, data: DigitsData, epochs: int, callbacks: Sequence
 
 def be_quiet() -> None:
     """Keeps what Lightning says about every fit off the terminal; what goes wrong is still said."""
-    for name in ("pytorch_lightning", "lightning_fabric"):
+    for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
     # In-memory batches are faster without worker processes, and Lightning reads its own pytree through an old name.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")

@@ -10,14 +10,15 @@ from pathlib import Path
 from statistics import fmean
 
 import torch
-from model import DigitsModule
 from rich.table import Table
-from tables import in_line, results_table, spread
 from torch import nn
-from yaml_fit import fit_yaml
 
+from lightning_bn import BatchNormMonitor
 from lightning_bn.functional import DriftSummary, summarize, take_snapshot
-from lightning_bn.functional.drift import in_words
+from lightning_bn.functional.history import DriftHistory
+from model import DigitsModule
+from tables import in_line, results_table, spread
+from yaml_fit import fit_yaml
 
 BACKBONE = "network.backbone"
 
@@ -44,6 +45,7 @@ class Outcome:
         weights_kept: Whether every weight of the backbone is bit-identical.
         statistics_kept: Whether every running statistic of the backbone is bit-identical.
         drift: Of the backbone's running statistics, from before the fit to after it.
+        history: The same layer by layer during the fit, as BatchNormMonitor saw it; None where it was off.
     """
 
     old_before: float
@@ -52,17 +54,18 @@ class Outcome:
     weights_kept: bool
     statistics_kept: bool
     drift: DriftSummary
+    history: DriftHistory | None
 
 
 def run(seed: int, folder: Path, announce: Callable[[str], None]) -> dict[str, Outcome]:
     """Phase A once, then phase B once per row from the same checkpoint."""
     announce("ten digits")
     learned, _, _ = fit_yaml("pretrain.yaml", seed, folder)
-    checkpoint = str(folder / "pretrained.ckpt")
+    checkpoint = str(folder / "pretrained" / "digits.ckpt")
     outcomes = {}
     for row, switched_on in ROWS.items():
         announce(f"parity, {row}")
-        curve, _, after = fit_yaml("config.yaml", seed, folder, switched_on, {"pretrained": checkpoint})
+        curve, trainer, after = fit_yaml("config.yaml", seed, folder, switched_on, {"pretrained": checkpoint})
         before = DigitsModule(pretrained=checkpoint)
         old, new = (take_snapshot(module, root=BACKBONE) for module in (before, after))
         outcomes[row] = Outcome(
@@ -72,6 +75,7 @@ def run(seed: int, folder: Path, announce: Callable[[str], None]) -> dict[str, O
             weights_kept=same_weights(before.network.backbone, after.network.backbone),
             statistics_kept=old.same_bits(new),
             drift=summarize(old, new),
+            history=next((c.history for c in trainer.callbacks if isinstance(c, BatchNormMonitor)), None),
         )
     return outcomes
 
@@ -88,17 +92,19 @@ def table(seeds: Sequence[dict[str, Outcome]]) -> Table:
         ["callbacks"],
         ["old task\nbefore, %", "old task\nafter, %", "new task\nlast\nepoch, %", "new task\nworst\nepoch, %"],
     )
-    result.add_column("backbone's\nlargest\ndrift")
-    result.add_column("its\nfrozen\nlayers")
+    result.add_column("backbone:\nlargest\ndrift")
+    result.add_column("frozen,\nbit for\nbit")
     for row, outcomes in by_row(seeds).items():
+        largest = worst(outcomes)
+        drifted = f"var x{largest.variance_ratio:.1f}\nmean {largest.mean_shift:+.1f} σ"
         result.add_row(
             row,
             spread([outcome.old_before for outcome in outcomes]),
             spread([outcome.old[-1] for outcome in outcomes]),
             spread([outcome.new[-1] for outcome in outcomes]),
             spread([min(outcome.new) for outcome in outcomes]),
-            "none" if kept(outcomes) else worst(outcomes).replace(", ", "\n").replace("variance", "var"),
-            ("bit-\nidentical" if kept(outcomes) else "moved") if "BatchNormFreezer" in ROWS[row] else "–",
+            "none" if kept(outcomes) else drifted,
+            ("yes" if kept(outcomes) else "NO") if "BatchNormFreezer" in ROWS[row] else "–",
         )
     return result
 
@@ -107,17 +113,13 @@ def reading(seeds: Sequence[dict[str, Outcome]]) -> str:
     """What the table says, from its own numbers."""
     rows = by_row(seeds)
     fits = [outcome for outcomes in rows.values() for outcome in outcomes]
-    unchanged = sum(outcome.weights_kept for outcome in fits)
     bare, frozen = rows["no callbacks"], rows["freezing"]
-    lost, kept_back = (
-        [outcome.old_before - outcome.old[-1] for outcome in outcomes] for outcomes in (bare, frozen)
-    )
-    price = fmean([a.new[-1] - b.new[-1] for a, b in zip(bare, frozen, strict=True)])
+    price = fmean(a.new[-1] - b.new[-1] for a, b in zip(bare, frozen, strict=True))
+    unchanged = sum(outcome.weights_kept for outcome in fits)
     return (
-        f"The backbone's weights are bit-identical after {unchanged} of {len(fits)} fits. Without callbacks its BatchNorm "
-        f"statistics moved all the same ({worst(bare)}), and the old task lost {in_line(lost)} points; with freezing it "
-        f"lost {in_line(kept_back)}. The new task {'pays' if price >= 0 else 'gains'} {abs(price):.1f} points for the "
-        "freezing."
+        f"The backbone's weights are bit-identical after {unchanged} of {len(fits)} fits. Without callbacks its BatchNorm statistics moved (most at {worst(bare).in_words()}), and the old task "
+        f"lost {lost(bare)} points; with freezing it lost {lost(frozen)}. The new task "
+        f"{'pays' if price >= 0 else 'gains'} {abs(price):.1f} points for that."
     )
 
 
@@ -131,7 +133,11 @@ def kept(outcomes: Sequence[Outcome]) -> bool:
     return all(outcome.statistics_kept for outcome in outcomes)
 
 
-def worst(outcomes: Sequence[Outcome]) -> str:
-    """The channel that drifted most in any seed, in plain units."""
-    largest = max((outcome.drift for outcome in outcomes), key=lambda drift: drift.max)
-    return in_words(largest.variance_ratio, largest.mean_shift)
+def worst(outcomes: Sequence[Outcome]) -> DriftSummary:
+    """The largest drift in any seed."""
+    return max((outcome.drift for outcome in outcomes), key=lambda drift: drift.max)
+
+
+def lost(outcomes: Sequence[Outcome]) -> str:
+    """Points of accuracy that the old task lost."""
+    return in_line([outcome.old_before - outcome.old[-1] for outcome in outcomes])

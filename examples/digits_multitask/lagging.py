@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from statistics import fmean
 
 import torch
-from data import DigitsData
-from fitting import fit
-from model import DigitsModule
 from pytorch_lightning import Callback, seed_everything
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from rich.table import Table
-from tables import results_table, spread
 
+from data import DigitsData
+from fitting import fit
 from lightning_bn import PreciseBatchNorm
+from model import DigitsModule
+from tables import results_table, spread
 
 EPOCHS = 6
 SHOWN = (1, 2, 3, 6)
@@ -120,8 +120,8 @@ def reading(seeds: Sequence[dict[str, Pair]]) -> str:
     same = [pair.same_training for pairs in seeds for pair in pairs.values()]
     listed = ", ".join(f"{value:+.1f} points for {name}" for name, value in gains.items())
     return (
-        f"Same weights, other statistics (training was bit-identical in {sum(same)} of {len(same)} pairs). Averaged over "
-        f"the epochs, precise statistics read {listed}."
+        f"Same weights, other statistics (training was bit-identical in {sum(same)} of {len(same)} pairs). Averaged "
+        f"over the epochs, precise statistics read {listed}."
     )
 
 

@@ -1,13 +1,12 @@
 """The LightningModule: cross entropy summed over the tasks of a batch, SGD over what may train."""
 
-from typing import Optional
-
 import torch
-from network import MultiTaskNetwork
 from pytorch_lightning import LightningModule
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
+
+from network import MultiTaskNetwork
 
 Batch = dict[str, tuple[Tensor, Tensor]]
 """For each task: images and labels."""
@@ -25,7 +24,7 @@ class DigitsModule(LightningModule):
     """
 
     def __init__(
-        self, pretrained: Optional[str] = None, train_backbone: bool = True, lr: float = 0.02, momentum: float = 0.9
+        self, pretrained: str | None = None, train_backbone: bool = True, lr: float = 0.02, momentum: float = 0.9
     ) -> None:
         super().__init__()
         self.network = MultiTaskNetwork()

@@ -16,7 +16,7 @@ def conv_block(in_channels: int, out_channels: int, stride: int) -> nn.Sequentia
 
 
 class Backbone(nn.Module):
-    """Images ``(N, 1, 8, 8)`` to features ``(N, 64)`` through three BatchNorm layers: one in ``stem``, two in ``blocks``."""
+    """Images ``(N, 1, 8, 8)`` to features ``(N, 64)``; one BatchNorm layer in ``stem``, two in ``blocks``."""
 
     def __init__(self) -> None:
         super().__init__()

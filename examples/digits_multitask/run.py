@@ -8,16 +8,17 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
 import alternating
 import figure
 import forgetting
 import lagging
 import learning_rate
-from fitting import be_quiet
 from data import NUM_TEST
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from fitting import be_quiet
 
 OUTPUT = Path(__file__).parent / "output"
 EXPERIMENTS = (forgetting, learning_rate, lagging, alternating)
@@ -30,7 +31,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds to run (default: 5)")
     seeds = range(parser.parse_args().seeds)
     be_quiet()
-    shutil.rmtree(OUTPUT, ignore_errors=True)
+    shutil.rmtree(OUTPUT / "fits", ignore_errors=True)
     console = Console()
     started = time.monotonic()
 
@@ -40,7 +41,7 @@ def main() -> None:
         done = count()
         for seed in seeds:
             announce = partial(start_fit, progress, bar, done, seed)
-            folder = OUTPUT / f"seed_{seed}"
+            folder = OUTPUT / "fits" / f"seed_{seed}"
             forgot.append(forgetting.run(seed, folder, announce))
             rates.append(learning_rate.run(seed, folder, announce))
             lagged.append(lagging.run(seed, announce))
@@ -52,10 +53,11 @@ def main() -> None:
     show(console, alternating.table(alternated), alternating.reading(alternated))
     path = figure.save(OUTPUT / "digits_multitask.png", forgot, lagged)
     console.print(
-        f"Every cell: mean over {len(seeds)} seeds, below it the least and the largest. Accuracies on {NUM_TEST} images "
-        f"that no fit trained on. {next(done) - 1} fits in {time.monotonic() - started:.0f} s.\n"
-        f"Figure: {path}\nLogs and checkpoints: {OUTPUT}",
-        highlight=False, soft_wrap=True
+        f"Each number: mean over {len(seeds)} seeds, below it least–largest, on {NUM_TEST} images never trained on.\n"
+        f"{next(done) - 1} fits in {time.monotonic() - started:.0f} s. Figure: {path}\n"
+        f"Logs and checkpoints: {OUTPUT / 'fits'}",
+        highlight=False,
+        soft_wrap=True,
     )
 
 
@@ -66,10 +68,7 @@ def start_fit(progress: Progress, bar: TaskID, done: Iterator[int], seed: int, t
 
 def show(console: Console, table: Table, *readings: str) -> None:
     """A table and what it says."""
-    console.print(table)
-    for reading in readings:
-        console.print(reading, highlight=False)
-        console.print()
+    console.print("", table, "", *readings, "", sep="\n", highlight=False)
 
 
 if __name__ == "__main__":

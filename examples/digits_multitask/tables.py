@@ -9,9 +9,8 @@ from rich.table import Table
 
 def results_table(title: str, labels: Sequence[str], numbers: Sequence[str]) -> Table:
     """An empty table that fits 80 columns: columns of text to the left, columns of numbers to the right."""
-    table = Table(
-        title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False, padding=(0, 1, 0, 0)
-    )
+    table = Table(title=title, title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, show_edge=False)
+    table.padding = (0, 1, 0, 0)
     for label in labels:
         table.add_column(label, vertical="top", no_wrap=True)
     for number in numbers:

@@ -4,11 +4,12 @@ from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
-import cli
 import yaml
+from pytorch_lightning import Trainer
+
+import cli
 from fitting import Curve
 from model import DigitsModule
-from pytorch_lightning import Trainer
 
 HERE = Path(__file__).parent
 
@@ -36,8 +37,8 @@ def fit_yaml(
     trainer["logger"]["init_args"]["save_dir"] = str(folder)
     trainer["callbacks"] = [callback for callback in trainer["callbacks"] if _stays(callback, switched_on)]
     for callback in trainer["callbacks"]:
-        if "dirpath" in callback.get("init_args", {}):
-            callback["init_args"]["dirpath"] = str(folder)
+        if "dirpath" in callback["init_args"]:
+            callback["init_args"]["dirpath"] = str(folder / "pretrained")
     curve = Curve()
     run = cli.main({"subcommand": "fit", "fit": config}, callbacks=[curve])
     return curve, run.trainer, run.model

@@ -9,6 +9,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from lightning_bn.functional.layers import quoted
 from lightning_bn.functional.snapshots import Snapshot
 
 Measure: TypeAlias = Literal["jeffreys", "wasserstein", "mean_shift", "log_variance_ratio", "hellinger", "output"]
@@ -112,10 +113,13 @@ def of_standardised(measure: Measure, shift: Tensor, ratio: Tensor, weight: Tens
 def standardised(reference: Snapshot, current: Snapshot) -> tuple[Tensor, Tensor]:
     """z, the shift of the mean in standard deviations of the reference, and r, the ratio of variances; float64."""
     if (reference.names, reference.channels) != (current.names, current.channels):
-        differing = sorted(set(reference.names) ^ set(current.names)) or list(current.names)
+        sizes_now = dict(zip(current.names, current.channels, strict=True))
+        sizes_then = dict(zip(reference.names, reference.channels, strict=True))
+        names = [*reference.names, *(name for name in current.names if name not in sizes_then)]
+        differing = [name for name in names if sizes_then.get(name) != sizes_now.get(name)] or names
         raise ValueError(
-            f"drift needs two snapshots of the same layers; they differ in {differing[:5]} "
-            f"({len(reference)} and {len(current)} layers)"
+            f"drift needs two snapshots of the same layers in the same order; they differ in {quoted(differing)} "
+            f"({sizes_then.get(differing[0], 'no')} and {sizes_now.get(differing[0], 'no')} channels)."
         )
     device = current.mean.device
     sizes = torch.tensor(reference.channels)

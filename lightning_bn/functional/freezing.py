@@ -205,6 +205,7 @@ def unfreeze_layers(
 ) -> tuple[str, ...]:
     """Lets go of layers that ``by`` froze; one that someone else also holds stays frozen. Names of those changed."""
     changed: dict[str, None] = {}
+    given_back: dict[nn.Parameter, bool] = {}
     for name, layer in layers.items():
         status = layer_status(layer)
         if stats and by in status.stats_frozen_by:
@@ -219,47 +220,55 @@ def unfreeze_layers(
             if not others:
                 required = layer.__dict__.pop(_REQUIRED_GRAD, ())
                 for parameter, requires_grad in zip(affine_parameters(layer), required, strict=False):
-                    parameter.requires_grad_(requires_grad)
+                    # Of layers that share a parameter, those frozen later found it frozen already.
+                    given_back[parameter] = requires_grad or given_back.get(parameter, False)
             changed[name] = None
+    for parameter, requires_grad in given_back.items():
+        parameter.requires_grad_(requires_grad)
     return tuple(changed)
 
 
 class _HeldInEval(_BatchNorm):
     """Put before the class of a frozen layer: it stays in eval mode whatever mode it is given.
 
-    The mode it would be in were it not frozen is kept on the layer. No annotations here: torch.jit.script reads
-    them.
+    The layer carries the mode it would be in were it not frozen; without one it is not held, which matters where
+    another tool has put a class of its own on top of this one. No annotations here: torch.jit.script reads them.
     """
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
-        self.__dict__[_GIVEN_MODE] = mode
-        self.training = False
+        if _GIVEN_MODE in self.__dict__:
+            self.__dict__[_GIVEN_MODE] = mode
+            self.training = False
         return self
 
     def extra_repr(self) -> str:
         described: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{described}, frozen"
+        return f"{described}, frozen" if _GIVEN_MODE in self.__dict__ else described
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so that pickle cannot find it by name: it is made again from the base.
         reduced: tuple[Any, ...] | str = super().__reduce_ex__(protocol)
-        if isinstance(reduced, tuple) and reduced[1][:1] == (type(self),):
+        if isinstance(reduced, tuple) and reduced[1][:1] == (type(self),) and _is_held_class(type(self)):
             return (_new_held, (type(self).__mro__[2],), *reduced[2:])
         return reduced
 
 
 def _hold_in_eval(layer: _BatchNorm) -> None:
     if not isinstance(layer, _HeldInEval):
-        layer.__dict__[_GIVEN_MODE] = layer.training
         layer.__class__ = _held_class(type(layer))
+    layer.__dict__.setdefault(_GIVEN_MODE, layer.training)
     layer.training = False
 
 
 def _let_go(layer: _BatchNorm) -> None:
-    if isinstance(layer, _HeldInEval):
+    layer.training = layer.__dict__.pop(_GIVEN_MODE)
+    if _is_held_class(type(layer)):
         layer.__class__ = type(layer).__mro__[2]
-        layer.training = layer.__dict__.pop(_GIVEN_MODE)
+
+
+def _is_held_class(kind: type) -> bool:
+    return kind in _HELD_CLASSES.values()
 
 
 def _held_class(base: type[_BatchNorm]) -> type[_BatchNorm]:

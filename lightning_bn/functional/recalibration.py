@@ -60,12 +60,10 @@ class Recalibration:
     seconds: float
 
     def __str__(self) -> str:
-        of = f" of {self.requested_batches:,} asked for" if self._ended_early else ""
-        samples = "" if self.num_samples is None else f" ({self.num_samples:,} samples)"
-        said = [
-            f"{len(self.layers)} BatchNorm layers recalibrated from {self.num_batches:,}{of} batches{samples} "
-            f"in {self.seconds:.1f} s"
-        ]
+        amount = f"{self.num_batches:,} batches" if self.num_samples is None else f"{self.num_samples:,} samples"
+        said = [f"{len(self.layers)} BatchNorm layers recalibrated from {amount} in {self.seconds:.2g} s"]
+        if self._ended_early:
+            said.append(f"the data ended after {self.num_batches:,} of {self.requested_batches:,} batches")
         worst = summarize(reference=self.after, current=self.before)
         if worst.max > 0.01:
             said.append(f"replaced statistics that were off most at {worst.in_words()}")

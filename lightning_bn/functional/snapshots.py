@@ -152,6 +152,7 @@ def write_snapshot(layers: Mapping[str, _BatchNorm], snapshot: Snapshot) -> None
     Raises:
         ValueError: As for :func:`restore_snapshot`.
     """
+    parts = snapshot.slices()
     for name, size in zip(snapshot.names, snapshot.channels, strict=True):
         running = layers[name].running_mean
         if running is None or layers[name].running_var is None:
@@ -162,13 +163,26 @@ def write_snapshot(layers: Mapping[str, _BatchNorm], snapshot: Snapshot) -> None
                 f"it was taken of another model"
                 + (", or run one forward first so that the lazy layer has any." if is_lazy(running) else ".")
             )
+        for buffer, values in ((running, snapshot.mean), (layers[name].running_var, snapshot.var)):
+            _check_dtype(name, buffer, values[parts[name]])
     with torch.no_grad():
-        for index, (name, part) in enumerate(snapshot.slices().items()):
+        for index, (name, part) in enumerate(parts.items()):
             layer = layers[name]
             _tensor(layer.running_mean).copy_(snapshot.mean[part])
             _tensor(layer.running_var).copy_(snapshot.var[part])
             if layer.num_batches_tracked is not None and int(snapshot.num_batches_tracked[index]) != _NO_COUNTER:
                 layer.num_batches_tracked.copy_(snapshot.num_batches_tracked[index])
+
+
+def _check_dtype(name: str, buffer: Tensor | None, values: Tensor) -> None:
+    """Narrowing is exact for what was widened, as in a model of several dtypes; anything else would round silently."""
+    if buffer is None or torch.promote_types(buffer.dtype, values.dtype) == buffer.dtype:
+        return
+    if not torch.equal(values.to(buffer.dtype).to(values.dtype).nan_to_num(nan=0.0), values.nan_to_num(nan=0.0)):
+        raise ValueError(
+            f"BatchNorm layer {name!r} has {buffer.dtype} running statistics that cannot hold the snapshot's "
+            f"{values.dtype} values exactly: convert the model to {values.dtype} first."
+        )
 
 
 def same_bits(a: Tensor, b: Tensor) -> bool:

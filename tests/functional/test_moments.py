@@ -202,6 +202,15 @@ def test_a_batch_without_positions_is_empty() -> None:
     assert torch.equal(of.mean, moments(normal(5, 3)).mean)
 
 
+@pytest.mark.parametrize("rest", [1e17, -3.0])
+def test_an_empty_sample_may_carry_any_finite_numbers(rest: float) -> None:
+    whole = moments(normal(5, 3))
+    empty = Moments(torch.zeros((), dtype=torch.float64), torch.full_like(whole.mean, rest), torch.zeros_like(whole.m2))
+    for merged in (merge(whole, empty), merge(empty, whole)):
+        assert torch.equal(merged.mean, whole.mean)
+        assert torch.equal(merged.m2, whole.m2)
+
+
 def test_one_value_at_a_time_gives_the_whole() -> None:
     x = normal(257, 2)
     assert_matches(reduce(merge, [moments(row[None]) for row in x]), x, scale=2.0)

@@ -1,0 +1,156 @@
+"""Running the user's own step outside the training loop, so that nothing but BatchNorm's statistics comes of it."""
+
+from __future__ import annotations
+
+import inspect
+from collections import deque
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from inspect import Parameter
+from typing import Any
+
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_bn.callbacks._lightning import (
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+    in_step_context,
+    prepare_batch,
+    training_stage,
+)
+from lightning_bn.functional.batches import default_forward
+from lightning_bn.functional.snapshots import same_bits
+
+Step = Callable[[Any, Any], Any]
+
+
+@contextmanager
+def sandbox(trainer: Trainer, module: LightningModule, step: str) -> Iterator[tuple[Step, Callable[[Any], Any]]]:
+    """Yields the step as ``forward(model, batch)`` and the function that prepares a batch for it.
+
+    Inside, ``log`` and ``log_dict`` are silent, the Trainer says that it is training and its loggers write nothing;
+    afterwards torchmetrics' states and the modules' own attributes (counters, lists that steps append to) are as they
+    were. What the caller has to see to: gradients off, modes, buffers and random number generators.
+    """
+    with ExitStack() as stack:
+        stack.enter_context(training_stage(trainer))
+        stack.enter_context(_silent(module))
+        stack.enter_context(preserved_attributes(module))
+        stack.enter_context(preserved_metrics(module))
+        run = _step_function(module, step)
+        batch_idx = -1
+
+        def forward(_: nn.Module, batch: Any) -> Any:
+            nonlocal batch_idx
+            batch_idx += 1
+            return in_step_context(trainer, lambda prepared: run(prepared, batch_idx), batch)
+
+        yield forward, lambda batch: prepare_batch(trainer, module, batch)
+
+
+def check_step(module: LightningModule, step: str) -> None:
+    """Whether ``step`` can be run.
+
+    Raises:
+        MisconfigurationException: If the module has no such method, or if it is ``training_step`` under manual
+            optimization, which would step the optimizers.
+    """
+    if not callable(getattr(module, step, None)):
+        raise MisconfigurationException(
+            f"PreciseBatchNorm(step={step!r}): {type(module).__name__} has no method of that name. Choose "
+            f"'training_step', 'predict_step', 'forward' or a method of your own that takes a batch."
+        )
+    if step == "training_step" and not module.automatic_optimization:
+        raise MisconfigurationException(
+            f"PreciseBatchNorm(step='training_step') cannot run {type(module).__name__}.training_step under manual "
+            f"optimization: it would step the optimizers. Choose step='forward', 'predict_step' or a method of your "
+            f"own that runs the network on a batch."
+        )
+
+
+def _step_function(module: LightningModule, step: str) -> Callable[[Any, int], Any]:
+    if step == "forward":
+        return lambda batch, batch_idx: default_forward(module, batch)
+    method = getattr(module, step)
+    # By position, as Lightning does: users name the index as they like, or leave it out.
+    kinds = [parameter.kind for parameter in inspect.signature(method).parameters.values()]
+    positional = sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
+    takes_index = positional > 1 or Parameter.VAR_POSITIONAL in kinds
+    return lambda batch, batch_idx: method(batch, batch_idx) if takes_index else method(batch)
+
+
+@contextmanager
+def _silent(module: LightningModule) -> Iterator[None]:
+    shadowed = ("log", "log_dict")
+    found = {name: module.__dict__[name] for name in shadowed if name in module.__dict__}
+    module.__dict__.update(dict.fromkeys(shadowed, lambda *args, **kwargs: None))
+    try:
+        yield
+    finally:
+        for name in shadowed:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(found)
+
+
+@contextmanager
+def preserved_attributes(model: nn.Module) -> Iterator[None]:
+    """Attributes that modules keep besides torch's own are afterwards the same objects, and added ones are gone.
+
+    Of lists, dicts, sets, deques and tensors the contents are as they were too.
+    """
+    internal = set(nn.Module().__dict__)
+    found = [
+        (module, {name: (value, _contents(value)) for name, value in module.__dict__.items() if name not in internal})
+        for module in model.modules()
+        if not isinstance(module, Metric)
+    ]
+    try:
+        yield
+    finally:
+        for module, attributes in found:
+            for name in [name for name in module.__dict__ if name not in internal and name not in attributes]:
+                del module.__dict__[name]
+            for name, (value, contents) in attributes.items():
+                _put_contents(value, contents)
+                module.__dict__[name] = value
+
+
+@contextmanager
+def preserved_metrics(model: nn.Module) -> Iterator[None]:
+    """The states of all torchmetrics metrics below ``model`` are afterwards as they were, in the same tensors."""
+    found = [
+        (metric, {name: (value, _contents(value)) for name, value in metric.__dict__.items()})
+        for metric in model.modules()
+        if isinstance(metric, Metric)
+    ]
+    try:
+        yield
+    finally:
+        for metric, attributes in found:
+            metric.__dict__.clear()
+            for name, (value, contents) in attributes.items():
+                _put_contents(value, contents)
+                metric.__dict__[name] = value
+
+
+def _contents(value: Any) -> Any:
+    """A shallow copy of what can change in place; None for what is only ever replaced."""
+    if isinstance(value, Tensor):
+        return value.detach().clone()
+    return value.copy() if type(value) in (list, dict, set, deque) else None
+
+
+def _put_contents(value: Any, contents: Any) -> None:
+    if contents is None:
+        return
+    if isinstance(value, Tensor):
+        if not same_bits(value, contents):
+            value.detach().copy_(contents)
+        return
+    value.clear()
+    if isinstance(value, list | deque):
+        value.extend(contents)
+    else:
+        value.update(contents)
