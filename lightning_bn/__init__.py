@@ -8,16 +8,18 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_bn.callbacks._task_of import task
     from lightning_bn.callbacks.freezer import BatchNormFreezer
     from lightning_bn.callbacks.monitor import BatchNormMonitor
     from lightning_bn.callbacks.precise import PreciseBatchNorm
 
-__all__ = ["BatchNormFreezer", "BatchNormMonitor", "PreciseBatchNorm", "__version__"]
+__all__ = ["BatchNormFreezer", "BatchNormMonitor", "PreciseBatchNorm", "__version__", "task"]
 
 _HOME = {
     "BatchNormFreezer": "lightning_bn.callbacks.freezer",
     "BatchNormMonitor": "lightning_bn.callbacks.monitor",
     "PreciseBatchNorm": "lightning_bn.callbacks.precise",
+    "task": "lightning_bn.callbacks._task_of",
 }
 
 try:

@@ -9,7 +9,7 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from forgetting import Outcome, by_row
+from forgetting import Outcome, by_row, worst
 from lagging import EPOCHS, SETTINGS, Pair
 
 WITHOUT, WITH = "#c8553d", "#2a6f97"
@@ -57,23 +57,32 @@ def draw_old_task(axes: Axes, seeds: Sequence[dict[str, Outcome]]) -> None:
 
 
 def draw_drift(axes: Axes, seeds: Sequence[dict[str, Outcome]]) -> None:
-    """Drift of each backbone layer by step, measured by BatchNormMonitor: seeds thin, mean thick."""
+    """Drift of the backbone's layers by step, as BatchNormMonitor saw it, not frozen and frozen."""
     rows = by_row(seeds)
-    for row, colours in (("recalibration", SHADES), ("freezing", (WITH,) * len(SHADES))):
-        histories = [outcome.history for outcome in rows[row] if outcome.history is not None]
-        curves = torch.stack([history.values() for history in histories])
-        steps = histories[0].steps
-        for layer, name in enumerate(histories[0].names):
-            label = f"not frozen: {name.removeprefix('network.')}" if row == "recalibration" else "frozen: all three"
-            axes.plot(steps, curves[:, :, layer].T, color=colours[layer], linewidth=0.6, alpha=0.4)
-            axes.plot(steps, curves[:, :, layer].mean(dim=0), color=colours[layer], linewidth=2.5, label=label)
-    handles, labels = axes.get_legend_handles_labels()
-    axes.legend(handles[:4], labels[:4], frameon=False, loc="upper right", bbox_to_anchor=(1, 0.82))
+    draw_histories(axes, rows["recalibration"], SHADES, "not frozen: {layer}")
+    draw_histories(axes, rows["freezing"], (WITH,) * len(SHADES), "frozen: all of them")
+    largest = worst(rows["recalibration"])
+    place = (axes.dataLim.xmax, largest.max)
+    axes.annotate(largest.in_words().removeprefix("network."), place, (0, 8), textcoords="offset points", ha="right")
     axes.set_yscale("symlog", linthresh=0.01)
     axes.set_ylim(-0.001, 100)
+    axes.set_yticks([0, 0.01, 0.1, 1, 10, 100], ["0", "0.01", "0.1", "1", "10", "100"])
     axes.set_xlabel("training step on the new task")
-    axes.set_ylabel("largest drift of a channel (Jeffreys)")
-    axes.set_title("How far the backbone's running statistics moved\n(measured by BatchNormMonitor)")
+    axes.set_ylabel("a layer's largest drift, Jeffreys")
+    axes.set_title("How far the backbone's running statistics moved\n(0.1 is variance x1.6, or the mean by 0.3 sigma)")
+    by_label = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
+    axes.legend(by_label.values(), by_label.keys(), frameon=False, loc="upper right", bbox_to_anchor=(1, 0.82))
+
+
+def draw_histories(axes: Axes, outcomes: Sequence[Outcome], colours: Sequence[str], label: str) -> None:
+    """A curve per layer: seeds thin, mean thick."""
+    histories = [outcome.history for outcome in outcomes if outcome.history is not None]
+    curves = torch.stack([history.values() for history in histories])
+    steps, names = histories[0].steps, histories[0].names
+    for name, colour, of_seeds in zip(names, colours, curves.unbind(dim=2), strict=True):
+        axes.plot(steps, of_seeds.T, color=colour, linewidth=0.6, alpha=0.4)
+        said = label.format(layer=name.removeprefix("network."))
+        axes.plot(steps, of_seeds.mean(dim=0), color=colour, linewidth=2.5, label=said)
 
 
 def draw_validation(axes: Axes, pairs: Sequence[Pair]) -> None:

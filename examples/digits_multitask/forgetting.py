@@ -117,9 +117,10 @@ def reading(seeds: Sequence[dict[str, Outcome]]) -> str:
     price = fmean(a.new[-1] - b.new[-1] for a, b in zip(bare, frozen, strict=True))
     unchanged = sum(outcome.weights_kept for outcome in fits)
     return (
-        f"The backbone's weights are bit-identical after {unchanged} of {len(fits)} fits. Without callbacks its BatchNorm statistics moved (most at {worst(bare).in_words()}), and the old task "
-        f"lost {lost(bare)} points; with freezing it lost {lost(frozen)}. The new task "
-        f"{'pays' if price >= 0 else 'gains'} {abs(price):.1f} points for that."
+        f"The backbone's weights are bit-identical after {unchanged} of {len(fits)} fits. Without callbacks its "
+        f"BatchNorm statistics moved (most at {worst(bare).in_words()}), and the old task lost {lost(bare)} points; "
+        f"with freezing it lost {lost(frozen)}. For that the new task {'pays' if price >= 0 else 'gains'} "
+        f"{abs(price):.1f} points."
     )
 
 

@@ -36,13 +36,13 @@ def reading(seeds: Sequence[Worst]) -> str:
 
     def measured(lr: float) -> str:
         frozen, free = ([seed[lr, frozen] for seed in seeds] for frozen in (True, False))
-        return f"at learning rate {lr} {in_line(frozen)} % with its BatchNorm frozen and {in_line(free)} % without"
+        return f"at learning rate {lr}, {in_line(frozen)} % with frozen BatchNorm and {in_line(free)} % without"
 
     def loss(lr: float) -> float:
         return fmean(seed[lr, False] - seed[lr, True] for seed in seeds)
 
-    advice = " Below frozen BatchNorm, train at a low learning rate." if loss(high) > loss(low) else ""
+    advice = " With frozen BatchNorm, keep the learning rate low." if loss(high) > loss(low) else ""
     return (
-        "What freezing can break: where the backbone's weights train too, the new task's worst epoch was "
+        "\nWhat freezing can break: where the backbone's weights train too, the new task's worst epoch was, "
         f"{measured(low)}; {measured(high)}.{advice}"
     )

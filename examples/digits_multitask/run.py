@@ -8,6 +8,7 @@ from functools import partial
 from itertools import count
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -31,6 +32,8 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="how many seeds to run (default: 5)")
     seeds = range(parser.parse_args().seeds)
     be_quiet()
+    # Layers this small gain nothing from a second thread, and wait for it where other processes use the cores.
+    torch.set_num_threads(1)
     shutil.rmtree(OUTPUT / "fits", ignore_errors=True)
     console = Console()
     started = time.monotonic()

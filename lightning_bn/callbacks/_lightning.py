@@ -12,6 +12,8 @@ from pytorch_lightning.loggers.logger import DummyLogger
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 Trainer: TypeAlias = pl.Trainer
 LightningModule: TypeAlias = pl.LightningModule
@@ -43,6 +45,16 @@ def same_kind_before(trainer: Trainer, callback: Callback) -> list[Any]:
     """Other callbacks of the same class in the Trainer."""
     others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [other for other in others if type(other) is type(callback) and other is not callback]
+
+
+def averaged_copies(trainer: Trainer) -> list[tuple[nn.Module, bool]]:
+    """Averages of the module that WeightAveraging callbacks keep beside it, and whether each has been updated yet."""
+    copies = []
+    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+        average = getattr(callback, "_average_model", None)
+        if isinstance(average, AveragedModel):
+            copies.append((average.module, bool(average.n_averaged)))
+    return copies
 
 
 def train_loaders(trainer: Trainer) -> tuple[Any, str]:
@@ -97,6 +109,7 @@ __all__ = [
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
+    "averaged_copies",
     "combined",
     "in_step_context",
     "in_training_fit",

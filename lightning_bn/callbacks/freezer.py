@@ -2,52 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim import LBFGS
 
+from lightning_bn.callbacks._freeze import Freeze, FreezeReport, Trip
 from lightning_bn.callbacks._lightning import (
     Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
+    averaged_copies,
     rank_zero_info,
     rank_zero_warn,
     same_kind_before,
 )
-from lightning_bn.functional.freezing import freeze_layers, select_to_freeze, unfreeze_layers
-from lightning_bn.functional.layers import affine_parameters, batch_norm_layers
-from lightning_bn.functional.proof import KeptValues, Moved
-from lightning_bn.functional.status import layer_status, update_status
-
-
-@dataclass(frozen=True)
-class FreezeReport:
-    """What became of the frozen values in one fit.
-
-    Attributes:
-        layers: Names of the frozen layers.
-        steps: Optimizer steps they were frozen for.
-        moved: What was found changed and was put back; empty where all stayed bit-identical.
-    """
-
-    layers: tuple[str, ...]
-    steps: int
-    moved: tuple[Moved, ...]
-
-    @property
-    def identical(self) -> bool:
-        """Whether every frozen value stayed bit-identical without help."""
-        return not self.moved
-
-    def __str__(self) -> str:
-        frozen = f"{len(self.layers)} frozen layers"
-        if self.identical:
-            return f"{frozen} bit-identical over {self.steps:,} steps"
-        return f"{frozen} over {self.steps:,} steps; moved and put back: {', '.join(map(str, self.moved))}"
+from lightning_bn.callbacks._task_of import TaskOf, listen, stop_listening
+from lightning_bn.functional.freezing import warn_of_initial_statistics
+from lightning_bn.functional.layers import batch_norm_layers, quoted
+from lightning_bn.functional.plan import FreezePlan, plan, select_by_task
+from lightning_bn.functional.schedule import FreezeSchedule
 
 
 class BatchNormFreezer(Callback):
@@ -55,27 +32,41 @@ class BatchNormFreezer(Callback):
 
     Statistics: the layers normalise with their running statistics in training too, and stay so through any
     ``.train()``. Affine: their gradients are dropped before every optimizer step; the parameters stay in their
-    optimizer groups and keep ``requires_grad``, so that distributed training and resuming are not disturbed. At the end
-    of the fit all frozen values are compared with those at its beginning, bit by bit.
+    optimizer groups and keep ``requires_grad``, so that distributed training, resuming and unfreezing are not
+    disturbed. Whatever else moves a frozen value is noticed, put back and reported; at the end of the fit all of them
+    are compared bit by bit with those at its beginning.
 
     Only BatchNorm is frozen; other weights below the same paths train on.
 
     Args:
         modules: Which BatchNorm layers, as for :func:`~lightning_bn.functional.batch_norm_layers`: module paths such as
-            ``["vfe", "backbone_2d.blocks"]``, globs or regular expressions. None for all.
+            ``["vfe", "backbone_2d.blocks"]``, globs or regular expressions. None for all, or with ``by_task`` for none
+            beside the tasks' own.
         exclude: Which of them not.
         root: Put before every path, for instance ``"model"`` where the network is in ``self.model``.
         stats: Whether to freeze running statistics.
         affine: Whether to freeze ``weight`` and ``bias``.
+        start_epoch: First epoch in which they are frozen, from 0; a negative one counts from ``max_epochs``: -20 is the
+            last 20 epochs.
+        stop_epoch: First epoch in which they no longer are; a negative one counts from ``max_epochs``.
+        start_step: First optimizer step (``trainer.global_step``) in which they are frozen.
+        stop_step: First optimizer step in which they no longer are.
+        by_task: Further modules for each task, frozen while a batch of that task is trained: their statistics do not
+            move, and that batch contributes nothing to the gradients of their ``weight`` and ``bias``.
+        task_key: Where the task of a batch is found: a key of the batch, or the import path of a function of batch and
+            batch index. For steps that serve several tasks at once, use :func:`lightning_bn.task` inside the step.
         name: Tells this freezer from another one in the same Trainer.
 
     Attributes:
-        report: What became of the frozen values, None before the end of a fit.
+        report: What became of the frozen values; None before a fit.
 
     Raises:
-        MisconfigurationException: If neither ``stats`` nor ``affine`` is asked for, or if two freezers of one Trainer
-            have the same ``name``.
+        MisconfigurationException: If nothing is to be frozen, if the schedule can never be on, if ``task_key`` leads
+            nowhere, or if two freezers of one Trainer have the same ``name``.
         SelectionError: When the fit starts, if the selection means no layer or one without running statistics.
+
+    Source: Wu & Johnson (2021), "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 4 for freezing in
+    fine-tuning and in the last epochs.
     """
 
     def __init__(
@@ -85,27 +76,69 @@ class BatchNormFreezer(Callback):
         root: str = "",
         stats: bool = True,
         affine: bool = True,
+        start_epoch: int | None = None,
+        stop_epoch: int | None = None,
+        start_step: int | None = None,
+        stop_step: int | None = None,
+        by_task: dict[str, list[str]] | None = None,
+        task_key: str | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__()
         if not stats and not affine:
             raise MisconfigurationException("BatchNormFreezer(stats=False, affine=False) freezes nothing.")
+        if task_key is not None and not by_task:
+            raise MisconfigurationException(f"BatchNormFreezer(task_key={task_key!r}) means nothing without by_task.")
+        try:
+            self._schedule = FreezeSchedule(start_epoch, stop_epoch, start_step, stop_step)
+        except ValueError as error:
+            raise MisconfigurationException(f"BatchNormFreezer: {error}") from error
         self.modules = modules
         self.exclude = exclude
         self.root = root
         self.stats = stats
         self.affine = affine
+        self.by_task = by_task
         self.name = name
         self.report: FreezeReport | None = None
-        self._layers: dict[str, _BatchNorm] = {}
-        self._affine_parameters: list[nn.Parameter] = []
-        self._kept: KeptValues | None = None
-        self._moved: dict[tuple[str, str], Moved] = {}
-        self._first_step = 0
+        self._task_of = TaskOf(task_key)
+        self._freeze: Freeze | None = None
+        self._batch_task: str | None = None
+        self._in_batch = False
+        self._swapped = False
+        self._step = 0
+        self._resumed: FreezeReport | None = None
+        self._tasks_seen: set[str] = set()
 
     @property
     def state_key(self) -> str:
         return f"{type(self).__name__}[{self.name}]" if self.name else type(self).__name__
+
+    def plan(self, model: nn.Module) -> FreezePlan:
+        """What this freezer will do to ``model``, layer by layer; nothing is changed.
+
+        Raises:
+            SelectionError: If the selection means no layer or one without running statistics.
+        """
+        return plan(
+            model,
+            self.modules,
+            self.exclude,
+            self.root,
+            stats=self.stats,
+            affine=self.affine,
+            by_task=self.by_task,
+            schedule=self._schedule,
+        )
+
+    @contextmanager
+    def allow_updates(self) -> Iterator[None]:
+        """Inside, the layers are not frozen and may be given new values; afterwards those are the frozen ones."""
+        if self._freeze is None:
+            yield
+        else:
+            with self._freeze.released(self._step):
+                yield
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if any(other.state_key == self.state_key for other in same_kind_before(trainer, self)):
@@ -115,80 +148,195 @@ class BatchNormFreezer(Callback):
             )
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._let_go(trainer.global_step)
         self.report = None
-        self._select(pl_module)
+        self._is_on(trainer)
+        always, _ = self._select(pl_module)
+        if self.stats and self._schedule.always:
+            layers = batch_norm_layers(pl_module)
+            warn_of_initial_statistics({name: layers[name] for name in always}, stacklevel=2)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here and not earlier: before the sanity check Lightning would warn of modules in eval mode, and layers may
         # have been replaced since on_fit_start.
-        self._layers = batch_norm_layers(pl_module, self.modules, self.exclude, self.root)
-        self._kept, self._moved, self._first_step = None, {}, trainer.global_step
-        if self.stats:
-            freeze_layers(self._layers, stats=True, affine=False, by=self.state_key)
-        if self.affine:
-            self._affine_parameters = [p for layer in self._layers.values() for p in affine_parameters(layer)]
-            for layer in self._layers.values():
-                owners = layer_status(layer).affine_frozen_by
-                update_status(layer, affine_frozen_by=(*owners, self.state_key))
-            self._drop_gradients()
-        rank_zero_info(f"BatchNormFreezer: {self._summary(pl_module)}")
+        always, by_task = self._select(pl_module)
+        self._freeze = Freeze(
+            pl_module,
+            always,
+            by_task,
+            stats=self.stats,
+            affine=self.affine,
+            by=self.state_key,
+            before=self._resumed,
+            affine_cause=_affine_cause(trainer),
+        )
+        self._resumed, self._tasks_seen, self._swapped = None, set(), False
+        self._freeze.switch(self._is_on(trainer), trainer.global_step)
+        listen(self._on_task)
+        rank_zero_info(f"BatchNormFreezer: {self.plan(pl_module)}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._kept is None:
-            # Only now: weights may still have been loaded in the module's own on_train_start.
-            self._kept = KeptValues(self._layers, stats=self.stats, affine=self.affine)
-        if self.stats:
-            for layer in self._layers.values():
-                if layer.training:
-                    layer.training = False
+        freeze, step = self._frozen, trainer.global_step
+        self._step = step
+        self._say(freeze.switch(self._is_on(trainer), step))
+        # Only now: weights may still have been loaded in the module's own on_train_start.
+        freeze.keep(averaged_copies(trainer))
+        self._say(freeze.glance(step))
+        if self.by_task:
+            self._batch_task = self._task_of(batch, batch_idx)
+            self._in_batch = True
+            self._on_task(None)
+
+    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
+        if pl_module.automatic_optimization:
+            self._frozen.train_gradients()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         # Before clipping, so that the norm is that of the gradients that are used.
-        self._drop_gradients()
+        self._frozen.drop_gradients()
+
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._step = trainer.global_step
+        if self.by_task:
+            self._in_batch = False
+            self._say(self._frozen.check_task(trainer.global_step))
+            self._frozen.switch_task(None)
+
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._frozen.check_copies()
+
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._freeze is not None:
+            # From here to the end averages may stand in the place of the weights: nothing is compared or put back.
+            self._freeze.check_copies()
+            self._swapped = True
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._mend(trainer)
+        if self._freeze is not None:
+            self._swapped = False
+            self._say(self._freeze.check(trainer.global_step))
+
+    def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        if self._freeze is not None and not self._swapped:
+            # The tensors of the state dict are those of the model and of the average: put back there, they are right
+            # in the file.
+            self._say(self._freeze.check(trainer.global_step))
+            self._freeze.check_copies()
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._kept is None:
-            self._let_go()
+        self._say(self._let_go(trainer.global_step))
+        if self.report is None:
             return
-        self._mend(trainer)
-        self.report = FreezeReport(
-            tuple(self._layers), trainer.global_step - self._first_step, tuple(self._moved.values())
-        )
-        self._let_go()
+        for logger in trainer.loggers:
+            logger.log_metrics(
+                {"bn/frozen_layers": len(self.report.layers), "bn/frozen_moved": len(self.report.moved)},
+                step=trainer.global_step,
+            )
         (rank_zero_info if self.report.identical else rank_zero_warn)(f"BatchNormFreezer: {self.report}")
+        unseen = sorted(set(self.by_task or {}) - self._tasks_seen)
+        if unseen:
+            rank_zero_warn(
+                f"BatchNormFreezer: by_task names {quoted(unseen)}, but no batch was of such a task; "
+                f"tasks seen: {quoted(sorted(self._tasks_seen)) or 'none'}."
+            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._let_go()
+        self._let_go(trainer.global_step)
 
-    def _select(self, module: LightningModule) -> dict[str, _BatchNorm]:
-        return select_to_freeze(
-            module, self.modules, self.exclude, stats=self.stats, affine=self.affine, root=self.root
+    def state_dict(self) -> dict[str, Any]:
+        report = self.report if self._freeze is None else self._freeze.report(self._step)
+        return {"settings": self._settings(), "report": None if report is None else report.state_dict()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        if state_dict["report"] is not None:
+            self._resumed = FreezeReport.from_state_dict(state_dict["report"])
+
+    def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
+        states = checkpoint.get("callbacks", {})
+        saved = states.get(self.state_key)
+        if saved is None:
+            others = [key for key in states if key.startswith(type(self).__name__)]
+            if others:
+                rank_zero_warn(
+                    f"BatchNormFreezer: the checkpoint was written with {quoted(others)} and knows no "
+                    f"{self.state_key!r}: this run freezes as it is configured now, and counts from here."
+                )
+            return
+        now, then = self._settings(), saved["settings"]
+        changed = [f"{key} {then.get(key)!r} -> {now[key]!r}" for key in now if now[key] != then.get(key)]
+        if changed:
+            rank_zero_warn(
+                f"BatchNormFreezer: the checkpoint was written under another plan ({'; '.join(changed)}): this run "
+                f"freezes as it is configured now."
+            )
+
+    @property
+    def _frozen(self) -> Freeze:
+        if self._freeze is None:
+            raise RuntimeError("BatchNormFreezer has seen no on_train_start: it works inside Trainer.fit only.")
+        return self._freeze
+
+    def _select(self, module: LightningModule) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
+        return select_by_task(
+            module,
+            self.modules,
+            self.exclude,
+            self.root,
+            stats=self.stats,
+            affine=self.affine,
+            by_task=self.by_task,
         )
 
-    def _drop_gradients(self) -> None:
-        for parameter in self._affine_parameters:
-            parameter.grad = None
+    def _is_on(self, trainer: Trainer) -> bool:
+        try:
+            return self._schedule.is_on(trainer.current_epoch, trainer.global_step, trainer.max_epochs)
+        except ValueError as error:
+            raise MisconfigurationException(f"BatchNormFreezer: {error}") from error
 
-    def _mend(self, trainer: Trainer) -> None:
-        if self._kept is None or trainer.sanity_checking:
+    def _on_task(self, task: str | None) -> None:
+        """The task of what runs next: that of the innermost context, else the batch's own."""
+        if self._in_batch and self._freeze is not None and self._freeze.on:
+            task = task if task is not None else self._batch_task
+            if task is not None:
+                self._tasks_seen.add(task)
+            self._freeze.switch_task(task)
+
+    def _say(self, trips: list[Trip]) -> None:
+        if not trips:
             return
-        moved = self._kept.moved(self._layers)
-        if moved:
-            self._kept.put_back(self._layers)
-            self._moved.update({(one.layer, one.value): one for one in moved})
+        said = "; ".join(map(str, trips[:3])) + (f"; {len(trips) - 3} more" if len(trips) > 3 else "")
+        rank_zero_warn(f"BatchNormFreezer: a frozen value was moved and has been put back: {said}")
 
-    def _let_go(self) -> None:
+    def _let_go(self, step: int) -> list[Trip]:
         # Also after an exception inside validation, or in a later Trainer the layers would still be in eval.
-        if self.stats:
-            unfreeze_layers(self._layers, stats=True, affine=False, by=self.state_key)
-        for layer in self._layers.values():
-            others = tuple(owner for owner in layer_status(layer).affine_frozen_by if owner != self.state_key)
-            update_status(layer, affine_frozen_by=others)
-        self._layers, self._affine_parameters, self._kept = {}, [], None
+        stop_listening(self._on_task)
+        freeze, self._in_batch = self._freeze, False
+        if freeze is None:
+            return []
+        if self._swapped:
+            freeze.forget_values()
+        trips = freeze.switch(False, step)
+        self.report = freeze.report(step)
+        self._freeze = None
+        return trips
 
-    def _summary(self, module: LightningModule) -> str:
-        what = " and ".join(word for word, on in (("statistics", self.stats), ("affine", self.affine)) if on)
-        return f"{len(self._layers)} of {len(batch_norm_layers(module))} BatchNorm layers frozen ({what})"
+    def _settings(self) -> dict[str, Any]:
+        def plain(value: Any) -> Any:
+            return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
+
+        return {
+            "modules": plain(self.modules),
+            "exclude": plain(self.exclude),
+            "root": self.root,
+            "stats": self.stats,
+            "affine": self.affine,
+            "schedule": str(self._schedule),
+            "by_task": None if self.by_task is None else {task: list(paths) for task, paths in self.by_task.items()},
+        }
+
+
+def _affine_cause(trainer: Trainer) -> str:
+    lbfgs = any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers)
+    return "LBFGS moves parameters that have no gradient" if lbfgs else ""

@@ -43,8 +43,8 @@ class BatchNormMonitor(Callback):
         every_n_steps: Optimizer steps between two samples; validation is always preceded by one.
         measure: As for :func:`~lightning_bn.functional.drift`; of signed measures the absolute value counts.
         reference: What drift is measured from: the statistics at ``"fit_start"``, or those at the start of the epoch
-            (``"previous_epoch"``). Layers that start a fit untrained are measured from when 1 % of their initial values
-            is left in the moving average; there is no alarm before.
+            (``"previous_epoch"``). Layers that start untrained are measured from when 1 % of their initial values is
+            left in the moving average; until then their drift is 0.
         warn_above: Warn once when the largest drift of a channel goes above this; again only after it has fallen below
             half of it.
         act_above: Take ``action`` when the largest drift of a channel goes above this.
@@ -98,7 +98,7 @@ class BatchNormMonitor(Callback):
         self.history = DriftHistory()
         self._layers: dict[str, _BatchNorm] = {}
         self._reference: Snapshot | None = None
-        self._settled = False
+        self._unsettled: set[str] = set()
         self._last: tuple[int, DriftSummary] | None = None
         self._warned = False
 
@@ -149,7 +149,7 @@ class BatchNormMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         return {
             "reference": None if self._reference is None else self._reference.state_dict(),
-            "settled": self._settled,
+            "unsettled": sorted(self._unsettled),
             "warned": self._warned,
             "history": self.history.state_dict(),
         }
@@ -157,32 +157,34 @@ class BatchNormMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         reference = state_dict["reference"]
         self._reference = None if reference is None else Snapshot.from_state_dict(reference)
-        self._settled = state_dict["settled"]
+        self._unsettled = set(state_dict["unsettled"])
         self._warned = state_dict["warned"]
         self.history = DriftHistory.from_state_dict(state_dict["history"])
 
     def _set_reference(self) -> None:
         self._reference = snapshot_of(self._layers)
-        self._settled = self._initial_share() < _SETTLED
+        self._unsettled = {name for name, layer in self._layers.items() if initial_share(layer) >= _SETTLED}
 
-    def _initial_share(self) -> float:
-        return max(initial_share(layer) for layer in self._layers.values())
+    def _follow_unsettled(self, reference: Snapshot, current: Snapshot) -> None:
+        """Layers that started untrained have no drift yet: their reference follows them until they are settled."""
+        parts = reference.slices()
+        for name in self._unsettled:
+            for then, now in ((reference.mean, current.mean), (reference.var, current.var)):
+                then[parts[name]] = now[parts[name]]
+        self._unsettled = {name for name in self._unsettled if initial_share(self._layers[name]) >= _SETTLED}
 
     def _sample(self, trainer: Trainer) -> None:
         step = trainer.global_step
         if self._reference is None or not self._layers or (self._last is not None and self._last[0] == step):
             return
         current = snapshot_of(self._layers)
-        reference = self._reference.to(current.mean.device)
+        reference = self._reference = self._reference.to(current.mean.device)
+        self._follow_unsettled(reference, current)
         summary = summarize(reference, current, self.measure)
         self._last = (step, summary)
         self.history.append(step, trainer.current_epoch, reference, current, self.measure)
         for logger in trainer.loggers:
             logger.log_metrics(self._metrics(summary), step=step)
-        if not self._settled:
-            if self._initial_share() < _SETTLED:
-                self._set_reference()
-            return
         self._judge(trainer, step, summary)
 
     def _judge(self, trainer: Trainer, step: int, summary: DriftSummary) -> None:

@@ -5,7 +5,9 @@ from lightning_bn.functional.freezing import freeze_batch_norm, frozen_batch_nor
 from lightning_bn.functional.layers import batch_norm_layers, tracked_layers
 from lightning_bn.functional.moments import Moments, merge, moments, variance
 from lightning_bn.functional.patterns import SelectionError
+from lightning_bn.functional.plan import FreezePlan, PlannedLayer, plan
 from lightning_bn.functional.recalibration import Recalibration, recalibrate
+from lightning_bn.functional.schedule import FreezeSchedule
 from lightning_bn.functional.semantics import LayerBehaviour, describe
 from lightning_bn.functional.snapshots import Snapshot, restore_snapshot, take_snapshot
 from lightning_bn.functional.status import LayerStatus, is_frozen, layer_status
@@ -13,10 +15,13 @@ from lightning_bn.functional.status import LayerStatus, is_frozen, layer_status
 __all__ = [
     "MEASURES",
     "DriftSummary",
+    "FreezePlan",
+    "FreezeSchedule",
     "LayerBehaviour",
     "LayerStatus",
     "Measure",
     "Moments",
+    "PlannedLayer",
     "Recalibration",
     "SelectionError",
     "Snapshot",
@@ -29,6 +34,7 @@ __all__ = [
     "layer_status",
     "merge",
     "moments",
+    "plan",
     "recalibrate",
     "restore_snapshot",
     "summarize",

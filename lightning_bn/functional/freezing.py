@@ -5,12 +5,12 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from copy import copy
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from typing_extensions import Self
 
+from lightning_bn.functional.holding import GIVEN_MODE, HOLDERS, hold_in_eval, let_go
 from lightning_bn.functional.layers import (
     affine_parameters,
     batch_norm_layers,
@@ -24,8 +24,7 @@ from lightning_bn.functional.status import is_frozen, layer_status, update_statu
 
 _OWNER = "freeze_batch_norm"
 _REQUIRED_GRAD = "_lightning_bn_required_grad"
-_GIVEN_MODE = "_lightning_bn_given_mode"
-_HELD_CLASSES: dict[type[_BatchNorm], type[_BatchNorm]] = {}
+_OWN_ATTRIBUTES = (_REQUIRED_GRAD, GIVEN_MODE, HOLDERS)
 
 
 def freeze_batch_norm(
@@ -75,6 +74,8 @@ def freeze_batch_norm(
         False
     """
     layers = select_to_freeze(model, modules, exclude, stats=stats, affine=affine, root=root)
+    if stats:
+        warn_of_initial_statistics(layers)
     freeze_layers(layers, stats=stats, affine=affine)
     return tuple(layers)
 
@@ -136,6 +137,8 @@ def frozen_batch_norm(
         ValueError: As for ``freeze_batch_norm``.
     """
     layers = select_to_freeze(model, modules, exclude, stats=stats, affine=affine, root=root)
+    if stats:
+        warn_of_initial_statistics(layers, stacklevel=4)  # past contextlib's frame
     found = {name: _State(layer) for name, layer in layers.items()}
     try:
         freeze_layers(layers, stats=stats, affine=affine)
@@ -153,9 +156,6 @@ def select_to_freeze(
     Raises:
         SelectionError: As for :func:`freeze_batch_norm`.
         ValueError: As for :func:`freeze_batch_norm`.
-
-    Warns:
-        UserWarning: As for :func:`freeze_batch_norm`.
     """
     if not stats and not affine:
         raise ValueError("stats=False with affine=False freezes nothing: ask for at least one of them.")
@@ -169,15 +169,19 @@ def select_to_freeze(
             f"track_running_stats=False): leave it out with exclude, or freeze with stats=False."
         )
     layers = tracked_layers(model, modules, exclude, root)
+    return layers
+
+
+def warn_of_initial_statistics(layers: Mapping[str, _BatchNorm], stacklevel: int = 3) -> None:
+    """Warns where statistics are about to be frozen that are still those of construction."""
     initial = [name for name, layer in layers.items() if has_initial_statistics(layer)]
     if initial:
         warnings.warn(
             f"freezing {len(initial)} BatchNorm layers whose running statistics are still those of construction, "
             f"mean 0 and variance 1: {quoted(initial)}. They would normalise nothing: load the pre-trained weights "
             f"before freezing, or recalibrate first.",
-            stacklevel=3,
+            stacklevel=stacklevel,
         )
-    return layers
 
 
 def freeze_layers(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, by: str = _OWNER) -> None:
@@ -186,13 +190,10 @@ def freeze_layers(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool
         # All of them before any changes: layers may share a parameter.
         for layer in layers.values():
             layer.__dict__.setdefault(_REQUIRED_GRAD, tuple(p.requires_grad for p in affine_parameters(layer)))
+    declare_frozen(layers, stats=stats, affine=affine, by=by)
     for layer in layers.values():
-        status = layer_status(layer)
-        if stats and by not in status.stats_frozen_by:
-            _hold_in_eval(layer)
-            update_status(layer, stats_frozen_by=(*status.stats_frozen_by, by))
-        if affine and by not in status.affine_frozen_by:
-            update_status(layer, affine_frozen_by=(*status.affine_frozen_by, by))
+        if stats:
+            hold_in_eval(layer, by)
         if affine:
             for parameter in affine_parameters(layer):
                 parameter.requires_grad_(False)
@@ -204,85 +205,44 @@ def unfreeze_layers(
     layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, by: str = _OWNER
 ) -> tuple[str, ...]:
     """Lets go of layers that ``by`` froze; one that someone else also holds stays frozen. Names of those changed."""
-    changed: dict[str, None] = {}
     given_back: dict[nn.Parameter, bool] = {}
-    for name, layer in layers.items():
-        status = layer_status(layer)
-        if stats and by in status.stats_frozen_by:
-            others = tuple(owner for owner in status.stats_frozen_by if owner != by)
-            update_status(layer, stats_frozen_by=others)
-            if not others:
-                _let_go(layer)
-            changed[name] = None
-        if affine and by in status.affine_frozen_by:
-            others = tuple(owner for owner in status.affine_frozen_by if owner != by)
-            update_status(layer, affine_frozen_by=others)
-            if not others:
-                required = layer.__dict__.pop(_REQUIRED_GRAD, ())
-                for parameter, requires_grad in zip(affine_parameters(layer), required, strict=False):
-                    # Of layers that share a parameter, those frozen later found it frozen already.
-                    given_back[parameter] = requires_grad or given_back.get(parameter, False)
-            changed[name] = None
+    changed = declare_unfrozen(layers, stats=stats, affine=affine, by=by)
+    for name in changed:
+        layer = layers[name]
+        if stats:
+            let_go(layer, by)
+        if affine and not layer_status(layer).affine_frozen_by:
+            required = layer.__dict__.pop(_REQUIRED_GRAD, ())
+            for parameter, requires_grad in zip(affine_parameters(layer), required, strict=False):
+                # Of layers that share a parameter, those frozen later found it frozen already.
+                given_back[parameter] = requires_grad or given_back.get(parameter, False)
     for parameter, requires_grad in given_back.items():
         parameter.requires_grad_(requires_grad)
+    return changed
+
+
+def declare_frozen(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, by: str) -> None:
+    """Records that ``by`` keeps these layers frozen, without doing anything to them."""
+    for layer in layers.values():
+        status = layer_status(layer)
+        if stats and by not in status.stats_frozen_by:
+            update_status(layer, stats_frozen_by=(*status.stats_frozen_by, by))
+        if affine and by not in status.affine_frozen_by:
+            update_status(layer, affine_frozen_by=(*status.affine_frozen_by, by))
+
+
+def declare_unfrozen(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, by: str) -> tuple[str, ...]:
+    """Takes back what :func:`declare_frozen` recorded; names of the layers where there was something."""
+    changed = []
+    for name, layer in layers.items():
+        status = layer_status(layer)
+        if stats:
+            update_status(layer, stats_frozen_by=tuple(owner for owner in status.stats_frozen_by if owner != by))
+        if affine:
+            update_status(layer, affine_frozen_by=tuple(owner for owner in status.affine_frozen_by if owner != by))
+        if layer_status(layer) != status:
+            changed.append(name)
     return tuple(changed)
-
-
-class _HeldInEval(_BatchNorm):
-    """Put before the class of a frozen layer: it stays in eval mode whatever mode it is given.
-
-    The layer carries the mode it would be in were it not frozen; without one it is not held, which matters where
-    another tool has put a class of its own on top of this one. No annotations here: torch.jit.script reads them.
-    """
-
-    def train(self, mode: bool = True) -> Self:
-        super().train(mode)
-        if _GIVEN_MODE in self.__dict__:
-            self.__dict__[_GIVEN_MODE] = mode
-            self.training = False
-        return self
-
-    def extra_repr(self) -> str:
-        described: str = super().extra_repr()  # type: ignore[no-untyped-call]
-        return f"{described}, frozen" if _GIVEN_MODE in self.__dict__ else described
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so that pickle cannot find it by name: it is made again from the base.
-        reduced: tuple[Any, ...] | str = super().__reduce_ex__(protocol)
-        if isinstance(reduced, tuple) and reduced[1][:1] == (type(self),) and _is_held_class(type(self)):
-            return (_new_held, (type(self).__mro__[2],), *reduced[2:])
-        return reduced
-
-
-def _hold_in_eval(layer: _BatchNorm) -> None:
-    if not isinstance(layer, _HeldInEval):
-        layer.__class__ = _held_class(type(layer))
-    layer.__dict__.setdefault(_GIVEN_MODE, layer.training)
-    layer.training = False
-
-
-def _let_go(layer: _BatchNorm) -> None:
-    layer.training = layer.__dict__.pop(_GIVEN_MODE)
-    if _is_held_class(type(layer)):
-        layer.__class__ = type(layer).__mro__[2]
-
-
-def _is_held_class(kind: type) -> bool:
-    return kind in _HELD_CLASSES.values()
-
-
-def _held_class(base: type[_BatchNorm]) -> type[_BatchNorm]:
-    """The class of a frozen layer that was a ``base``; the same one every time."""
-    if base in _HELD_CLASSES:
-        return _HELD_CLASSES[base]
-    # Name and module stay the base's: exporters, tracers and summaries recognise layers by them.
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return _HELD_CLASSES.setdefault(base, type(base.__name__, (_HeldInEval, base), names))
-
-
-def _new_held(base: type[_BatchNorm]) -> _BatchNorm:
-    held = _held_class(base)
-    return held.__new__(held)
 
 
 class _State:
@@ -293,7 +253,7 @@ class _State:
         self._class = type(layer)
         self._training = layer.training
         self._status = layer_status(layer)
-        self._own = {name: layer.__dict__[name] for name in (_REQUIRED_GRAD, _GIVEN_MODE) if name in layer.__dict__}
+        self._own = {name: copy(layer.__dict__[name]) for name in _OWN_ATTRIBUTES if name in layer.__dict__}
         self._gradients = [
             (parameter, parameter.requires_grad, parameter.grad) for parameter in affine_parameters(layer)
         ]
@@ -302,7 +262,7 @@ class _State:
         layer = self._layer
         layer.__class__ = self._class
         layer.training = self._training
-        for name in (_REQUIRED_GRAD, _GIVEN_MODE):
+        for name in _OWN_ATTRIBUTES:
             layer.__dict__.pop(name, None)
         layer.__dict__.update(self._own)
         update_status(layer, **vars(self._status))

@@ -1,12 +1,13 @@
-"""Proof that layers which must not move did not: their values kept, compared bit by bit, put back."""
+"""Proof that layers which must not move did not: their values kept, watched, compared bit by bit, put back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional.snapshots import same_bits
@@ -22,19 +23,39 @@ class Moved:
     Attributes:
         layer: Name of the layer.
         value: ``running_mean``, ``running_var``, ``num_batches_tracked``, ``weight`` or ``bias``.
-        largest_change: Largest absolute difference over its elements; NaN where one is not finite.
+        largest_change: Largest absolute difference over its elements; NaN where one is not finite or it was replaced by
+            a tensor of another shape.
+        cause: What did it, as far as that can be told; else empty.
     """
 
     layer: str
     value: str
     largest_change: float
+    cause: str = ""
 
     def __str__(self) -> str:
-        return f"{self.layer}.{self.value} by up to {self.largest_change:.3g}"
+        return f"{self.layer}.{self.value} by up to {self.largest_change:.3g}" + (
+            f" ({self.cause})" if self.cause else ""
+        )
+
+
+@dataclass(frozen=True)
+class _Watched:
+    """One tensor where a layer keeps it, as it was when it was last known to be right."""
+
+    layer: str
+    value: str
+    home: dict[str, Tensor | None]
+    tensor: Tensor
+    version: int
 
 
 class KeptValues:
     """Copies of the values of ``layers`` that must not move.
+
+    Whether a value was *touched* is known from its identity and version without looking at the device; whether it
+    *moved* takes a comparison of all bits. Some writers leave no version behind (``tensor.data.copy_``), so that the
+    second is not answered by the first.
 
     Args:
         layers: By name.
@@ -43,50 +64,114 @@ class KeptValues:
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool) -> None:
+        self._layers = dict(layers)
         self._names = (_STATS if stats else ()) + (_AFFINE if affine else ())
-        self._kept = {key: value.detach().clone() for key, value in self._values(layers)}
-        self._flat = _flat(self._kept)
+        self._watched: list[_Watched] = []
+        self.rearm()
+        self._keys = [(watched.layer, watched.value) for watched in self._watched]
+        self._kept = _Flat([watched.tensor for watched in self._watched])
 
-    def moved(self, layers: Mapping[str, _BatchNorm]) -> list[Moved]:
+    def touched(self) -> bool:
+        """Whether any value was written to or replaced since it was last compared; costs no look at the device."""
+        return any(
+            watched.home.get(watched.value) is not watched.tensor or watched.tensor._version != watched.version
+            for watched in self._watched
+        )
+
+    def moved(self) -> list[Moved]:
         """What differs in any bit from what was kept; a few vector operations where nothing does."""
-        now = dict(self._values(layers))
-        flat = _flat(now)
-        if flat.keys() == self._flat.keys() and all(same_bits(flat[key], self._flat[key]) for key in flat):
+        now = dict(self._values())
+        if list(now) == self._keys and self._kept.same_bits(list(now.values())):
             return []
+        kept = zip(self._keys, self._kept.parts(), strict=True)
         return [
-            Moved(*key, largest_change=_largest_change(kept, now.get(key)))
-            for key, kept in self._kept.items()
-            if key not in now or not same_bits(now[key], kept)
+            Moved(*key, _largest_change(part, now.get(key)), _cause(key[1], now.get(key)))
+            for key, part in kept
+            if key not in now or not same_bits(now[key].reshape(-1), part)
         ]
 
-    def put_back(self, layers: Mapping[str, _BatchNorm]) -> None:
-        """Writes what was kept back wherever it differs, in place; a tensor that was taken away is made again."""
+    def put_back(self) -> None:
+        """Writes what was kept wherever it differs, in place; a tensor taken away or reshaped comes back."""
         with torch.no_grad():
-            for (name, value), kept in self._kept.items():
-                tensor = getattr(layers[name], value)
-                if tensor is None or tensor.shape != kept.shape or tensor.dtype != kept.dtype:
-                    replacement = kept.clone()
-                    setattr(layers[name], value, torch.nn.Parameter(replacement) if value in _AFFINE else replacement)
-                elif not same_bits(tensor, kept):
-                    tensor.copy_(kept)
+            for watched, part in zip(self._watched, self._kept.parts(), strict=True):
+                now = watched.home.get(watched.value)
+                if now is None or now.shape != watched.tensor.shape or now.dtype != watched.tensor.dtype:
+                    # The tensor it was: optimizers and others may still hold it.
+                    watched.home[watched.value] = now = watched.tensor
+                if not same_bits(now.reshape(-1), part):
+                    now.copy_(part.view_as(now))
+        self.rearm()
 
-    def _values(self, layers: Mapping[str, _BatchNorm]) -> Iterator[tuple[tuple[str, str], Tensor]]:
-        for name, layer in layers.items():
+    def rearm(self) -> None:
+        """Takes what is there now as untouched."""
+        self._watched = [
+            _Watched(name, value, home, tensor, tensor._version)
+            for name, layer in self._layers.items()
+            for value in self._names
+            if (tensor := (home := _home(layer, value)).get(value)) is not None
+        ]
+
+    def expect(self, other: KeptValues) -> None:
+        """Keeps what ``other`` kept of the layers of the same names, instead of what these layers held."""
+        if self._keys != other._keys:
+            raise ValueError("these are values of other layers than those kept")
+        self._kept = other._kept
+
+    def _values(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
+        for name, layer in self._layers.items():
             for value in self._names:
-                tensor = getattr(layer, value)
+                tensor = _home(layer, value).get(value)
                 if tensor is not None:
                     yield (name, value), tensor
 
 
-def _flat(values: Mapping[tuple[str, str], Tensor]) -> dict[tuple[torch.device, torch.dtype], Tensor]:
-    """The values in one tensor for each device and dtype: one comparison instead of hundreds."""
+class _Flat:
+    """Tensors in one for each device and dtype: one comparison instead of hundreds."""
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._places: list[tuple[tuple[torch.device, torch.dtype], int]] = []
+        self._sizes: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for tensor in tensors:
+            sizes = self._sizes.setdefault((tensor.device, tensor.dtype), [])
+            self._places.append(((tensor.device, tensor.dtype), len(sizes)))
+            sizes.append(tensor.numel())
+        self._flat = _concatenated(tensors)
+
+    def same_bits(self, tensors: Sequence[Tensor]) -> bool:
+        now = _concatenated(tensors)
+        return now.keys() == self._flat.keys() and all(same_bits(now[key], self._flat[key]) for key in now)
+
+    def parts(self) -> list[Tensor]:
+        ends = {key: list(accumulate(sizes)) for key, sizes in self._sizes.items()}
+        return [
+            self._flat[key][ends[key][index] - self._sizes[key][index] : ends[key][index]]
+            for key, index in self._places
+        ]
+
+
+def _concatenated(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], Tensor]:
     grouped: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for value in values.values():
-        grouped.setdefault((value.device, value.dtype), []).append(value.detach().reshape(-1))
-    return {key: torch.cat(tensors) for key, tensors in grouped.items()}
+    for tensor in tensors:
+        grouped.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach().reshape(-1))
+    return {key: torch.cat(members) for key, members in grouped.items()}
+
+
+def _home(layer: nn.Module, value: str) -> dict[str, Tensor | None]:
+    """The dictionary in which a layer keeps a value; read directly, attribute look-up on a module is slow."""
+    return layer._parameters if value in _AFFINE else layer._buffers  # type: ignore[return-value]
 
 
 def _largest_change(kept: Tensor, now: Tensor | None) -> float:
-    if now is None or now.shape != kept.shape:
+    if now is None or now.numel() != kept.numel():
         return float("nan")
-    return float((now.detach().to(kept.device, torch.float64) - kept.to(torch.float64)).abs().max())
+    change = now.detach().reshape(-1).to(kept.device, torch.float64) - kept.to(torch.float64)
+    return float(change.abs().max())
+
+
+def _cause(value: str, now: Tensor | None) -> str:
+    if now is None:
+        return "it was taken away"
+    initial = {"running_mean": 0, "running_var": 1, "num_batches_tracked": 0}.get(value)
+    if initial is not None and bool((now == initial).all()):
+        return "reset to its initial value, as StochasticWeightAveraging and update_bn do"
+    return ""

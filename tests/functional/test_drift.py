@@ -211,9 +211,9 @@ def test_jeffreys_and_hellinger_are_symmetric(m0: float, v0: float, m1: float, v
 
 @pytest.mark.parametrize("measure", ["jeffreys", "wasserstein", "hellinger", "output"])
 def test_tiny_changes_are_measured_as_tiny_not_as_rounding(measure: str) -> None:
-    a, b = of(layer_with([0.0], [1.0], eps=0.0)), of(layer_with([1e-5], [1.0], eps=0.0))
-    expected = {"jeffreys": 1e-10, "wasserstein": 1e-10, "output": 1e-10, "hellinger": math.sqrt(1e-10 / 8)}
-    assert drift(a, b, measure)["layer0"].item() == pytest.approx(expected[measure], rel=1e-9)
+    a, b = of(layer_with([0.0], [1.0], eps=0.0)), of(layer_with([1e-7], [1.0], eps=0.0))
+    expected = {"jeffreys": 1e-14, "wasserstein": 1e-14, "output": 1e-14, "hellinger": math.sqrt(1e-14 / 8)}
+    assert drift(a, b, measure)["layer0"].item() == pytest.approx(expected[measure], rel=1e-9, abs=0)
 
 
 # --- extremes ----------------------------------------------------------------------------------------------------

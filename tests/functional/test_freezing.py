@@ -16,7 +16,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_bn.functional.freezing import freeze_batch_norm, frozen_batch_norm, is_frozen, unfreeze_batch_norm
+from lightning_bn.functional.freezing import (
+    freeze_batch_norm,
+    freeze_layers,
+    frozen_batch_norm,
+    is_frozen,
+    unfreeze_batch_norm,
+    unfreeze_layers,
+)
 from lightning_bn.functional.layers import SelectionError, batch_norm_layers
 from tests.models import (
     SMALL_RESNET_NAMES,
@@ -438,6 +445,24 @@ def test_a_layer_put_in_eval_by_hand_is_not_frozen() -> None:
     layer = nn.BatchNorm2d(3).eval().requires_grad_(False)
     assert not is_frozen(layer)
     assert not is_frozen(nn.Linear(2, 2))
+
+
+@pytest.mark.parametrize("first", ["one", "other"])
+def test_a_layer_that_two_hold_stays_frozen_until_both_let_go(first: str) -> None:
+    model = network()
+    found, layers = everything(model), batch_norm_layers(model, "layer1.0.bn1")
+    layer = layers["layer1.0.bn1"]
+    for owner in ("one", "other"):
+        freeze_layers(layers, stats=True, affine=True, by=owner)
+    held = everything(model)
+    unfreeze_batch_norm(model)  # a third, who holds nothing
+    assert everything(model) == held
+    unfreeze_layers(layers, stats=True, affine=True, by=first)
+    assert everything(model) == held
+    assert is_frozen(layer.train())
+    assert not layer.weight.requires_grad
+    unfreeze_layers(layers, stats=True, affine=True, by="other" if first == "one" else "one")
+    assert everything(model) == found
 
 
 # --- the context manager -----------------------------------------------------------------------------------------

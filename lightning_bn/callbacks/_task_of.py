@@ -1,0 +1,118 @@
+"""Which task a batch belongs to: one answer for all callbacks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from typing import Any
+
+from torch import Tensor
+
+from lightning_bn.callbacks._lightning import MisconfigurationException
+
+Listener = Callable[[str | None], None]
+
+_current: list[str] = []
+_listeners: list[Listener] = []
+
+
+@contextmanager
+def task(name: str) -> Iterator[None]:
+    """What is run inside belongs to the task ``name``; for training steps that serve several tasks at once.
+
+    Contexts may be nested, the innermost counts. Outside of training they change nothing.
+
+    Args:
+        name: As the callbacks know it, for instance a key of ``BatchNormFreezer(by_task=...)``.
+
+    Example:
+        >>> with task("seg"):
+        ...     pass  # loss = self.seg_loss(self.backbone(x))
+    """
+    _current.append(name)
+    _tell(name)
+    try:
+        yield
+    finally:
+        _current.pop()
+        _tell(_current[-1] if _current else None)
+
+
+def _tell(name: str | None) -> None:
+    for listener in list(_listeners):
+        listener(name)
+
+
+def listen(listener: Listener) -> None:
+    """Has ``listener`` called with the task, or None, whenever a :func:`task` context begins or ends."""
+    if listener not in _listeners:
+        _listeners.append(listener)
+
+
+def stop_listening(listener: Listener) -> None:
+    """The opposite of :func:`listen`; harmless when repeated."""
+    if listener in _listeners:
+        _listeners.remove(listener)
+
+
+class TaskOf:
+    """Tells the task of a batch.
+
+    Args:
+        task_key: A key of the batch, or the import path (with a dot) of a function of batch and batch index. None: only
+            :func:`task` contexts tell.
+
+    Raises:
+        MisconfigurationException: If the import path leads nowhere or to something that cannot be called.
+    """
+
+    def __init__(self, task_key: str | None) -> None:
+        self._key = task_key
+        self._function = _imported(task_key) if task_key is not None and "." in task_key else None
+
+    def __call__(self, batch: Any, batch_idx: int) -> str | None:
+        """The task of ``batch``, None where only contexts tell.
+
+        Raises:
+            MisconfigurationException: If the batch has no such key, or its value is not one task.
+        """
+        if self._function is not None:
+            return str(self._function(batch, batch_idx))
+        if self._key is None:
+            return None
+        if not isinstance(batch, Mapping) or self._key not in batch:
+            keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+            raise MisconfigurationException(
+                f"task_key={self._key!r}: the batch is {keys} and has no such key. Name a key of the batch, or give "
+                f"the import path of a function of batch and batch index that returns the task."
+            )
+        return _one_task(batch[self._key], self._key)
+
+
+def _one_task(value: Any, key: str) -> str:
+    if isinstance(value, Tensor):
+        value = value.tolist()
+    if isinstance(value, str) or not isinstance(value, Sequence):
+        return str(value)
+    # A default collate makes a list of the samples' tasks.
+    tasks = {str(one) for one in value}
+    if len(tasks) != 1:
+        raise MisconfigurationException(
+            f"task_key={key!r}: one batch holds the tasks {sorted(tasks)}. Batches of one task each are needed, or "
+            f"`with lightning_bn.task(name):` around each task's part of the training step."
+        )
+    return tasks.pop()
+
+
+def _imported(path: str) -> Callable[[Any, int], Any]:
+    module, _, name = path.rpartition(".")
+    try:
+        function = getattr(import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise MisconfigurationException(
+            f"task_key={path!r} is read as the import path of a function, since it has a dot, and {error}."
+        ) from error
+    if not callable(function):
+        raise MisconfigurationException(f"task_key={path!r} is a {type(function).__name__}, not a function.")
+    return function  # type: ignore[no-any-return]

@@ -1,0 +1,88 @@
+"""When a freeze is on: a pure function of epoch and step, so that a resumed run is where the first one was."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class FreezeSchedule:
+    """A span of training, from ``start_*`` on and before ``stop_*``; what is None does not limit it.
+
+    Attributes:
+        start_epoch: First epoch; a negative one counts from the end, ``-20`` means the last 20 epochs.
+        stop_epoch: First epoch that is no longer in the span; a negative one counts from the end.
+        start_step: First optimizer step.
+        stop_step: First optimizer step that is no longer in the span.
+
+    Raises:
+        ValueError: If a step is negative, or the span is empty as far as that can be told.
+
+    Example:
+        >>> last_two = FreezeSchedule(start_epoch=-2)
+        >>> [last_two.is_on(epoch, step=0, max_epochs=5) for epoch in range(5)]
+        [False, False, False, True, True]
+    """
+
+    start_epoch: int | None = None
+    stop_epoch: int | None = None
+    start_step: int | None = None
+    stop_step: int | None = None
+
+    def __post_init__(self) -> None:
+        """Refuses what can never be on."""
+        for name in ("start_step", "stop_step"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise ValueError(f"{name}={value} must not be negative: only epochs count from the end of training.")
+        for unit in ("epoch", "step"):
+            start, stop = getattr(self, f"start_{unit}"), getattr(self, f"stop_{unit}")
+            if start is not None and stop is not None and (start < 0) == (stop < 0) and stop <= start:
+                raise ValueError(f"start_{unit}={start} with stop_{unit}={stop} is never on: stop after the start.")
+
+    @property
+    def counts_from_the_end(self) -> bool:
+        """Whether it needs to know how many epochs there will be."""
+        return any(epoch is not None and epoch < 0 for epoch in (self.start_epoch, self.stop_epoch))
+
+    @property
+    def always(self) -> bool:
+        """Whether nothing limits it."""
+        return (self.start_epoch, self.stop_epoch, self.start_step, self.stop_step) == (None, None, None, None)
+
+    def is_on(self, epoch: int, step: int, max_epochs: int | None) -> bool:
+        """Whether the batch that comes next lies in the span.
+
+        Args:
+            epoch: The running epoch, from 0.
+            step: Optimizer steps taken so far.
+            max_epochs: How many epochs there will be; None or -1 if that is not known.
+
+        Raises:
+            ValueError: If an epoch counts from the end of a training of unknown length.
+        """
+        if self.counts_from_the_end and (max_epochs is None or max_epochs < 0):
+            raise ValueError(
+                f"start_epoch={self.start_epoch}, stop_epoch={self.stop_epoch}: a negative epoch counts from the end, "
+                f"but max_epochs={max_epochs} leaves the number of epochs open: set max_epochs or use steps."
+            )
+
+        def absolute(bound: int | None) -> int | None:
+            return bound if bound is None or bound >= 0 else max(0, bound + (max_epochs or 0))
+
+        return _within(epoch, absolute(self.start_epoch), absolute(self.stop_epoch)) and _within(
+            step, self.start_step, self.stop_step
+        )
+
+    def __str__(self) -> str:
+        bounds = (
+            ("from epoch", self.start_epoch),
+            ("before epoch", self.stop_epoch),
+            ("from step", self.start_step),
+            ("before step", self.stop_step),
+        )
+        return ", ".join(f"{word} {value:,}" for word, value in bounds if value is not None) or "always"
+
+
+def _within(value: int, start: int | None, stop: int | None) -> bool:
+    return (start is None or value >= start) and (stop is None or value < stop)
