@@ -26,7 +26,7 @@ FITS = 1
 
 SHARED, POOLED, OWN = "shared average", "one pooled recalibration", "recalibrated on each task's own data"
 
-Accuracies = dict[str, dict[str, float]]
+Accuracies = dict[str, dict[Task, float]]
 """By statistics, then by task, in percent."""
 
 
@@ -61,13 +61,14 @@ def batches(data: DigitsData, tasks: Iterable[Task]) -> list[dict[str, Any]]:
 def accuracy(network: MultiTaskNetwork, data: DigitsData, task: Task) -> float:
     """Of one task on its test set, in percent, with the running statistics that the network holds."""
     images, labels = data.dataset(task, "test").tensors
-    return 100 * (network(images, task).argmax(dim=1) == labels).float().mean().item()
+    correct = network(images, task).argmax(dim=1) == labels
+    return 100 * float(correct.float().mean())
 
 
 def table(seeds: Sequence[Accuracies]) -> Table:
     """One line per kind of statistics."""
     result = results_table(
-        "3. Two tasks alternate through one backbone; the same weights with three kinds of statistics",
+        "3. Two tasks alternating through one backbone: the same weights",
         ["running statistics"],
         ["ten digits, %", "parity, %"],
     )

@@ -69,7 +69,7 @@ class DigitsData(LightningDataModule):
             images, labels = self.gain * images + self.offset, labels % 2
         return TensorDataset(images, labels)
 
-    def train_loader(self, task: Task) -> DataLoader:
+    def train_loader(self, task: Task) -> DataLoader[tuple[Tensor, ...]]:
         """Shuffled training batches of one task, without the incomplete last one."""
         return DataLoader(self.dataset(task, "train"), self.batch_size, shuffle=True, drop_last=True)
 

@@ -20,12 +20,11 @@ SHADES = ("#8c2f1b", "#c8553d", "#e8a598")
 
 def save(path: Path, forgot: Sequence[dict[str, Outcome]], lagged: Sequence[dict[str, Pair]]) -> Path:
     """Draws all panels and writes them to ``path``."""
-    style = {"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 11}
-    with rc_context(style):
+    with rc_context({"axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left"}):
         figure = Figure(figsize=(12, 7.5), layout="constrained")
-        axes: dict[str, Axes] = figure.subplot_mosaic([["old task"] * 3 + ["drift"] * 3, list("001122")])
-        draw_old_task(axes["old task"], forgot)
-        draw_drift(axes["drift"], forgot)
+        axes = figure.subplot_mosaic("AAABBB;001122")
+        draw_old_task(axes["A"], forgot)
+        draw_drift(axes["B"], forgot)
         for panel, setting in zip("012", SETTINGS, strict=True):
             draw_validation(axes[panel], [pairs[setting.name] for pairs in lagged])
             axes[panel].set_title(f"Validation: {setting.name}\n({setting.details()})")

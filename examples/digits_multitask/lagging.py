@@ -118,7 +118,7 @@ def reading(seeds: Sequence[dict[str, Pair]]) -> str:
     """What the table says, from its own numbers."""
     gains = {setting.name: fmean(gain(pairs[setting.name]) for pairs in seeds) for setting in SETTINGS}
     same = [pair.same_training for pairs in seeds for pair in pairs.values()]
-    listed = ", ".join(f"{value + 0.0:+.1f} points for {name}" for name, value in gains.items())
+    listed = ", ".join(f"{round(value, 1) + 0.0:+.1f} points for {name}" for name, value in gains.items())
     return (
         f"Same weights, other statistics (training was bit-identical in {sum(same)} of {len(same)} pairs). Averaged "
         f"over the epochs, precise statistics read {listed}."

@@ -43,7 +43,7 @@ class DigitsModule(LightningModule):
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for task, (images, labels) in batch.items():
             correct = self.network(images, task).argmax(dim=1) == labels
-            self.log(f"{task}_accuracy", 100 * correct.float().mean(), batch_size=len(labels))
+            self.log(f"{task}_accuracy", 100 * correct.float().mean(), batch_size=len(labels), prog_bar=True)
 
     def configure_optimizers(self) -> SGD:
         trainable = [parameter for parameter in self.parameters() if parameter.requires_grad]

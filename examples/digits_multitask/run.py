@@ -56,7 +56,7 @@ def main() -> None:
     show(console, alternating.table(alternated), alternating.reading(alternated))
     path = figure.save(OUTPUT / "digits_multitask.png", forgot, lagged)
     console.print(
-        f"Each number: mean over {len(seeds)} seeds, below it least–largest, on {NUM_TEST} images never trained on.\n"
+        f"\nEach number: mean over {len(seeds)} seeds, below it least–largest, on {NUM_TEST} images never trained on.\n"
         f"{next(done) - 1} fits in {time.monotonic() - started:.0f} s. Figure: {path}\n"
         f"Logs and checkpoints: {OUTPUT / 'fits'}",
         highlight=False,
@@ -71,7 +71,7 @@ def start_fit(progress: Progress, bar: TaskID, done: Iterator[int], seed: int, t
 
 def show(console: Console, table: Table, *readings: str) -> None:
     """A table and what it says."""
-    console.print("", table, "", *readings, "", sep="\n", highlight=False)
+    console.print("", table, "", *readings, sep="\n", highlight=False)
 
 
 if __name__ == "__main__":

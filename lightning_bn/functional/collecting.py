@@ -7,8 +7,9 @@ activations, and one vectorised merge for all layers. Per layer and call, Python
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Any
 
@@ -18,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
 from lightning_bn.functional.moments import Moments, merge
+from lightning_bn.functional.spread import Spread
 
 _REBOUND = ("running_mean", "running_var", "num_batches_tracked")
 
@@ -40,11 +42,15 @@ class Collected:
 
     Attributes:
         moments: Over all uses with finite statistics; ``count`` of shape ``()``, the others ``(C,)``, float64.
+        spread: How far those of single batches are from it; ``(C,)`` each.
+        averages: Sums over uses of the batch mean and the unbiased batch variance, ``(2, C)``.
         uses: Forwards with finite statistics.
         nonfinite: Forwards left out because a statistic was not finite.
     """
 
     moments: Moments
+    spread: Spread
+    averages: Tensor
     uses: int
     nonfinite: int
 
@@ -94,6 +100,10 @@ class Collector:
         """A context for the forwards of one batch: what they leave is merged at its end, dropped on an exception."""
         return _Batch(self._arenas)
 
+    def largest_standard_error(self) -> float:
+        """Over all channels of all layers reached so far, see :class:`Spread`; infinite before the second batch."""
+        return max(float(arena.standard_errors().max()) for arena in self._arenas)
+
     def collected(self) -> dict[str, Collected]:
         """What was gathered of each layer so far."""
         gathered: dict[str, Collected] = {}
@@ -102,20 +112,65 @@ class Collector:
         return {name: gathered[name] for name in self._names}
 
 
+@contextmanager
+def single_values_refused(layers: Mapping[str, _BatchNorm]) -> Iterator[None]:
+    """Inside, a forward that gives one of ``layers`` one value per channel raises :class:`OneValuePerChannelError`.
+
+    For layers without running statistics, which normalise with the batch in every mode, so that torch would raise an
+    error of its own that says nothing of the layer.
+    """
+
+    def hook(name: str, channels: int) -> Any:
+        def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            _input_and_count(name, channels, args, kwargs)
+
+        return before_forward
+
+    handles = [
+        layer.register_forward_pre_hook(hook(name, layer.num_features), with_kwargs=True)
+        for name, layer in layers.items()
+    ]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _input_and_count(name: str, channels: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, int]:
+    """What a layer was called with, and how many values per channel that is."""
+    batch: Tensor = args[0] if args else kwargs["input"]
+    count = batch.numel() // channels
+    if count == 1:
+        raise OneValuePerChannelError(name)
+    return batch, count
+
+
 class _Batch:
     def __init__(self, arenas: list[_Arena]) -> None:
         self._arenas = arenas
 
     def __enter__(self) -> None:
         for arena in self._arenas:
-            arena.clear()
+            arena.begin()
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         for arena in self._arenas:
             if kind is None:
-                arena.merge()
+                arena.end()
             else:
-                arena.clear()
+                arena.abandon()
+
+
+@dataclass(frozen=True)
+class _Gathered:
+    """What an arena has gathered; moments, spread and averages by channel, the counts by layer."""
+
+    moments: Moments
+    spread: Spread
+    averages: Tensor
+    uses: Tensor
+    nonfinite: Tensor
 
 
 class _Arena:
@@ -124,16 +179,25 @@ class _Arena:
     def __init__(self, layers: Mapping[str, _BatchNorm], device: torch.device, dtype: torch.dtype) -> None:
         self._layers = dict(layers)
         # A bf16 model needs bf16 buffers: its statistics are read with bf16's precision, and summed in float64.
-        exact = torch.float32 if device.type == "mps" else torch.float64
+        self._exact = torch.float32 if device.type == "mps" else torch.float64
         channels = [layer.num_features for layer in layers.values()]
         # Ordinary tensors, also where the caller is in inference mode: they are written to again outside of it.
         with torch.inference_mode(False):
             self._layer_of = torch.arange(len(channels)).repeat_interleave(torch.tensor(channels)).to(device)
             self._flat = torch.zeros(2, sum(channels), device=device, dtype=dtype)
-            self._sums = Moments(*torch.zeros(3, sum(channels), device=device, dtype=exact))
-            self._uses, self._nonfinite = torch.zeros(2, len(channels), device=device, dtype=torch.int64)
+            zeros = torch.zeros(sum(channels), device=device, dtype=self._exact)
+            eps = torch.tensor([layer.eps for layer in layers.values()], dtype=self._exact).to(device)
+            self._eps = eps[self._layer_of]
+            self._gathered = _Gathered(
+                Moments(zeros, zeros, zeros),
+                Spread.none(zeros),
+                torch.stack((zeros, zeros)),
+                *torch.zeros(2, len(channels), device=device, dtype=torch.int64),
+            )
         ends = list(accumulate(channels))
         self._slices = {name: slice(end - size, end) for name, size, end in zip(layers, channels, ends, strict=True)}
+        self._before = self._gathered
+        self._batch: Moments | None = None
         self._counts = [0] * len(channels)
         self._found: list[tuple[_BatchNorm, dict[str, Tensor | None], float | None]] = []
         self._handles: list[Any] = []
@@ -144,7 +208,8 @@ class _Arena:
             self._found.append((layer, {key: layer._buffers[key] for key in _REBOUND}, layer.momentum))
             layer._buffers["running_mean"] = self._flat[0, part]
             layer._buffers["running_var"] = self._flat[1, part]
-            layer._buffers["num_batches_tracked"] = None
+            counter = layer._buffers["num_batches_tracked"]
+            layer._buffers["num_batches_tracked"] = None if counter is None else counter.clone()
             layer.momentum = 1.0
             self._handles.append(layer.register_forward_pre_hook(self._hook(index, name, part), with_kwargs=True))
 
@@ -160,20 +225,28 @@ class _Arena:
         counts, channels = self._counts, part.stop - part.start
 
         def before_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            batch: Tensor = args[0] if args else kwargs["input"]
-            count = batch.numel() // channels
-            if count == 1:
-                raise OneValuePerChannelError(name)
+            batch, count = _input_and_count(name, channels, args, kwargs)
             if counts[index]:
                 # A second use in this forward would overwrite the first.
                 self.merge()
             if not layer.track_running_stats:
                 # Switched off after construction: the layer would not write, so that its statistics are computed here.
-                var, mean = torch.var_mean(batch.detach().movedim(1, 0).flatten(1).to(self._sums.mean.dtype), 1)
+                var, mean = torch.var_mean(batch.detach().movedim(1, 0).flatten(1).to(self._exact), 1)
                 self._flat[0, part], self._flat[1, part] = mean, var
             counts[index] = count
 
         return before_forward
+
+    def begin(self) -> None:
+        """Starts a batch: what was gathered so far is remembered, the arena cleared."""
+        self._before = self._gathered
+        self._batch = None
+        self.clear()
+
+    def abandon(self) -> None:
+        """Ends a batch that failed: layers used twice had merged a part of it already."""
+        self._gathered = self._before
+        self.clear()
 
     def clear(self) -> None:
         # Also before each forward: with momentum 1 an old inf or NaN would come back as 0 * inf.
@@ -181,24 +254,53 @@ class _Arena:
         self._counts[:] = [0] * len(self._counts)
 
     def merge(self) -> None:
-        """Adds what lies in the arena to the sums and clears it; layers with a non-finite statistic are left out."""
-        mean, var = self._flat.to(self._sums.mean.dtype)
-        counts = torch.tensor(self._counts, dtype=mean.dtype, device=mean.device)
+        """Adds what lies in the arena to the batch and clears it; layers with a non-finite statistic are left out."""
+        mean, var = self._flat.to(self._exact)
+        counts = torch.tensor(self._counts, dtype=self._exact, device=mean.device)
         bad_channels = ~torch.isfinite(mean + var)
         bad = torch.zeros_like(counts).index_add_(0, self._layer_of, bad_channels.to(counts.dtype)) > 0
         used = (counts > 0) & ~bad
-        count = torch.where(used, counts, 0)[self._layer_of]
         taken = used[self._layer_of]
-        batch = Moments(count, torch.where(taken, mean, 0), torch.where(taken, var * (count - 1), 0))
-        self._sums = merge(self._sums, batch)
-        self._uses += used
-        self._nonfinite += (counts > 0) & bad
+        count = torch.where(taken, counts[self._layer_of], 0)
+        mean, var = torch.where(taken, mean, 0), torch.where(taken, var, 0)
+        use = Moments(count, mean, var * (count - 1).clamp(min=0))
+        self._batch = use if self._batch is None else merge(self._batch, use)
+        before = self._gathered
+        # Replaced, not written to: begin() keeps the old ones.
+        self._gathered = replace(
+            before,
+            averages=before.averages + torch.stack((mean, var)),
+            uses=before.uses + used,
+            nonfinite=before.nonfinite + ((counts > 0) & bad),
+        )
         self.clear()
 
+    def end(self) -> None:
+        """Ends a batch: its statistics, all uses together, are one more sample of the population's."""
+        self.merge()
+        if self._batch is not None:
+            before = self._gathered
+            self._gathered = replace(
+                before, moments=merge(before.moments, self._batch), spread=before.spread.with_batch(self._batch)
+            )
+
+    def standard_errors(self) -> Tensor:
+        """The largest standard error of each channel; 0 where a layer has gathered nothing."""
+        found = self._gathered
+        errors = found.spread.standard_errors(found.moments, self._eps)
+        return torch.where(found.moments.count > 0, errors, 0)
+
     def collected(self) -> dict[str, Collected]:
-        uses, nonfinite = self._uses.tolist(), self._nonfinite.tolist()
+        found = self._gathered
+        uses, nonfinite = found.uses.tolist(), found.nonfinite.tolist()
         gathered = {}
         for index, (name, part) in enumerate(self._slices.items()):
-            count, mean, m2 = (values[part] for values in self._sums)
-            gathered[name] = Collected(Moments(count[0], mean, m2), uses[index], nonfinite[index])
+            count, mean, m2 = (values[part] for values in found.moments)
+            gathered[name] = Collected(
+                Moments(count[0], mean, m2),
+                found.spread.part(part),
+                found.averages[:, part],
+                uses[index],
+                nonfinite[index],
+            )
         return gathered

@@ -45,8 +45,9 @@ def freeze_batch_norm(
     ``bias`` no longer require a gradient, and one that is there is dropped, so that no optimizer moves them. Freezing
     twice is freezing once.
 
-    Not survived: conversion to SyncBatchNorm, which builds new layers (freeze afterwards), and a later
-    ``model.requires_grad_(True)``, which asks for affine training again.
+    Layers that share a parameter are to be frozen, and let go of, together. Not survived: conversion to SyncBatchNorm,
+    which builds new layers (freeze afterwards), and a later ``model.requires_grad_(True)``, which asks for affine
+    training again.
 
     Args:
         model: Any module.

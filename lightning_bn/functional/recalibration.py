@@ -5,20 +5,22 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal, TypeAlias, get_args
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.batches import default_forward, model_device, num_samples, to_device
-from lightning_bn.functional.collecting import Collected, Collector, OneValuePerChannelError
-from lightning_bn.functional.drift import summarize
-from lightning_bn.functional.layers import quoted, tracked_layers
-from lightning_bn.functional.moments import variance
+from lightning_bn.functional.batches import default_forward, model_device
+from lightning_bn.functional.budget import Budget, Usage
+from lightning_bn.functional.collecting import Collected, Collector, single_values_refused
+from lightning_bn.functional.distributed import Pooled, Totals, across_processes, agree_on_layers, alone, statistics
+from lightning_bn.functional.layers import batch_norm_layers, has_running_statistics, quoted, tracked_layers
 from lightning_bn.functional.patterns import Patterns
-from lightning_bn.functional.snapshots import Snapshot, snapshot_of
+from lightning_bn.functional.recalibrated import Recalibration
+from lightning_bn.functional.snapshots import snapshot_of
+from lightning_bn.functional.spread import relative_errors
 from lightning_bn.functional.status import is_frozen
 from lightning_bn.functional.undisturbed import (
     preserved_buffers,
@@ -28,58 +30,7 @@ from lightning_bn.functional.undisturbed import (
     set_modes_for_statistics,
 )
 
-
-@dataclass(frozen=True)
-class Recalibration:
-    """What one recalibration did.
-
-    Attributes:
-        layers: Names of the layers whose statistics were rewritten.
-        before: Their running statistics as they were.
-        after: Their population statistics, as they are now.
-        num_batches: Batches used.
-        num_samples: Samples in them; None if a batch has no tensor to count them by.
-        requested_batches: What was asked for; None for all there are.
-        skipped_batches: Batches left out because a layer saw one value per channel.
-        nonfinite: By layer, forwards left out because a batch statistic was not finite.
-        unreached: Layers that no forward reached; left as they were.
-        frozen: Selected layers left alone because they are frozen, or in eval inside a model in training.
-        seconds: How long it took.
-    """
-
-    layers: tuple[str, ...]
-    before: Snapshot
-    after: Snapshot
-    num_batches: int
-    num_samples: int | None
-    requested_batches: int | None
-    skipped_batches: int
-    nonfinite: dict[str, int]
-    unreached: tuple[str, ...]
-    frozen: tuple[str, ...]
-    seconds: float
-
-    def __str__(self) -> str:
-        amount = f"{self.num_batches:,} batches" if self.num_samples is None else f"{self.num_samples:,} samples"
-        said = [f"{len(self.layers)} BatchNorm layers recalibrated from {amount} in {self.seconds:.2g} s"]
-        if self._ended_early:
-            said.append(f"the data ended after {self.num_batches:,} of {self.requested_batches:,} batches")
-        worst = summarize(reference=self.after, current=self.before)
-        if worst.max > 0.01:
-            said.append(f"replaced statistics that were off most at {worst.in_words()}")
-        if self.frozen:
-            said.append(f"{len(self.frozen)} frozen untouched")
-        if self.skipped_batches:
-            said.append(f"{self.skipped_batches} batches skipped, one value per channel")
-        if self.nonfinite:
-            said.append(f"non-finite batches left out at {quoted(list(self.nonfinite))}")
-        if self.unreached:
-            said.append(f"not reached and left as they were: {quoted(self.unreached)}")
-        return "; ".join(said)
-
-    @property
-    def _ended_early(self) -> bool:
-        return self.requested_batches is not None and self.num_batches + self.skipped_batches < self.requested_batches
+Estimator: TypeAlias = Literal["pooled", "mean_of_batches"]
 
 
 def recalibrate(
@@ -91,6 +42,10 @@ def recalibrate(
     root: str = "",
     forward: Callable[[Any, Any], Any] | None = None,
     num_batches: int | None = None,
+    num_samples: int | None = None,
+    max_standard_error: float | None = None,
+    estimator: Estimator = "pooled",
+    distributed: bool = False,
 ) -> Recalibration:
     """Replaces running statistics by those of the population that ``batches`` are drawn from, with the weights of now.
 
@@ -114,16 +69,25 @@ def recalibrate(
         forward: Runs the model on one batch: ``forward(model, batch)``. By default the model is called on a tensor, on
             the first element of a tuple or list, or with the items of a dict as keywords. The batch has been moved to
             the model's device.
-        num_batches: How many batches at most; None for all.
+        num_batches: How many batches at most, in each process; None for all.
+        num_samples: How many samples at most, over all processes; None for all.
+        max_standard_error: Stop as soon as the standard error of every channel's mean (in standard deviations) and
+            variance (relative) is below this, estimated from the spread between batches, of which at least 8 are used.
+        estimator: ``"pooled"``: one mean and variance of all values. ``"mean_of_batches"``: means of the batches' own
+            means and unbiased variances, as ``momentum=None`` and other tools have it; it misses the variance between
+            batches.
+        distributed: Whether all processes of the default process group take part, each with batches of its own: the
+            statistics are then merged and the same on all of them. Every process has to call this.
 
     Returns:
         What was done; printed, it is one sentence.
 
     Raises:
-        ValueError: If ``num_batches`` is below 1; if there is no batch, or none that can be used; if no selected layer
-            was reached, or all of them are frozen.
+        ValueError: If a number is below 1 or not positive; if there is no batch, or none that can be used; if no
+            selected layer was reached, or all of them are frozen.
         SelectionError: As for ``batch_norm_layers``, or if a selected layer has no running statistics.
         TypeError: If ``batches`` is one tensor, or a batch cannot be fed without ``forward``.
+        RuntimeError: Under ``distributed``, if the processes mean different layers or another one failed.
 
     Source: Wu & Johnson (2021), "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3; Ioffe & Szegedy
     (2015), arXiv 1502.03167, algorithm 2. Pooling follows Chan, Golub & LeVeque (1979).
@@ -137,10 +101,68 @@ def recalibrate(
         >>> result.num_batches, result.num_samples
         (3, 6)
     """
-    _check(batches, num_batches)
     started = time.monotonic()
+    processes = dist.get_world_size() if distributed else 1
+    budget = Budget(num_batches, num_samples, max_standard_error, processes)
+    _check(batches, estimator)
     selected = tracked_layers(model, modules, exclude, root)
     targets = _targets(model, selected)
+    device = model_device(model)
+    channels = {name: layer.num_features for name, layer in targets.items()}
+    if distributed:
+        agree_on_layers(channels, device)
+    usage, gathered = Usage(budget), None
+    try:
+        gathered = _collect(model, targets, batches, forward or default_forward, usage, device)
+    finally:
+        # Also after a failure here, which the other processes are waiting to hear of.
+        totals = Totals(usage.batches, usage.skipped, usage.samples)
+        if distributed:
+            pooled, totals = across_processes(gathered, channels, totals, device)
+    if not distributed:
+        pooled = alone(gathered)
+    reached = {name: targets[name] for name, found in pooled.items() if found.moments.count > 1}
+    if not reached:
+        raise ValueError((usage.why_nothing() if not totals.batches else None) or _why_none(pooled, totals.batches))
+    before = snapshot_of(reached)
+    _write(reached, pooled, estimator)
+    return Recalibration(
+        layers=tuple(reached),
+        before=before,
+        after=snapshot_of(reached),
+        num_batches=totals.batches,
+        num_samples=totals.samples,
+        requested_batches=num_batches,
+        skipped_batches=totals.skipped,
+        standard_error=_standard_error(reached, pooled),
+        processes=processes,
+        ended_early=usage.ended_early,
+        nonfinite={name: found.nonfinite for name, found in pooled.items() if found.nonfinite},
+        unreached=tuple(name for name, found in pooled.items() if not found.uses and not found.nonfinite),
+        frozen=tuple(name for name in selected if name not in targets),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _check(batches: Any, estimator: str) -> None:
+    if estimator not in get_args(Estimator):
+        raise ValueError(f"estimator={estimator!r} is not one of {', '.join(get_args(Estimator))}.")
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}, not an iterable of batches: pass a DataLoader, or [batch] for "
+            f"a single one."
+        )
+
+
+def _collect(
+    model: nn.Module,
+    targets: Mapping[str, _BatchNorm],
+    batches: Iterable[Any],
+    forward: Callable[[Any, Any], Any],
+    usage: Usage,
+    device: torch.device,
+) -> dict[str, Collected]:
+    """Runs the batches and gives what the targets saw; the model is as it was before, whatever happens."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.no_grad())
@@ -148,40 +170,11 @@ def recalibrate(
         stack.enter_context(preserved_rng())
         stack.enter_context(preserved_modes(model))
         stack.enter_context(preserved_buffers(model))
+        stack.enter_context(single_values_refused(_always_batch(model)))
         collector = stack.enter_context(Collector(targets))
         set_modes_for_statistics(model, targets.values())
-        used = _Used()
-        used.run(model, batches, forward or default_forward, collector, num_batches)
-        gathered = collector.collected()
-    used.check(num_batches)
-    reached = {name: targets[name] for name, found in gathered.items() if found.moments.count > 1}
-    if not reached:
-        raise ValueError(_why_none(gathered, used.batches))
-    before = snapshot_of(reached)
-    _write(reached, gathered)
-    return Recalibration(
-        layers=tuple(reached),
-        before=before,
-        after=snapshot_of(reached),
-        num_batches=used.batches,
-        num_samples=used.samples,
-        requested_batches=num_batches,
-        skipped_batches=used.skipped,
-        nonfinite={name: found.nonfinite for name, found in gathered.items() if found.nonfinite},
-        unreached=tuple(name for name, found in gathered.items() if not found.uses and not found.nonfinite),
-        frozen=tuple(name for name in selected if name not in targets),
-        seconds=time.monotonic() - started,
-    )
-
-
-def _check(batches: Any, num_batches: int | None) -> None:
-    if num_batches is not None and num_batches < 1:
-        raise ValueError(f"num_batches={num_batches} must be at least 1, or None for all batches.")
-    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
-        raise TypeError(
-            f"batches is a {type(batches).__name__}, not an iterable of batches: pass a DataLoader, or [batch] for "
-            f"a single one."
-        )
+        usage.run(batches, lambda batch: forward(model, batch), collector, device)
+        return collector.collected()
 
 
 def _targets(model: nn.Module, selected: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
@@ -199,53 +192,13 @@ def _targets(model: nn.Module, selected: Mapping[str, _BatchNorm]) -> dict[str, 
     return targets
 
 
-class _Used:
-    """How much of the data came and was used."""
-
-    def __init__(self) -> None:
-        self.batches = 0
-        self.skipped = 0
-        self.samples: int | None = 0
-        self._skipped_at = ""
-
-    def run(
-        self,
-        model: nn.Module,
-        batches: Iterable[Any],
-        forward: Callable[[Any, Any], Any],
-        collector: Collector,
-        most: int | None,
-    ) -> None:
-        device = model_device(model)
-        iterator = iter(batches)
-        while most is None or self.batches + self.skipped < most:
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                return
-            try:
-                with collector.batch():
-                    forward(model, to_device(batch, device))
-            except OneValuePerChannelError as error:
-                self.skipped += 1
-                self._skipped_at = error.layer
-            else:
-                self.batches += 1
-                count = num_samples(batch)
-                self.samples = None if count is None or self.samples is None else self.samples + count
-
-    def check(self, requested: int | None) -> None:
-        if not self.batches and self.skipped:
-            raise ValueError(
-                f"no batch could be used: in all {self.skipped} of them BatchNorm layer {self._skipped_at!r} saw one "
-                f"value per channel. Use batches of at least 2 samples, or leave the layer out with exclude."
-            )
-        if not self.batches:
-            asked = "" if requested is None else f" ({requested} were asked for)"
-            raise ValueError(f"the loader gave no batch{asked}: nothing was changed. Is the dataset or iterator empty?")
+def _always_batch(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Layers that normalise with the batch in every mode, as they have nothing else."""
+    layers = batch_norm_layers(model)
+    return {name: layer for name, layer in layers.items() if not has_running_statistics(layer)}
 
 
-def _why_none(gathered: Mapping[str, Collected], batches: int) -> str:
+def _why_none(gathered: Mapping[str, Pooled], batches: int) -> str:
     bad = [name for name, found in gathered.items() if found.nonfinite]
     if bad:
         return (
@@ -258,10 +211,20 @@ def _why_none(gathered: Mapping[str, Collected], batches: int) -> str:
     )
 
 
-def _write(layers: Mapping[str, _BatchNorm], gathered: Mapping[str, Collected]) -> None:
+def _standard_error(layers: Mapping[str, _BatchNorm], pooled: Mapping[str, Pooled]) -> float:
+    largest = 0.0
+    for name, layer in layers.items():
+        found = pooled[name]
+        eps = torch.full_like(found.moments.mean, layer.eps)
+        largest = max(largest, float(relative_errors(found.moments, found.mean_error, found.var_error, eps).max()))
+    return largest
+
+
+def _write(layers: Mapping[str, _BatchNorm], pooled: Mapping[str, Pooled], estimator: Estimator) -> None:
     with torch.no_grad():
         for name, layer in layers.items():
-            sample = gathered[name].moments
-            for buffer, values in ((layer.running_mean, sample.mean), (layer.running_var, variance(sample))):
+            for buffer, values in zip(
+                (layer.running_mean, layer.running_var), statistics(pooled[name], estimator), strict=True
+            ):
                 if buffer is not None:
                     buffer.copy_(values)

@@ -53,7 +53,8 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
                 module._buffers.update(buffers)
                 for buffer in _real(buffers.values()):
                     # Only what changed is written: a write bumps the version that others watch.
-                    if not same_bits(buffer, values[id(buffer)]):
+                    # One that was lazy and is real now has nothing to go back to.
+                    if id(buffer) in values and not same_bits(buffer, values[id(buffer)]):
                         buffer.copy_(values[id(buffer)])
 
 
@@ -99,7 +100,11 @@ def _is_leaf(module: nn.Module) -> bool:
 
 
 def _is_composite_layer(module: nn.Module) -> bool:
-    return type(module).__module__.startswith("torch.nn.modules.") and not isinstance(module, _PLAIN_CONTAINERS)
+    if isinstance(module, _PLAIN_CONTAINERS):
+        return False
+    return any(
+        base is not nn.Module and base.__module__.startswith("torch.nn.modules.") for base in type(module).__mro__
+    )
 
 
 def _real(buffers: Iterable[Tensor | None]) -> Iterator[Tensor]:

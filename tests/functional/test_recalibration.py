@@ -1,11 +1,12 @@
 """Population statistics are those of the batches, and everything else is afterwards as it was."""
 
 import copy
-import gc
 import itertools
+import multiprocessing
 import os
 import random
 import threading
+import time
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -783,7 +784,17 @@ def test_loader_that_cannot_be_started_leaves_no_trace():
     assert_failure_leaves_no_trace(resnet(), Broken(), OSError, "no such folder")
 
 
-PLACES = ("conv1", "bn1", "layer1.0.conv1", "layer1.0.bn1", "layer1.1", "layer2.0.bn2", "layer10", "head.bn", "head.out")
+PLACES = (
+    "conv1",
+    "bn1",
+    "layer1.0.conv1",
+    "layer1.0.bn1",
+    "layer1.1",
+    "layer2.0.bn2",
+    "layer10",
+    "head.bn",
+    "head.out",
+)
 
 
 @pytest.mark.parametrize("place", PLACES)
@@ -826,15 +837,22 @@ class DiesAt(Dataset[Tensor]):
 
     def __getitem__(self, index: int) -> Tensor:
         if index == 20:
+            time.sleep(0.5)  # the batches before have been taken over
             os._exit(3)
         return images(1, seed=index)[0]
 
 
-def test_worker_that_dies_leaves_no_trace():
+def feed_from_a_worker_that_dies() -> None:
     loader = DataLoader(DiesAt(), batch_size=8, num_workers=1)
     assert_failure_leaves_no_trace(resnet(), loader, RuntimeError, "worker")
-    # Until the iterator is gone torch raises again whenever any child process ends.
-    gc.collect()
+
+
+def test_worker_that_dies_leaves_no_trace():
+    # In a process of its own: torch raises in the parent of a dead worker whenever, and whatever it is doing.
+    process = multiprocessing.get_context("fork").Process(target=feed_from_a_worker_that_dies)
+    process.start()
+    process.join()
+    assert process.exitcode == 0
 
 
 def test_forward_that_breaks_the_model_and_fails_is_undone():
@@ -1090,9 +1108,10 @@ def test_batches_move_to_the_device_of_the_model_whatever_they_are_made_of():
 
 def test_it_works_under_inference_mode_and_training_works_afterwards():
     net, twin = resnet().train(), resnet().train()
+    batches = image_batches(8, 5)
     with torch.inference_mode():
+        recalibrate(net, batches)
         recalibrate(net, image_batches(8, 5))
-        recalibrate(net, [batch for batch in image_batches(8, 5)])
     recalibrate(twin, image_batches(8, 5))
     assert not any(buffer.is_inference() for buffer in net.buffers())
     assert_trains_as_if_nothing_had_happened(net, twin)
