@@ -149,7 +149,7 @@ class Freeze:
             self.switch_task(None)
             declare_unfrozen(every, stats=self._stats, affine=self._affine, by=self._by)
             for layer in self._always.values():
-                let_go(layer, self._by)
+                let_go(layer, self._by, as_found=True)
             for handle in self._guarded.values():
                 if handle is not None:
                     handle.remove()
@@ -162,7 +162,7 @@ class Freeze:
             return
         self.train_gradients()
         for layer in self._by_task.get(self._task or "", {}).values():
-            let_go(layer, self._by)
+            let_go(layer, self._by, as_found=True)
         self._task = task
         members = self._by_task.get(task or "", {}) if self._on else {}
         self._task_kept = KeptValues(members, stats=True, affine=False) if members and self._stats else None

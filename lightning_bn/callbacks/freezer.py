@@ -55,7 +55,7 @@ class BatchNormFreezer(Callback):
             move, and that batch contributes nothing to the gradients of their ``weight`` and ``bias``.
         task_key: Where the task of a batch is found: a key of the batch, or the import path of a function of batch and
             batch index. For steps that serve several tasks at once, use :func:`lightning_bn.task` inside the step.
-        name: Tells this freezer from another one in the same Trainer.
+        name: Tells this freezer from another one in the same Trainer, which refuses two of one name.
 
     Attributes:
         report: What became of the frozen values; None before a fit.

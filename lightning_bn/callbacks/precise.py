@@ -19,7 +19,8 @@ from lightning_bn.callbacks._lightning import (
 from lightning_bn.callbacks._sandbox import check_step, sandbox
 from lightning_bn.callbacks._second_pass import second_pass
 from lightning_bn.functional.layers import tracked_layers
-from lightning_bn.functional.recalibration import Recalibration, recalibrate
+from lightning_bn.functional.recalibrated import Recalibration
+from lightning_bn.functional.recalibration import recalibrate
 from lightning_bn.functional.status import is_frozen, update_status
 from lightning_bn.functional.undisturbed import preserved_modes
 

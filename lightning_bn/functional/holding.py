@@ -16,18 +16,30 @@ def hold_in_eval(layer: _BatchNorm, by: str) -> None:
     """Puts a layer into eval mode, where it stays through any ``.train()`` until everyone who holds it lets go."""
     if not isinstance(layer, _HeldInEval):
         layer.__class__ = _held_class(type(layer))
+    holders = layer.__dict__.setdefault(HOLDERS, {})
+    # The first holder found the layer's own mode; later ones would find that it is held.
+    holders.setdefault(by, next(iter(holders.values()), layer.training))
     layer.__dict__.setdefault(GIVEN_MODE, layer.training)
-    layer.__dict__.setdefault(HOLDERS, {})[by] = True
     layer.training = False
 
 
-def let_go(layer: _BatchNorm, by: str) -> None:
-    """Lets go of a layer that ``by`` holds; the last one brings back the mode it was given last."""
+def let_go(layer: _BatchNorm, by: str, *, as_found: bool = False) -> None:
+    """Lets go of a layer that ``by`` holds; with the last holder it is an ordinary layer again.
+
+    Args:
+        layer: Which; one that ``by`` does not hold is left alone.
+        by: Who.
+        as_found: Whether it goes back to the mode it was in when it was first held. By default to the one it was given
+            last. Under a Trainer they differ: validation gives eval mode to everything and takes it back by setting the
+            flag that was, of a held layer, off.
+    """
     holders = layer.__dict__.get(HOLDERS, {})
-    if holders.pop(by, None) is None or holders:
+    found = holders.pop(by, None)
+    if found is None or holders:
         return
     del layer.__dict__[HOLDERS]
-    layer.training = layer.__dict__.pop(GIVEN_MODE)
+    given = layer.__dict__.pop(GIVEN_MODE)
+    layer.training = found if as_found else given
     if _is_held_class(type(layer)):
         layer.__class__ = type(layer).__mro__[2]
 

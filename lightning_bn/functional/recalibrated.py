@@ -56,9 +56,8 @@ class Recalibration:
         error = f", standard error {self.standard_error:.2g}" if math.isfinite(self.standard_error) else ""
         said = [f"{len(self.layers)} BatchNorm layers recalibrated from {amount}{ranks} in {self.seconds:.2g} s{error}"]
         if self.ended_early and self.requested_batches is not None:
-            said.append(
-                f"the data ended after {self.num_batches // self.processes:,} of {self.requested_batches:,} batches"
-            )
+            came = self.num_batches // self.processes
+            said.append(f"the data ended after {came:,} of {self.requested_batches:,} batches")
         worst = summarize(reference=self.after, current=self.before)
         if not math.isfinite(worst.max):
             bad = int((~(self.before.mean + self.before.var).isfinite()).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
@@ -105,10 +105,17 @@ def recalibrate(
     processes = dist.get_world_size() if distributed else 1
     budget = Budget(num_batches, num_samples, max_standard_error, processes)
     _check(batches, estimator)
-    selected = tracked_layers(model, modules, exclude, root)
-    targets = _targets(model, selected)
     device = model_device(model)
-    channels = {name: layer.num_features for name, layer in targets.items()}
+    try:
+        selected = tracked_layers(model, modules, exclude, root)
+        targets = _targets(model, selected)
+        channels = {name: layer.num_features for name, layer in targets.items()}
+    except BaseException:
+        # The other processes are waiting to hear what this one means: nothing.
+        if distributed:
+            with suppress(RuntimeError):
+                agree_on_layers({}, device)
+        raise
     if distributed:
         agree_on_layers(channels, device)
     usage, gathered = Usage(budget), None
