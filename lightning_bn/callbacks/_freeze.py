@@ -203,7 +203,8 @@ class Freeze:
                 if layer.training:
                     layer.training = False
                     self._guard(name, layer)
-        return self.check(step) if self._kept is not None and self._kept.touched() else []
+        kept = (self._kept, self._task_kept)
+        return self.check(step) if any(values is not None and values.touched() for values in kept) else []
 
     def check(self, step: int) -> list[Trip]:
         """Compares all frozen values bit by bit and puts back what moved; what was not known before."""
@@ -226,10 +227,6 @@ class Freeze:
         for kept in self._copies:
             if kept.moved():
                 kept.put_back()
-
-    def check_task(self, step: int) -> list[Trip]:
-        """At the end of a task's batch: as :meth:`glance` for the layers of that task."""
-        return self.check(step) if self._task_kept is not None and self._task_kept.touched() else []
 
     def drop_gradients(self) -> None:
         """Before an optimizer step: frozen affine parameters have no gradient."""

@@ -5,18 +5,24 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
+from itertools import chain
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytorch_lightning as pl
-from pytorch_lightning.loggers.logger import DummyLogger
+from pytorch_lightning.loggers.logger import DummyLogger, Logger
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn  # type: ignore[attr-defined]
 from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, Dataset
 
 Trainer: TypeAlias = pl.Trainer
 LightningModule: TypeAlias = pl.LightningModule
+
+_HAS_LIGHTNING = find_spec("lightning") is not None and find_spec("lightning.pytorch") is not None
 
 if TYPE_CHECKING:
     from pytorch_lightning import Callback
@@ -25,7 +31,7 @@ else:
     def _callback_bases() -> tuple[type, ...]:
         # pytorch_lightning and lightning.pytorch are two copies of one code with unrelated classes; a callback of both
         # is accepted by either Trainer and either LightningCLI. `lightning` always brings `pytorch-lightning`.
-        if find_spec("lightning") is None or find_spec("lightning.pytorch") is None:
+        if not _HAS_LIGHTNING:
             return (pl.Callback,)
         from lightning.pytorch import Callback as LightningCallback
 
@@ -36,9 +42,25 @@ else:
     )
 
 
+def _of_both_namespaces() -> tuple[type, ...]:
+    kinds: tuple[type, ...] = (pl.Trainer, pl.LightningDataModule, Logger)
+    if _HAS_LIGHTNING:
+        from lightning.pytorch import LightningDataModule
+        from lightning.pytorch import Trainer as LightningTrainer
+        from lightning.pytorch.loggers import Logger as LightningLogger
+
+        kinds += (LightningTrainer, LightningDataModule, LightningLogger)
+    return kinds
+
+
+NOT_THE_MODULES_OWN = (*_of_both_namespaces(), DataLoader, Dataset, Optimizer, LRScheduler)
+"""What a module may refer to and does not hold."""
+
+
 def in_training_fit(trainer: Trainer) -> bool:
-    """Whether this is a fit that counts: past the sanity check, and with hooks that may log (not barebones)."""
-    return str(getattr(trainer.state.fn, "value", trainer.state.fn)) == "fit" and not trainer.sanity_checking
+    """Whether this is a fit that counts: past the sanity check, and not barebones."""
+    fitting = str(getattr(trainer.state.fn, "value", trainer.state.fn)) == "fit"
+    return fitting and not trainer.sanity_checking and not trainer.barebones
 
 
 def same_kind_before(trainer: Trainer, callback: Callback) -> list[Any]:
@@ -55,6 +77,61 @@ def averaged_copies(trainer: Trainer) -> list[tuple[nn.Module, bool]]:
         if isinstance(average, AveragedModel):
             copies.append((average.module, bool(average.n_averaged)))
     return copies
+
+
+@contextmanager
+def averages_in_place(trainer: Trainer, module: LightningModule) -> Iterator[None]:
+    """Inside, the average that WeightAveraging keeps and the module have changed places, as they do in validation."""
+    copies = [copy for copy, updated in averaged_copies(trainer) if updated]
+    for copy in copies[:1]:
+        _swap(module, copy)
+    try:
+        yield
+    finally:
+        for copy in copies[:1]:
+            _swap(module, copy)
+
+
+def _swap(module: nn.Module, copy: nn.Module) -> None:
+    pairs = zip(chain(module.parameters(), module.buffers()), chain(copy.parameters(), copy.buffers()), strict=True)
+    for mine, other in pairs:
+        kept = mine.data.clone()
+        mine.data.copy_(other.data)
+        other.data.copy_(kept)
+
+
+def is_last_epoch(trainer: Trainer) -> bool:
+    """Whether training ends with this epoch, as far as that is known at its end."""
+    most = trainer.max_epochs
+    epochs_are_over = most is not None and 0 <= most <= trainer.current_epoch + 1
+    steps_are_over = 0 <= trainer.max_steps <= trainer.global_step
+    return epochs_are_over or steps_are_over or trainer.should_stop
+
+
+def is_barebones(trainer: Trainer) -> bool:
+    """Whether the Trainer was told to do nothing but train."""
+    return bool(trainer.barebones)
+
+
+def put_before_checkpoints(trainer: Trainer, callback: Callback) -> None:
+    """Moves a callback behind all others but those that save checkpoints, which come last."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    others = [other for other in callbacks if other is not callback]
+    # By name: each of the two namespaces has its own class.
+    saving = [other for other in others if any(base.__name__ == "Checkpoint" for base in type(other).__mro__)]
+    rest = [other for other in others if other not in saving]
+    trainer.callbacks = [*rest, callback, *saving]  # type: ignore[attr-defined]
+
+
+def datamodule_of(trainer: Trainer) -> Any:
+    """The datamodule, None without one."""
+    return trainer.datamodule  # type: ignore[attr-defined]
+
+
+def several_loaders(trainer: Trainer) -> bool:
+    """Whether training batches are combined from more than one loader."""
+    combined = trainer.fit_loop._combined_loader
+    return combined is not None and len(combined.flattened) > 1
 
 
 def train_loaders(trainer: Trainer) -> tuple[Any, str]:
@@ -105,18 +182,25 @@ def in_step_context(trainer: Trainer, step: Callable[[Any], Any], batch: Any) ->
 
 
 __all__ = [
+    "NOT_THE_MODULES_OWN",
     "Callback",
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
     "averaged_copies",
+    "averages_in_place",
     "combined",
+    "datamodule_of",
     "in_step_context",
     "in_training_fit",
+    "is_barebones",
+    "is_last_epoch",
     "prepare_batch",
+    "put_before_checkpoints",
     "rank_zero_info",
     "rank_zero_warn",
     "same_kind_before",
+    "several_loaders",
     "train_loaders",
     "training_stage",
 ]

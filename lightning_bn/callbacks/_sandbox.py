@@ -3,16 +3,15 @@
 from __future__ import annotations
 
 import inspect
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from inspect import Parameter
 from typing import Any
 
-from torch import Tensor, nn
-from torchmetrics import Metric
+from torch import nn
 
 from lightning_bn.callbacks._lightning import (
+    NOT_THE_MODULES_OWN,
     LightningModule,
     MisconfigurationException,
     Trainer,
@@ -21,7 +20,7 @@ from lightning_bn.callbacks._lightning import (
     training_stage,
 )
 from lightning_bn.functional.batches import default_forward
-from lightning_bn.functional.snapshots import same_bits
+from lightning_bn.functional.remembering import remembered
 
 Step = Callable[[Any, Any], Any]
 
@@ -38,7 +37,6 @@ def sandbox(trainer: Trainer, module: LightningModule, step: str) -> Iterator[tu
         stack.enter_context(training_stage(trainer))
         stack.enter_context(_silent(module))
         stack.enter_context(preserved_attributes(module))
-        stack.enter_context(preserved_metrics(module))
         run = _step_function(module, step)
         batch_idx = -1
 
@@ -61,6 +59,11 @@ def check_step(module: LightningModule, step: str) -> None:
         raise MisconfigurationException(
             f"PreciseBatchNorm(step={step!r}): {type(module).__name__} has no method of that name. Choose "
             f"'training_step', 'predict_step', 'forward' or a method of your own that takes a batch."
+        )
+    if step == "training_step" and "dataloader_iter" in inspect.signature(module.training_step).parameters:
+        raise MisconfigurationException(
+            f"PreciseBatchNorm(step='training_step'): {type(module).__name__}.training_step takes a dataloader_iter, "
+            f"not a batch. Choose step='forward', 'predict_step' or a method of your own that takes a batch."
         )
     if step == "training_step" and not module.automatic_optimization:
         raise MisconfigurationException(
@@ -95,62 +98,25 @@ def _silent(module: LightningModule) -> Iterator[None]:
 
 
 @contextmanager
-def preserved_attributes(model: nn.Module) -> Iterator[None]:
-    """Attributes that modules keep besides torch's own are afterwards the same objects, and added ones are gone.
+def preserved_attributes(module: LightningModule) -> Iterator[None]:
+    """What the module and its submodules keep besides parameters and buffers is afterwards as it was, metrics included.
 
-    Of lists, dicts, sets, deques and tensors the contents are as they were too.
+    So are parameters that are not trained: a step may move them itself, as the teacher of a student.
     """
     internal = set(nn.Module().__dict__)
-    found = [
-        (module, {name: (value, _contents(value)) for name, value in module.__dict__.items() if name not in internal})
-        for module in model.modules()
-        if not isinstance(module, Metric)
+    own = [
+        {name: value for name, value in submodule.__dict__.items() if name not in internal}
+        for submodule in module.modules()
     ]
-    try:
+    with ExitStack() as stack:
+        for submodule, attributes in zip(module.modules(), own, strict=True):
+            stack.callback(_put_attributes, submodule, attributes, internal)
+        untrained = [parameter for parameter in module.parameters() if not parameter.requires_grad]
+        stack.enter_context(remembered([*own, untrained], leave=NOT_THE_MODULES_OWN))
         yield
-    finally:
-        for module, attributes in found:
-            for name in [name for name in module.__dict__ if name not in internal and name not in attributes]:
-                del module.__dict__[name]
-            for name, (value, contents) in attributes.items():
-                _put_contents(value, contents)
-                module.__dict__[name] = value
 
 
-@contextmanager
-def preserved_metrics(model: nn.Module) -> Iterator[None]:
-    """The states of all torchmetrics metrics below ``model`` are afterwards as they were, in the same tensors."""
-    found = [
-        (metric, {name: (value, _contents(value)) for name, value in metric.__dict__.items()})
-        for metric in model.modules()
-        if isinstance(metric, Metric)
-    ]
-    try:
-        yield
-    finally:
-        for metric, attributes in found:
-            metric.__dict__.clear()
-            for name, (value, contents) in attributes.items():
-                _put_contents(value, contents)
-                metric.__dict__[name] = value
-
-
-def _contents(value: Any) -> Any:
-    """A shallow copy of what can change in place; None for what is only ever replaced."""
-    if isinstance(value, Tensor):
-        return value.detach().clone()
-    return value.copy() if type(value) in (list, dict, set, deque) else None
-
-
-def _put_contents(value: Any, contents: Any) -> None:
-    if contents is None:
-        return
-    if isinstance(value, Tensor):
-        if not same_bits(value, contents):
-            value.detach().copy_(contents)
-        return
-    value.clear()
-    if isinstance(value, list | deque):
-        value.extend(contents)
-    else:
-        value.update(contents)
+def _put_attributes(module: nn.Module, attributes: dict[str, Any], internal: set[str]) -> None:
+    for name in [name for name in module.__dict__ if name not in internal and name not in attributes]:
+        del module.__dict__[name]
+    module.__dict__.update(attributes)

@@ -198,18 +198,21 @@ class BatchNormFreezer(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        # An optimizer that needs no gradient, or a hook of the module's, has moved what it moves.
         self._step = trainer.global_step
+        self._say(self._frozen.glance(self._step))
         if self.by_task:
             self._in_batch = False
-            self._say(self._frozen.check_task(trainer.global_step))
             self._frozen.switch_task(None)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._say(self._frozen.check(trainer.global_step))
         self._frozen.check_copies()
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._freeze is not None:
             # From here to the end averages may stand in the place of the weights: nothing is compared or put back.
+            self._say(self._freeze.check(trainer.global_step))
             self._freeze.check_copies()
             self._swapped = True
 

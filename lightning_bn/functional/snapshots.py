@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
 from functools import reduce
 from itertools import accumulate
@@ -57,6 +57,25 @@ class Snapshot:
             var=self.var.to(device),
             num_batches_tracked=self.num_batches_tracked.to(device),
             weight=self.weight.to(device),
+        )
+
+    def only(self, names: Collection[str]) -> Snapshot:
+        """Of some of the layers, in the order of this snapshot."""
+        parts = self.slices()
+        chosen = [index for index, name in enumerate(self.names) if name in names]
+        kept = [self.names[index] for index in chosen]
+
+        def pick(flat: Tensor) -> Tensor:
+            return torch.cat([flat[parts[name]] for name in kept])
+
+        return Snapshot(
+            names=tuple(kept),
+            channels=tuple(self.channels[index] for index in chosen),
+            mean=pick(self.mean),
+            var=pick(self.var),
+            num_batches_tracked=self.num_batches_tracked[chosen],
+            weight=pick(self.weight),
+            eps=tuple(self.eps[index] for index in chosen),
         )
 
     def same_bits(self, other: Snapshot) -> bool:
@@ -144,6 +163,31 @@ def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
             f"it has {quoted(list(layers))}. Restore into the model the snapshot was taken of."
         )
     write_snapshot({name: layers[name] for name in snapshot.names}, snapshot)
+
+
+def restore_where_unchanged(model: nn.Module, snapshot: Snapshot, written: Snapshot) -> tuple[str, ...]:
+    """Writes ``snapshot`` into those layers that still hold, bit for bit, what ``written`` holds; their names.
+
+    Args:
+        model: Where the layers are.
+        snapshot: What to write.
+        written: What the layers held when they were last written to; of the same layers.
+
+    Raises:
+        ValueError: As for :func:`restore_snapshot`.
+    """
+    layers = batch_norm_layers(model)
+    names = [name for name in written.names if name in layers]
+    parts = written.slices()
+    unchanged = {
+        name: layers[name]
+        for name in names
+        if same_bits(_tensor(layers[name].running_mean).to(written.mean.dtype), written.mean[parts[name]])
+        and same_bits(_tensor(layers[name].running_var).to(written.var.dtype), written.var[parts[name]])
+    }
+    if unchanged:
+        write_snapshot(unchanged, snapshot.only(unchanged))
+    return tuple(unchanged)
 
 
 def write_snapshot(layers: Mapping[str, _BatchNorm], snapshot: Snapshot) -> None:

@@ -7,8 +7,14 @@ from typing import Any
 
 import pytest
 import pytorch_lightning as pl
+import schedulefree
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, WeightAveraging
+from pytorch_lightning.callbacks import (
+    EMAWeightAveraging,
+    ModelCheckpoint,
+    StochasticWeightAveraging,
+    WeightAveraging,
+)
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
@@ -173,6 +179,40 @@ def test_averaging_itself_is_not_disturbed(averaging):
     assert runs[0] == runs[1]
 
 
+@pytest.mark.parametrize("first", [True, False], ids=["listed first", "listed last"])
+def test_weights_that_a_schedule_free_optimizer_swaps_in_get_statistics_of_their_own(first):
+    class Swap(pl.Callback):
+        """What the optimizer's authors ask for around training and validation."""
+
+        def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.optimizers[0].train()
+
+        def on_validation_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.optimizers[0].eval()
+
+        def on_validation_epoch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+            trainer.optimizers[0].train()
+
+    class ScheduleFree(Classifier):
+        def configure_optimizers(self) -> Any:
+            return schedulefree.SGDScheduleFree(self.parameters(), lr=0.5)
+
+    module = ScheduleFree()
+    callbacks = [PreciseBatchNorm(num_batches=3), Swap()]
+    fit(module, *(callbacks if first else callbacks[::-1]))
+    assert_validated_precisely(module, validations=2, batches=3)
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["listed first", "listed last"])
+def test_stochastic_weight_averaging_gets_statistics_of_its_own(first):
+    module = Classifier()
+    swa = StochasticWeightAveraging(swa_lrs=0.05, swa_epoch_start=1, annealing_epochs=1)
+    callbacks = [PreciseBatchNorm(num_batches=3), swa]
+    fit(module, *(callbacks if first else callbacks[::-1]), max_epochs=3)
+    assert_validated_precisely(module, validations=len(module.validated), batches=3)
+    assert len(module.validated) >= 3
+
+
 # Training is bit-identical
 
 
@@ -272,10 +312,15 @@ def test_fast_dev_run_recalibrates_from_one_batch():
     assert callback.last.num_batches == 1
 
 
-def test_without_validation_batches_nothing_happens():
-    callback = Counting()
-    fit(Classifier(), callback, limit_val_batches=0)
-    assert callback.done == []
+def test_without_validation_the_last_checkpoint_and_the_model_are_precise(tmp_path):
+    module = Classifier()
+    saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_top_k=-1)
+    callback = PreciseBatchNorm(num_batches=3)
+    fit(module, saver, callback, enable_checkpointing=True, limit_val_batches=0)
+    assert callback.last.num_batches == 3
+    assert_all_statistics(module.net, layer_inputs(module.net.train(), RECALIBRATED_FROM[-3:], NORMS))
+    saved = torch.load(tmp_path / "step=8.ckpt", weights_only=True)["state_dict"]
+    assert {name: bits(value) for name, value in saved.items()} == state_bits(module)
 
 
 def test_it_does_nothing_in_a_barebones_fit():
@@ -291,11 +336,11 @@ def test_validating_on_its_own_changes_nothing():
     module = Classifier()
     callback = Counting(num_batches=2)
     trainer = fit(module, callback)
-    found, state = everything(module), generators()
+    found = everything(module)
     trainer.validate(module, val_loader(), verbose=False)
     quiet(callbacks=[Counting()]).validate(Classifier(), val_loader(), verbose=False)
     assert everything(module)["net.bn"] == found["net.bn"]
-    assert state[2] != [] and callback.done == [4, 8]
+    assert callback.done == [4, 8]
 
 
 def test_test_and_predict_change_nothing():
@@ -475,6 +520,15 @@ def test_model_in_double_precision_is_recalibrated_with_converted_input():
     fit(module, PreciseBatchNorm(num_batches=3), precision="64-true")
     assert module.validated[0][2][0].dtype == torch.float64
     assert_validated_precisely(module, validations=2, batches=3)
+
+
+def test_model_in_bf16_is_recalibrated_to_the_precision_of_bf16():
+    module = Classifier()
+    fit(module, PreciseBatchNorm(num_batches=3), precision="bf16-true")
+    assert len(module.validated) == 2
+    for _, net, used in module.validated:
+        assert used[0].dtype == net.bn.running_mean.dtype == torch.bfloat16
+        assert_all_statistics(net, layer_inputs(net.train(), used, NORMS), tolerance=2**-7)
 
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
@@ -724,14 +778,17 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, interval, averaging)
     assert {k: bits(v) for k, v in saved[0].items()} == {k: bits(v) for k, v in saved[1].items()}
 
 
-def test_state_is_small_and_plain():
-    callback = PreciseBatchNorm(num_batches=2)
+@pytest.mark.parametrize("restore", [False, True])
+def test_state_is_small_and_plain(tmp_path, restore):
+    callback = PreciseBatchNorm(num_batches=2, restore=restore)
     fit(Classifier(), callback)
-    state = callback.state_dict()
-    assert all(isinstance(value, int | float | str) for value in state.values())
-    again = PreciseBatchNorm(num_batches=2)
-    again.load_state_dict(copy.deepcopy(state))
-    assert again.state_dict() == state
+    path = tmp_path / "state.pt"
+    torch.save(callback.state_dict(), path)
+    assert path.stat().st_size < 10_000
+    again = PreciseBatchNorm(num_batches=2, restore=restore)
+    again.load_state_dict(torch.load(path, weights_only=True))
+    torch.save(again.state_dict(), tmp_path / "again.pt")
+    assert (tmp_path / "again.pt").stat().st_size == path.stat().st_size
 
 
 def test_statistics_stay_in_the_model_after_the_fit():
@@ -771,3 +828,159 @@ def test_any_iterable_that_can_be_iterated_again_serves_as_a_loader():
     fit(module, PreciseBatchNorm(num_batches=3), loaders=loaders)
     assert_validated_precisely(module, validations=2, batches=3)
     assert RECALIBRATED_FROM == []
+
+
+# How much data, whose, and for how long
+
+
+def test_number_of_samples_ends_the_pass():
+    callback = PreciseBatchNorm(num_batches=100, num_samples=15)
+    module = Classifier()
+    fit(module, callback)
+    assert_validated_precisely(module, validations=2, batches=2)
+    assert callback.last.num_samples == 16
+
+
+def test_pass_ends_when_the_standard_error_is_small_enough():
+    loaders = data(dataset=samples(1200), batch_size=30)
+    module, callback = Classifier(dropout=0.0), PreciseBatchNorm(num_batches=40, max_standard_error=0.2)
+    fit(module, callback, loaders=loaders, max_epochs=1)
+    assert callback.last.standard_error <= 0.2
+    assert callback.last.num_batches < 40
+    assert_validated_precisely(module, validations=1, batches=callback.last.num_batches)
+
+
+def test_nothing_happens_before_the_first_epoch_asked_for():
+    callback = Counting(num_batches=2, start_epoch=2)
+    fit(Classifier(), callback, max_epochs=4)
+    assert callback.done == [12, 16]
+
+
+def test_recent_batches_are_the_last_that_training_used_and_cost_no_loading():
+    class Reads(torch.utils.data.Dataset):
+        count = 0
+
+        def __len__(self) -> int:
+            return 28
+
+        def __getitem__(self, index: int) -> Any:
+            Reads.count += 1
+            return samples()[index]
+
+    class Trained(Classifier):
+        def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None:
+            self.recent = [*getattr(self, "recent", []), bits(batch[0])]
+
+    module = Trained()
+    callback = PreciseBatchNorm(num_batches=3, source="recent")
+    fit(module, callback, loaders=data(dataset=Reads()))
+    assert Reads.count == 2 * 28
+    assert_validated_precisely(module, validations=2, batches=3)
+    assert [bits(x) for x in module.validated[0][2]] == module.recent[1:4]
+    assert [bits(x) for x in module.validated[1][2]] == module.recent[5:8]
+
+
+@pytest.mark.parametrize("settings", [{}, {"precision": "bf16-mixed"}, {"accumulate_grad_batches": 2}])
+def test_training_is_bit_identical_with_recent_batches(settings):
+    callbacks = [], [PreciseBatchNorm(num_batches=2, source="recent")]
+    runs = [trajectory(Classifier, data, *used, val_check_interval=0.5, **settings) for used in callbacks]
+    assert runs[0][:2] == runs[1][:2]
+
+
+class WithTarget(Classifier):
+    """Has a loader of another domain."""
+
+    def target_dataloader(self) -> Any:
+        return train_loader(samples(24, seed=50), shuffle=False)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
+        return self.net(batch[0])
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.net(batch[0])
+
+
+def test_batches_of_another_loader_are_used_where_it_is_named():
+    module = WithTarget()
+    fit(module, PreciseBatchNorm(num_batches=2, source_method="module.target_dataloader", step="predict_step"))
+    expected = [batch[0] for batch in module.target_dataloader()][:2]
+    for _, net, _ in module.validated:
+        assert_all_statistics(net, layer_inputs(net.train(), expected, NORMS))
+
+
+@pytest.mark.parametrize("run", ["validate", "test"])
+def test_with_another_loader_validating_and_testing_are_precise_too(run):
+    module = WithTarget()
+    callback = PreciseBatchNorm(num_batches=2, source_method="module.target_dataloader", step="predict_step")
+    getattr(quiet(callbacks=[callback]), run)(module, val_loader(), verbose=False)
+    expected = [batch[0] for batch in module.target_dataloader()][:2]
+    assert_all_statistics(module.net, layer_inputs(module.net.train(), expected, NORMS))
+    module.net(expected[0]).sum().backward()  # testing runs under inference mode, training has to go on
+
+
+@pytest.mark.parametrize("method", ["module.nothing", "datamodule.loader", "target_dataloader", "trainer.fit"])
+def test_loader_method_that_does_not_exist_is_refused_before_training(method):
+    assert_refused_before_training(
+        WithTarget(), PreciseBatchNorm(source_method=method), MisconfigurationException, method
+    )
+
+
+class Buffers(pl.Callback):
+    """The buffers that each training batch finds."""
+
+    def __init__(self) -> None:
+        self.found: list[dict[str, bytes]] = []
+
+    def on_train_batch_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule, *args: Any) -> None:
+        self.found.append({name: bits(buffer) for name, buffer in pl_module.named_buffers()})
+
+
+@pytest.mark.parametrize("averaging", [[], ["ema"]], ids=["plain", "averaged"])
+@pytest.mark.parametrize("interval", [1.0, 0.5])
+def test_moving_average_comes_back_where_that_is_asked_for(tmp_path, interval, averaging):
+    found = []
+    for callbacks in ([], [PreciseBatchNorm(num_batches=3, restore=True)]):
+        module, buffers = Classifier(), Buffers()
+        saver = ModelCheckpoint(dirpath=tmp_path / str(len(found)), save_top_k=-1, filename="{step}")
+        averages = [AVERAGING[name]() for name in averaging]
+        fit(module, *callbacks, *averages, buffers, saver, val_check_interval=interval, enable_checkpointing=True)
+        found.append(buffers.found)
+    assert found[0] == found[1]
+    assert_validated_precisely(module, validations=int(2 / interval), batches=3)
+    for step, net, _ in module.validated:
+        saved = torch.load(tmp_path / "1" / f"step={step}.ckpt", weights_only=True)["state_dict"]
+        assert {name.removeprefix("net."): bits(value) for name, value in saved.items()} == state_bits(net)
+
+
+@pytest.mark.parametrize("interval", [1.0, 0.5])
+def test_resumed_run_brings_the_moving_average_back(tmp_path, interval):
+    def run(**kwargs: Any) -> tuple[Classifier, Buffers]:
+        module, buffers = Plain(), Buffers()
+        saver = ModelCheckpoint(dirpath=tmp_path, save_top_k=-1, filename="{step}")
+        trainer = quiet(
+            callbacks=[PreciseBatchNorm(num_batches=3, restore=True), buffers, saver],
+            enable_checkpointing=True,
+            num_sanity_val_steps=0,
+            max_epochs=2,
+            val_check_interval=interval,
+        )
+        trainer.fit(module, **data(shuffle=False), **kwargs)
+        return module, buffers
+
+    whole, whole_buffers = run()
+    resumed, resumed_buffers = run(ckpt_path=tmp_path / "step=4.ckpt", weights_only=True)
+    assert resumed_buffers.found == whole_buffers.found[4:]
+    assert state_bits(resumed) == state_bits(whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "named"),
+    [
+        ({"num_samples": 0}, "num_samples=0"),
+        ({"max_standard_error": 0.0}, "max_standard_error"),
+        ({"source": "val"}, "val"),
+    ],
+)
+def test_arguments_out_of_range_are_refused_at_once(arguments, named):
+    with pytest.raises(MisconfigurationException, match=named):
+        PreciseBatchNorm(**arguments)
