@@ -1,7 +1,7 @@
 """How far each estimator's variance is from that of the whole population, by batch size and by what a batch holds.
 
-The population is what the first BatchNorm layer of a convolutional network sees of scikit-learn's 1,797 digits. One pass
-over all of them estimates it, so that what differs is the estimator's doing.
+The population is what the first BatchNorm layer of a convolutional network sees of scikit-learn's 1,797 digits. One
+pass over all of them estimates it, so that what differs is the estimator's doing.
 """
 
 import torch

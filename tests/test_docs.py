@@ -1,12 +1,21 @@
-"""The reference lists everything that is public, under the module it lives in."""
+"""The reference lists everything that is public; what the pages show runs, and what they say of it is so."""
 
 import importlib
 import re
 from pathlib import Path
 
-import lightning_bn.functional
+import pytest
+import pytorch_lightning
 
-PAGE = Path(__file__).parent.parent / "docs" / "reference" / "functional.md"
+import lightning_bn
+import lightning_bn.functional
+from lightning_bn.functional import MEASURES, SelectionError, batch_norm_layers
+from tests.pages import blocks, callbacks_of, check, configurations, run
+
+DOCS = Path(__file__).parent.parent / "docs"
+PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
+PAGE = DOCS / "reference" / "functional.md"
+CALLBACKS = DOCS / "reference" / "callbacks.md"
 ENTRY = re.compile(r"^::: (?P<module>\S+)\n    options:\n      members: \[(?P<members>[^\]]*)\]$", re.M)
 
 
@@ -22,3 +31,65 @@ def test_reference_lists_exactly_what_the_ground_floor_exports():
 def test_reference_names_the_module_each_function_lives_in():
     for module, name in documented(PAGE.read_text()):
         assert getattr(importlib.import_module(module), name) is getattr(lightning_bn.functional, name)
+
+
+def test_reference_lists_all_that_the_package_exports():
+    found = {name: module for module, name in documented(CALLBACKS.read_text())}
+    assert set(lightning_bn.__all__) - {"__version__"} <= set(found)
+    for name, module in found.items():
+        assert hasattr(importlib.import_module(module), name)
+
+
+@pytest.mark.parametrize(
+    ("page", "block"),
+    [pytest.param(page, block, id=f"{page}-{block.line}") for page, text in PAGES.items() for block in blocks(text)],
+)
+def test_block_runs_and_prints_what_the_page_says(page, block, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "120")
+    check(block, DOCS / page)
+
+
+@pytest.mark.parametrize(
+    "configuration",
+    [pytest.param(one, id=f"{page}-{i}") for page, text in PAGES.items() for i, one in enumerate(configurations(text))],
+)
+def test_configuration_is_accepted_by_the_command_line(configuration, tmp_path):
+    assert callbacks_of(configuration, tmp_path, pytorch_lightning)
+
+
+def selections(text):
+    """(arguments, what the second column says) of each row of the table of selections."""
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in text.splitlines() if line.startswith("| `")
+    ]
+    return [(eval(f"dict({arguments[1:-1]})"), meant) for arguments, meant in rows]
+
+
+@pytest.mark.parametrize(("arguments", "meant"), selections(PAGES["selection.md"]), ids=str)
+def test_the_table_of_selections_is_right(arguments, meant):
+    [block] = blocks(PAGES["selection.md"])
+    model = run(block, "selection.md")["model"]
+    if meant.startswith("an error: "):
+        with pytest.raises(SelectionError, match=re.escape(meant.removeprefix("an error: "))):
+            batch_norm_layers(model, **arguments)
+    else:
+        names = [f"model.{name}" for name in re.findall(r"`([^`]*)`", meant)]
+        assert list(batch_norm_layers(model, **arguments)) == names
+
+
+@pytest.mark.parametrize(
+    ("page", "callback"),
+    [("freezer.md", "BatchNormFreezer"), ("precise.md", "PreciseBatchNorm"), ("monitor.md", "BatchNormMonitor")],
+)
+def test_a_card_lists_every_parameter(page, callback):
+    section = PAGES[page].split("## Parameters")[1].split("\n## ")[0]
+    first_cells = " ".join(line.split("|")[1] for line in section.splitlines() if line.startswith("| `"))
+    code = getattr(lightning_bn, callback).__init__.__code__
+    parameters = code.co_varnames[1 : code.co_argcount + code.co_kwonlyargcount]
+    assert sorted(re.findall(r"`(\w+)`", first_cells)) == sorted(parameters)
+
+
+def test_the_table_of_measures_lists_them_all():
+    section = PAGES["monitor.md"].split("## Measures")[1].split("\n## ")[0]
+    assert re.findall(r"^\| `(\w+)`", section, re.M) == list(MEASURES)

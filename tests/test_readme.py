@@ -1,49 +1,52 @@
 """What the README shows runs as it stands there."""
 
-import re
 import traceback
 from pathlib import Path
-from typing import NamedTuple
 
+import lightning.pytorch
 import pytest
+import pytorch_lightning
+import yaml
+
+from tests.pages import Block, blocks, callbacks_of, check, configurations, lines, run
 
 README = Path(__file__).parent.parent / "README.md"
-FENCE = re.compile(
-    r"^(?:<!-- not executed: (?P<reason>[^\n]+?) -->\n+)?```python *\n(?P<code>.*?)^```[ \t]*$", re.M | re.S
-)
+TEXT = README.read_text(encoding="utf-8")
 
 
-class Block(NamedTuple):
-    line: int
-    code: str
-    reason: str | None
-
-
-def blocks(text):
-    """The ```python blocks of a page in their order, with the line each begins at and why it is not executed, if so."""
-    return [
-        Block(text.count("\n", 0, found.start("code")) + 1, found["code"], found["reason"])
-        for found in FENCE.finditer(text)
-    ]
-
-
-def run(block, page):
-    """Executes a block in a namespace of its own, with the page's line numbers in tracebacks."""
-    exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), {"__name__": "__main__"})
-
-
-@pytest.mark.parametrize("block", blocks(README.read_text(encoding="utf-8")), ids=lambda block: f"line{block.line}")
-def test_block_runs(block, tmp_path, monkeypatch):
-    if block.reason:
-        pytest.skip(block.reason)
+@pytest.mark.parametrize("block", blocks(TEXT), ids=lambda block: f"line{block.line}")
+def test_block_runs_and_prints_what_the_page_says(block, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    run(block, README)
+    monkeypatch.setenv("COLUMNS", "120")
+    check(block, README)
+
+
+def test_the_trainer_example_has_twelve_lines():
+    example = next(block for block in blocks(TEXT) if "Trainer" in block.code)
+    assert len([line for line in example.code.splitlines() if line.strip()]) == 12
+
+
+@pytest.mark.parametrize("pl", [pytorch_lightning, lightning.pytorch], ids=lambda pl: pl.__name__)
+@pytest.mark.parametrize("configuration", configurations(TEXT))
+def test_the_configuration_makes_callbacks_with_its_settings(configuration, pl, tmp_path):
+    callbacks = callbacks_of(configuration, tmp_path, pl)
+    entries = yaml.safe_load(configuration)["trainer"]["callbacks"]
+    assert len(callbacks) == 3
+    for callback, entry in zip(callbacks, entries, strict=True):
+        for name, value in entry["init_args"].items():
+            assert getattr(callback, name) == value
 
 
 def test_readme_names_the_two_commands():
-    text = README.read_text(encoding="utf-8")
-    assert "make demo" in text
-    assert "make test" in text
+    assert "make demo" in TEXT
+    assert "make test" in TEXT
+
+
+def test_pictures_and_pages_that_the_readme_links_to_exist():
+    links = [part.split(")")[0].split("#")[0] for part in TEXT.split("](")[1:]]
+    missing = [link for link in links if "://" not in link and not (README.parent / link).exists()]
+    assert links
+    assert not missing
 
 
 PAGE = """# Title
@@ -71,3 +74,15 @@ def test_a_block_that_fails_is_seen_at_its_line():
         run(third, "page.md")
     last = traceback.extract_tb(raised.value.__traceback__)[-1]
     assert (last.filename, last.lineno) == ("page.md", 13)
+
+
+def test_what_a_page_says_and_a_block_does_not_print_is_seen():
+    [block] = blocks("```python\nprint('mean 0.25 sigma')\n```\n\nIt prints:\n\n```text\nmean -1.5e-3 sigma\n```\n")
+    check(block, "page.md")
+    with pytest.raises(AssertionError, match="does not print"):
+        check(Block(block.line, block.code, None, "variance 1\n"), "page.md")
+
+
+def test_lines_are_compared_without_numbers_and_widths():
+    assert lines("a  1,024 rows in 0.5 s\n\n") == lines("a 3 rows   in -2e-5 s")
+    assert lines("layer frozen") != lines("layer free")

@@ -228,10 +228,15 @@ class Freeze:
             if kept.moved():
                 kept.put_back()
 
-    def drop_gradients(self) -> None:
-        """Before an optimizer step: frozen affine parameters have no gradient."""
+    def drop_own_gradients(self) -> None:
+        """After a backward: affine parameters frozen during every batch have no gradient."""
         if self._on and self._affine:
             drop_gradients(self._always.values())
+
+    def drop_gradients(self) -> None:
+        """Before an optimizer step: no frozen affine parameter has a gradient, those of a task none that is theirs."""
+        self.drop_own_gradients()
+        if self._on and self._affine:
             drop_zero_gradients(self._task_layers.values())
 
     @contextmanager

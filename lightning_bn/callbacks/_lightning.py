@@ -113,6 +113,12 @@ def is_barebones(trainer: Trainer) -> bool:
     return bool(trainer.barebones)
 
 
+def put_first(trainer: Trainer, callback: Callback) -> None:
+    """Moves a callback in front of all others."""
+    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
+    trainer.callbacks = [callback, *(other for other in callbacks if other is not callback)]  # type: ignore[attr-defined]
+
+
 def put_before_checkpoints(trainer: Trainer, callback: Callback) -> None:
     """Moves a callback behind all others but those that save checkpoints, which come last."""
     callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
@@ -158,14 +164,14 @@ def combined(loaders: Any, mode: str) -> Iterator[Iterator[Any]]:
 
 @contextmanager
 def training_stage(trainer: Trainer) -> Iterator[None]:
-    """The Trainer says that it is training, and what is logged goes nowhere."""
-    stage, loggers = trainer.state.stage, trainer.loggers
+    """The Trainer says that it is training, what is logged goes nowhere, and nobody stops it for good."""
+    stage, loggers, should_stop = trainer.state.stage, trainer.loggers, trainer.should_stop
     trainer.training = True
     trainer.loggers = [DummyLogger() for _ in loggers]
     try:
         yield
     finally:
-        trainer.state.stage, trainer.loggers = stage, loggers
+        trainer.state.stage, trainer.loggers, trainer.should_stop = stage, loggers, should_stop
 
 
 def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
@@ -197,6 +203,7 @@ __all__ = [
     "is_last_epoch",
     "prepare_batch",
     "put_before_checkpoints",
+    "put_first",
     "rank_zero_info",
     "rank_zero_warn",
     "same_kind_before",

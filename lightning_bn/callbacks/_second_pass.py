@@ -46,14 +46,35 @@ def second_pass(trainer: Trainer, most: int | None) -> Iterator[Iterator[Any]]:
 
 def _clone(loader: Any) -> Any:
     """A loader over the same data that shares no iteration state with ``loader``."""
+    kept = [
+        name for name, value in getattr(loader, "__dict__", {}).items() if name != "_iterator" and _is_iterator(value)
+    ]
+    if kept:
+        raise MisconfigurationException(
+            f"PreciseBatchNorm(source='train'): the training loader is a {type(loader).__name__} that keeps an iterator "
+            f"of its own in {kept[0]!r}, so that a second pass would take batches from training. {_CHOICES}"
+        )
     if isinstance(loader, DataLoader):
         return _clone_dataloader(loader)
-    if iter(loader) is loader:
+    if _is_iterator(loader):
         raise MisconfigurationException(
             f"PreciseBatchNorm(source='train'): the training loader is a {type(loader).__name__} that can be iterated "
             f"only once, so that a second pass over it would take batches from training. {_CHOICES}"
         )
-    return copy.copy(loader)
+    clone = copy.copy(loader)
+    for name, value in getattr(loader, "__dict__", {}).items():
+        # Somebody's wrapper around a loader.
+        if isinstance(value, DataLoader) or (hasattr(value, "__dict__") and _wraps_a_loader(value)):
+            setattr(clone, name, _clone(value))
+    return clone
+
+
+def _wraps_a_loader(value: Any) -> bool:
+    return any(isinstance(inner, DataLoader) for inner in vars(value).values())
+
+
+def _is_iterator(value: Any) -> bool:
+    return hasattr(value, "__next__") and hasattr(value, "__iter__")
 
 
 def _clone_dataloader(loader: DataLoader[Any]) -> DataLoader[Any]:

@@ -16,6 +16,7 @@ from lightning_bn.callbacks._lightning import (
     MisconfigurationException,
     Trainer,
     averaged_copies,
+    put_first,
     rank_zero_info,
     rank_zero_warn,
     same_kind_before,
@@ -146,6 +147,11 @@ class BatchNormFreezer(Callback):
                 f"two BatchNormFreezers have the name {self.name!r}: give each its own name=, so that their states "
                 f"are told apart in checkpoints."
             )
+        if stage == "fit":
+            # What a run of validate read is not this fit's; what this fit resumes from is read later.
+            self._resumed = None
+        # In front of WeightAveraging, whose on_train_end puts the average in the place of what is compared here.
+        put_first(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._let_go(trainer.global_step)
@@ -191,8 +197,11 @@ class BatchNormFreezer(Callback):
         if pl_module.automatic_optimization:
             self._frozen.train_gradients()
 
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Before anyone takes a norm of them, as a clip_gradients by hand does.
+        self._frozen.drop_own_gradients()
+
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        # Before clipping, so that the norm is that of the gradients that are used.
         self._frozen.drop_gradients()
 
     def on_train_batch_end(
@@ -206,27 +215,21 @@ class BatchNormFreezer(Callback):
             self._frozen.switch_task(None)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._say(self._frozen.check(trainer.global_step))
-        self._frozen.check_copies()
+        self._mend(trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._freeze is not None:
-            # From here to the end averages may stand in the place of the weights: nothing is compared or put back.
-            self._say(self._freeze.check(trainer.global_step))
-            self._freeze.check_copies()
-            self._swapped = True
+        self._mend(trainer.global_step)
+        # From here to the end averages may stand in the place of the weights: nothing is compared or put back.
+        self._swapped = self._freeze is not None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._freeze is not None:
-            self._swapped = False
-            self._say(self._freeze.check(trainer.global_step))
+        self._swapped = False
+        self._mend(trainer.global_step)
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self._freeze is not None and not self._swapped:
-            # The tensors of the state dict are those of the model and of the average: put back there, they are right
-            # in the file.
-            self._say(self._freeze.check(trainer.global_step))
-            self._freeze.check_copies()
+        # The tensors of the state dict are those of the model and of the average: put back there, they are right in the
+        # file.
+        self._mend(trainer.global_step)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._say(self._let_go(trainer.global_step))
@@ -249,6 +252,8 @@ class BatchNormFreezer(Callback):
         self._let_go(trainer.global_step)
 
     def state_dict(self) -> dict[str, Any]:
+        # Called before on_save_checkpoint: what is found moved now is in the report of the same file.
+        self._mend(self._step)
         report = self.report if self._freeze is None else self._freeze.report(self._step)
         return {"settings": self._settings(), "report": None if report is None else report.state_dict()}
 
@@ -311,6 +316,11 @@ class BatchNormFreezer(Callback):
             return
         said = "; ".join(map(str, trips[:3])) + (f"; {len(trips) - 3} more" if len(trips) > 3 else "")
         rank_zero_warn(f"BatchNormFreezer: a frozen value was moved and has been put back: {said}")
+
+    def _mend(self, step: int) -> None:
+        if self._freeze is not None and not self._swapped:
+            self._say(self._freeze.check(step))
+            self._freeze.check_copies()
 
     def _let_go(self, step: int) -> list[Trip]:
         # Also after an exception inside validation, or in a later Trainer the layers would still be in eval.

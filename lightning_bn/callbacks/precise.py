@@ -21,6 +21,7 @@ from lightning_bn.callbacks._lightning import (
     is_last_epoch,
     put_before_checkpoints,
     rank_zero_info,
+    rank_zero_warn,
     several_loaders,
 )
 from lightning_bn.callbacks._sandbox import check_step, sandbox
@@ -34,7 +35,7 @@ from lightning_bn.callbacks._sources import (
 from lightning_bn.functional.budget import Budget
 from lightning_bn.functional.drift import summarize
 from lightning_bn.functional.layers import tracked_layers
-from lightning_bn.functional.recalibrated import Recalibration
+from lightning_bn.functional.recalibrated import Recalibration, RecalibrationError
 from lightning_bn.functional.recalibration import Estimator, recalibrate
 from lightning_bn.functional.snapshots import Snapshot, restore_where_unchanged
 from lightning_bn.functional.status import is_frozen, update_status
@@ -257,6 +258,13 @@ class PreciseBatchNorm(Callback):
             yield
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule) -> None:
+        try:
+            self._recalibrate_now(trainer, module)
+        except RecalibrationError as error:
+            # A run that diverged goes on as it would have without this callback.
+            rank_zero_warn(f"PreciseBatchNorm: {error}")
+
+    def _recalibrate_now(self, trainer: Trainer, module: LightningModule) -> None:
         with self._modes_of_training(module) if self._tree else nullcontext():
             layers = tracked_layers(module, self.modules, self.exclude, self.root)
             in_training = any(submodule.training for submodule in module.modules())

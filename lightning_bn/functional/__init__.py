@@ -6,7 +6,7 @@ from lightning_bn.functional.layers import batch_norm_layers, tracked_layers
 from lightning_bn.functional.moments import Moments, merge, moments, variance
 from lightning_bn.functional.patterns import SelectionError
 from lightning_bn.functional.plan import FreezePlan, PlannedLayer, plan
-from lightning_bn.functional.recalibrated import Recalibration
+from lightning_bn.functional.recalibrated import Recalibration, RecalibrationError
 from lightning_bn.functional.recalibration import recalibrate
 from lightning_bn.functional.schedule import FreezeSchedule
 from lightning_bn.functional.semantics import LayerBehaviour, describe
@@ -24,6 +24,7 @@ __all__ = [
     "Moments",
     "PlannedLayer",
     "Recalibration",
+    "RecalibrationError",
     "SelectionError",
     "Snapshot",
     "batch_norm_layers",

@@ -9,6 +9,11 @@ from lightning_bn.functional.drift import summarize
 from lightning_bn.functional.layers import quoted
 from lightning_bn.functional.snapshots import Snapshot
 
+
+class RecalibrationError(ValueError):
+    """Nothing could be recalibrated from the data that came; nothing was changed."""
+
+
 _WORTH_SAYING = 0.01
 """Jeffreys divergence, a variance ratio of about 1.15: below it nobody's validation changes."""
 

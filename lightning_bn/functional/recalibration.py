@@ -18,7 +18,7 @@ from lightning_bn.functional.collecting import Collected, Collector, single_valu
 from lightning_bn.functional.distributed import Pooled, Totals, across_processes, agree_on_layers, alone, statistics
 from lightning_bn.functional.layers import batch_norm_layers, has_running_statistics, quoted, tracked_layers
 from lightning_bn.functional.patterns import Patterns
-from lightning_bn.functional.recalibrated import Recalibration
+from lightning_bn.functional.recalibrated import Recalibration, RecalibrationError
 from lightning_bn.functional.snapshots import snapshot_of
 from lightning_bn.functional.spread import relative_errors
 from lightning_bn.functional.status import is_frozen
@@ -83,8 +83,9 @@ def recalibrate(
         What was done; printed, it is one sentence.
 
     Raises:
-        ValueError: If a number is below 1 or not positive; if there is no batch, or none that can be used; if no
-            selected layer was reached, or all of them are frozen.
+        ValueError: If a number is below 1 or not positive, or all selected layers are frozen.
+        RecalibrationError: A ValueError too: if there is no batch, or none that can be used; if no selected layer was
+            reached.
         SelectionError: As for ``batch_norm_layers``, or if a selected layer has no running statistics.
         TypeError: If ``batches`` is one tensor, or a batch cannot be fed without ``forward``.
         RuntimeError: Under ``distributed``, if the processes mean different layers or another one failed.
@@ -130,7 +131,9 @@ def recalibrate(
         pooled = alone(gathered)
     reached = {name: targets[name] for name, found in pooled.items() if found.moments.count > 1}
     if not reached:
-        raise ValueError((usage.why_nothing() if not totals.batches else None) or _why_none(pooled, totals.batches))
+        raise RecalibrationError(
+            (usage.why_nothing() if not totals.batches else None) or _why_none(pooled, totals.batches)
+        )
     before = snapshot_of(reached)
     _write(reached, pooled, estimator)
     return Recalibration(

@@ -185,9 +185,7 @@ def values(module: nn.Module, names: Iterable[str] | None = None) -> dict[str, b
 
 def saved(state: dict[str, Tensor], names: Iterable[str] = BODY) -> dict[str, bytes]:
     """As :func:`values`, of a state dict in a checkpoint."""
-    return {
-        key: bits(value) for key, value in state.items() if any(key.startswith(f"{name}.") for name in names)
-    }
+    return {key: bits(value) for key, value in state.items() if any(key.startswith(f"{name}.") for name in names)}
 
 
 def state(module: nn.Module) -> dict[str, bytes]:

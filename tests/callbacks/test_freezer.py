@@ -165,9 +165,7 @@ class ByHandManual(ByHand):
         pytest.param(ManuallyClipped, ByHandManual, {}, id="manual"),
     ],
 )
-def test_clipping_sees_the_norm_of_the_gradients_that_are_used(
-    base: Any, oracle: Any, options: dict[str, Any]
-) -> None:
+def test_clipping_sees_the_norm_of_the_gradients_that_are_used(base: Any, oracle: Any, options: dict[str, Any]) -> None:
     module = base()
     fit(module, freezer(), **options)
     expected = oracle(base)
@@ -228,7 +226,12 @@ def test_an_optimizer_that_moves_parameters_without_gradient_is_healed_and_named
             seen.append(values(pl_module, BODY))
 
     with noticed():
-        fit(module, frozen, Hooked(on_train_epoch_start=note, on_validation_batch_start=note), val_check_interval=interval)
+        fit(
+            module,
+            frozen,
+            Hooked(on_train_epoch_start=note, on_validation_batch_start=note),
+            val_check_interval=interval,
+        )
     assert frozen.report is not None
     assert {trip.moved.cause for trip in frozen.report.moved} == {"LBFGS moves parameters that have no gradient"}
     assert len(seen) > 2
@@ -728,7 +731,7 @@ def test_statistics_that_are_still_those_of_construction_are_warned_of() -> None
 def test_a_selection_that_means_no_layer_is_an_error_before_training() -> None:
     module = Classifier()
     before = state(module)
-    with pytest.raises(SelectionError, match="bodi.*Closest.*'body'"):
+    with pytest.raises(SelectionError, match=r"bodi.*Closest.*'body'"):
         fit(module, freezer(modules="bodi"))
     assert state(module) == before
 
@@ -904,5 +907,3 @@ def test_validate_and_test_without_a_fit_leave_the_layers_alone() -> None:
     assert state(module) == before
     assert modes(module) == modes(Classifier())
     assert frozen.report is None
-
-

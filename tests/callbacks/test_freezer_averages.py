@@ -39,10 +39,10 @@ freezer_first = pytest.mark.parametrize("freezer_first", [True, False], ids=["fr
 averagings = pytest.mark.parametrize(
     "averaging",
     [
-        pytest.param(lambda: WeightAveraging(), id="WeightAveraging"),
+        pytest.param(WeightAveraging, id="WeightAveraging"),
         pytest.param(lambda: EMAWeightAveraging(decay=0.9), id="EMA"),
         pytest.param(lambda: EMAWeightAveraging(decay=0.9, use_buffers=False), id="EMA without buffers"),
-        pytest.param(lambda: EMAWeightAveraging(decay=0.9, update_starting_at_step=BATCHES + 1), id="EMA from later on"),
+        pytest.param(lambda: EMAWeightAveraging(decay=0.9, update_starting_at_step=BATCHES + 1), id="EMA from later"),
         pytest.param(
             lambda: EMAWeightAveraging(decay=0.9, update_every_n_steps=0, update_starting_at_epoch=1), id="EMA by epoch"
         ),

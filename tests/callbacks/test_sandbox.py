@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from torchmetrics import Accuracy, MeanMetric, MetricCollection, Precision, Recall
 
 from lightning_bn import PreciseBatchNorm
-from lightning_bn.callbacks._sandbox import check_step, preserved_attributes, preserved_metrics
+from lightning_bn.callbacks._sandbox import check_step, preserved_attributes
 from tests.callbacks.fits import Classifier, quiet, samples, train_loader, trajectory, val_loader
 from tests.models import bits
 from tests.oracle import assert_all_statistics, layer_inputs
@@ -326,7 +326,7 @@ def test_collection_that_was_never_updated_finds_its_groups_later():
         return MetricCollection({"p": Precision("binary"), "r": Recall("binary")}, compute_groups=True)
 
     ours, plain = nn.ModuleDict({"m": collection()}), collection()
-    with preserved_attributes(ours), preserved_metrics(ours):
+    with preserved_attributes(ours), preserved_attributes(ours):
         update(ours["m"])
     assert not any(metric.update_called for metric in ours["m"].values(copy_state=False))
     for metrics in (ours["m"], plain):
@@ -340,7 +340,7 @@ def test_states_of_a_metric_come_back_in_the_same_tensors():
     metric = MeanMetric()
     metric.update(3.0)
     state, value = metric.mean_value, bits(metric.mean_value)
-    with preserved_metrics(nn.ModuleList([metric])):
+    with preserved_attributes(nn.ModuleList([metric])):
         metric.update(100.0)
         metric.reset()
     assert metric.mean_value is state

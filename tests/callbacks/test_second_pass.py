@@ -199,6 +199,70 @@ def test_loader_that_cannot_be_cloned_is_an_error_that_says_so():
         assert_bit_identical(lambda: train_loader(shuffle=False, sampler=Ongoing()))
 
 
+class Repeated(Sampler[list[int]]):
+    """Batches without an end."""
+
+    def __init__(self, batches: Any) -> None:
+        self.batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        while True:
+            yield from iter(self.batches)
+
+
+class MultiEpochs(DataLoader[Any]):
+    """A known recipe against the start-up of workers: one iterator for all epochs, kept beside torch's own."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.batches = len(self.batch_sampler)
+        object.__setattr__(self, "batch_sampler", Repeated(self.batch_sampler))
+        self.iterator = super().__iter__()
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[Any]:
+        for _ in range(self.batches):
+            yield next(self.iterator)
+
+
+def test_loader_that_keeps_an_iterator_of_its_own_is_an_error_that_says_so():
+    with pytest.raises(MisconfigurationException, match="MultiEpochs"):
+        assert_bit_identical(lambda: MultiEpochs(samples(), batch_size=8, shuffle=True))
+
+
+class Prefetching:
+    """Somebody's wrapper around a loader."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader = loader
+
+    def __len__(self) -> int:
+        return len(self.loader)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self.loader)
+
+
+@pytest.mark.timeout(30)
+@pytest.mark.parametrize(
+    "kwargs",
+    [{}, {"num_workers": 1, "persistent_workers": True}, {"generator": 5}, {"shuffle": False, "sampler": 28}],
+    ids=["plain", "persistent workers", "generator", "stateful sampler"],
+)
+def test_loader_that_wraps_another(kwargs):
+    def loader() -> Any:
+        given = dict(kwargs)
+        if "generator" in given:
+            given["generator"] = torch.Generator().manual_seed(given["generator"])
+        if "sampler" in given:
+            given["sampler"] = Cursor(given["sampler"])
+        return Prefetching(train_loader(**given))
+
+    assert_bit_identical(loader)
+
+
 def test_loader_that_can_be_iterated_only_once_is_an_error_that_says_so():
     with pytest.raises(MisconfigurationException, match="once"):
         assert_bit_identical(lambda: iter(train_loader()))

@@ -1,0 +1,110 @@
+"""Pages in Markdown: their code run, what they say it prints compared, their YAML given to LightningCLI."""
+
+import contextlib
+import io
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import yaml
+
+FENCE = re.compile(
+    r"^(?:<!-- not executed: (?P<reason>[^\n]+?) -->\n+)?"
+    r"```python *\n(?P<code>.*?)^```[ \t]*$"
+    r"(?:\n+(?:[A-Z][^\n`]*:\n\n)?```text\n(?P<printed>.*?)^```[ \t]*$)?",
+    re.M | re.S,
+)
+YAML = re.compile(r"^```yaml *\n(?P<text>.*?)^```[ \t]*$", re.M | re.S)
+NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?")
+
+
+class Block(NamedTuple):
+    line: int
+    code: str
+    reason: str | None
+    printed: str | None
+
+
+def blocks(text: str) -> list[Block]:
+    """The ```python blocks of a page in their order.
+
+    With the line each begins at, why it is not executed, if so, and the ```text block that follows it: what it prints.
+    """
+    return [
+        Block(text.count("\n", 0, found.start("code")) + 1, found["code"], found["reason"], found["printed"])
+        for found in FENCE.finditer(text)
+    ]
+
+
+def run(block: Block, page: Path | str) -> dict[str, Any]:
+    """Executes a block in a namespace of its own, with the page's line numbers in tracebacks; gives the namespace."""
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
+    return namespace
+
+
+class Printed(logging.Handler):
+    """What was printed and logged."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.stream = io.StringIO()
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.stream.write(record.getMessage() + "\n")
+
+
+@contextlib.contextmanager
+def recorded() -> Iterator[io.StringIO]:
+    """Yields what is printed, and what Lightning logs, inside."""
+    handler = Printed()
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
+    for logger in loggers:
+        logger.addHandler(handler)
+    try:
+        with contextlib.redirect_stdout(handler.stream):
+            yield handler.stream
+    finally:
+        for logger in loggers:
+            logger.removeHandler(handler)
+
+
+def lines(text: str) -> list[str]:
+    """Lines without what differs between machines: numbers and widths."""
+    return [re.sub(r"[ ━─]+", " ", NUMBER.sub("#", line)).strip() for line in text.splitlines() if line.strip()]
+
+
+def check(block: Block, page: Path | str) -> dict[str, Any]:
+    """Runs a block; what the page says that it prints must be among what it printed."""
+    if block.reason:
+        pytest.skip(block.reason)
+    with recorded() as stream:
+        namespace = run(block, page)
+    missing = set(lines(block.printed or "")) - set(lines(stream.getvalue()))
+    assert not missing, f"{page} line {block.line} does not print {sorted(missing)}, but:\n{stream.getvalue()}"
+    return namespace
+
+
+def configurations(text: str) -> list[str]:
+    """The ```yaml blocks of a page."""
+    return [found["text"] for found in YAML.finditer(text)]
+
+
+def callbacks_of(configuration: str, folder: Path, pl: Any) -> Sequence[Any]:
+    """The callbacks that LightningCLI of one of the two namespaces makes of a configuration, without running it."""
+    from importlib import import_module
+
+    cli, boring = import_module(f"{pl.__name__}.cli"), import_module(f"{pl.__name__}.demos.boring_classes")
+    path = folder / "config.yaml"
+    path.write_text(configuration)
+    made = cli.LightningCLI(
+        boring.BoringModel, args=["--config", str(path), "--trainer.logger=false"], run=False, save_config_callback=None
+    )
+    classes = [
+        entry["class_path"].rpartition(".")[2] for entry in yaml.safe_load(configuration)["trainer"]["callbacks"]
+    ]
+    found = {type(callback).__name__: callback for callback in made.trainer.callbacks}
+    return [found[name] for name in classes]
