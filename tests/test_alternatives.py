@@ -215,12 +215,12 @@ ALTERNATIVES: dict[str, Callbacks] = {
         lambda module: require_gradients(module, False), lambda module: require_gradients(module, True)
     ),
     "`.eval()`, once": by_hand(lambda module: set_mode(module, False), lambda module: set_mode(module, True)),
-    "`.eval()`, before every batch": by_hand(
+    "`.eval()`, every batch": by_hand(
         lambda module: set_mode(module, False), lambda module: set_mode(module, True), each_batch=True
     ),
-    "`BaseFinetuning.freeze(train_bn=False)`": lambda module, start, stop: Finetuning(start, stop),
+    "`BaseFinetuning`, `train_bn=False`": lambda module, start, stop: Finetuning(start, stop),
     "`momentum = 0`": by_hand(lambda module: set_momentum(module, 0.0), lambda module: set_momentum(module, 0.1)),
-    "`FrozenBatchNorm2d` in its place": by_hand(replace_layers, replace_back),
+    "`FrozenBatchNorm2d`": by_hand(replace_layers, replace_back),
     "`freeze_batch_norm`": by_hand(
         lambda module: freeze_batch_norm(module, root="net") and None,
         lambda module: unfreeze_batch_norm(module, root="net") and None,
@@ -285,7 +285,7 @@ def fit(
     return module
 
 
-LIGHTNINGS = "`BaseFinetuning.freeze(train_bn=False)`"
+LIGHTNINGS = "`BaseFinetuning`, `train_bn=False`"
 
 
 def values(layer: nn.Module, *names: str) -> list[bytes]:

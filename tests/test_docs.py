@@ -10,10 +10,11 @@ import pytorch_lightning
 import lightning_bn
 import lightning_bn.functional
 from lightning_bn.functional import MEASURES, SelectionError, batch_norm_layers
-from tests.pages import blocks, callbacks_of, check, configurations, run
+from tests.pages import blocks, callbacks_of, check, configurations, lines, run
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
+README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
 PAGE = DOCS / "reference" / "functional.md"
 CALLBACKS = DOCS / "reference" / "callbacks.md"
 ENTRY = re.compile(r"^::: (?P<module>\S+)\n    options:\n      members: \[(?P<members>[^\]]*)\]$", re.M)
@@ -34,10 +35,14 @@ def test_reference_names_the_module_each_function_lives_in():
 
 
 def test_reference_lists_all_that_the_package_exports():
-    found = {name: module for module, name in documented(CALLBACKS.read_text())}
-    assert set(lightning_bn.__all__) - {"__version__"} <= set(found)
-    for name, module in found.items():
-        assert hasattr(importlib.import_module(module), name)
+    paths = re.findall(r"^::: (\S+)$", CALLBACKS.read_text(), re.M)
+    found = {name: getattr(importlib.import_module(module), name) for module, _, name in map(split, paths)}
+    for name in set(lightning_bn.__all__) - {"__version__"}:
+        assert found[name] is getattr(lightning_bn, name)
+
+
+def split(path):
+    return path.rpartition(".")
 
 
 @pytest.mark.parametrize(
@@ -93,3 +98,23 @@ def test_a_card_lists_every_parameter(page, callback):
 def test_the_table_of_measures_lists_them_all():
     section = PAGES["monitor.md"].split("## Measures")[1].split("\n## ")[0]
     assert re.findall(r"^\| `(\w+)`", section, re.M) == list(MEASURES)
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_what_callbacks_say_is_what_they_say_in_the_readme(page):
+    # where it is compared with what a run prints
+    said = re.compile(r"^(?:BatchNormFreezer|BatchNormMonitor|PreciseBatchNorm): .*$", re.M)
+    assert set(lines("\n".join(said.findall(PAGES[page])))) <= set(lines(README))
+
+
+def test_accuracies_on_the_cards_are_those_of_the_readme():
+    measured = [re.findall(r"\b\d+\.\d\b", line) for line in README.splitlines()]
+    section = PAGES["precise.md"].split("## Use")[0]
+    rows = [found for line in section.splitlines() if len(found := re.findall(r"\b\d+\.\d\b", line)) == 4]
+    assert len(rows) == 6
+    for row in rows:
+        assert any(row == found[-4:] for found in measured)
+    for page in ("freezer.md", "precise.md"):
+        sentences = re.sub(r"\s+", " ", re.sub(r"^\|.*$", "", PAGES[page], flags=re.M))
+        for number in re.findall(r"\b(\d+\.\d) %", sentences):
+            assert number in README

@@ -13,7 +13,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.functional.freezing import declare_frozen, declare_unfrozen
 from lightning_bn.functional.gradients import WithheldGradients, drop_gradients, drop_zero_gradients
 from lightning_bn.functional.holding import hold_in_eval, let_go
-from lightning_bn.functional.layers import batch_norm_layers
+from lightning_bn.functional.layers import affine_parameters, batch_norm_layers
+from lightning_bn.functional.lending import LentStatistics
 from lightning_bn.functional.proof import KeptValues, Moved
 
 
@@ -111,7 +112,9 @@ class Freeze:
         self._on = False
         self._task: str | None = None
         self._kept: KeptValues | None = None
-        self._task_kept: KeptValues | None = None
+        self._lent: LentStatistics | None = None
+        self._own_parameters = _affine(self._always)
+        self._task_parameters = _affine(self._task_layers)
         self._withheld: WithheldGradients | None = None
         self._copies: list[KeptValues] = []
         self._guarded: dict[str, Any] = {}
@@ -140,13 +143,12 @@ class Freeze:
             # Layers of a task too: recalibrating them from batches of all tasks would undo what the freeze is for.
             declare_frozen(every, stats=self._stats, affine=self._affine, by=self._by)
             self._hold(self._always.values())
-            if self._affine:
-                drop_gradients(self._always.values())
+            self.drop_own_gradients()
         else:
             self._steps += step - (step if self._since is None else self._since)
             self._since = self._kept = None
             self._copies = []
-            self.switch_task(None)
+            trips += self.switch_task(None, step)
             declare_unfrozen(every, stats=self._stats, affine=self._affine, by=self._by)
             for layer in self._always.values():
                 let_go(layer, self._by, as_found=True)
@@ -156,18 +158,27 @@ class Freeze:
             self._guarded = {}
         return trips
 
-    def switch_task(self, task: str | None) -> None:
+    def switch_task(self, task: str | None, step: int) -> list[Trip]:
         """Holds the layers of a task instead of those of the last one; None for no task."""
         if task == self._task:
-            return
+            return []
         self.train_gradients()
+        trips = [] if self._lent is None else self._new(self._lent.take_back(), step)
+        self._lent = None
         for layer in self._by_task.get(self._task or "", {}).values():
             let_go(layer, self._by, as_found=True)
         self._task = task
         members = self._by_task.get(task or "", {}) if self._on else {}
-        self._task_kept = KeptValues(members, stats=True, affine=False) if members and self._stats else None
+        if members and self._stats:
+            self._lent = LentStatistics(members)
         self._hold(members.values())
-        if members and self._affine:
+        self.withhold_gradients()
+        return trips
+
+    def withhold_gradients(self) -> None:
+        """Has the running task's forwards contribute nothing to the gradients of its frozen parameters."""
+        members = self._by_task.get(self._task or "", {})
+        if members and self._affine and self._on and self._withheld is None:
             self._withheld = WithheldGradients(members.values())
 
     def train_gradients(self) -> None:
@@ -203,21 +214,22 @@ class Freeze:
                 if layer.training:
                     layer.training = False
                     self._guard(name, layer)
-        kept = (self._kept, self._task_kept)
-        return self.check(step) if any(values is not None and values.touched() for values in kept) else []
+        return self.check(step) if self._kept is not None and self._kept.touched() else []
 
     def check(self, step: int) -> list[Trip]:
         """Compares all frozen values bit by bit and puts back what moved; what was not known before."""
-        trips = []
-        for kept in (self._kept, self._task_kept):
-            if kept is None:
-                continue
-            moved = kept.moved()
-            if moved:
-                kept.put_back()
-                trips += [Trip(self._explained(one), step) for one in moved]
-            else:
-                kept.rearm()
+        if self._kept is None:
+            return []
+        moved = self._kept.moved()
+        if moved:
+            self._kept.put_back()
+        else:
+            self._kept.rearm()
+        return self._new(moved, step)
+
+    def _new(self, moved: Iterable[Moved], step: int) -> list[Trip]:
+        """Of what moved, that which is told for the first time."""
+        trips = [Trip(self._explained(one), step) for one in moved]
         new = [trip for trip in trips if (trip.moved.layer, trip.moved.value) not in self._trips]
         self._trips.update({(trip.moved.layer, trip.moved.value): trip for trip in new})
         return new
@@ -231,23 +243,24 @@ class Freeze:
     def drop_own_gradients(self) -> None:
         """After a backward: affine parameters frozen during every batch have no gradient."""
         if self._on and self._affine:
-            drop_gradients(self._always.values())
+            drop_gradients(self._own_parameters)
 
     def drop_gradients(self) -> None:
         """Before an optimizer step: no frozen affine parameter has a gradient, those of a task none that is theirs."""
         self.drop_own_gradients()
         if self._on and self._affine:
-            drop_zero_gradients(self._task_layers.values())
+            drop_zero_gradients(self._task_parameters)
 
     @contextmanager
     def released(self, step: int) -> Iterator[None]:
         """Inside, the layers are not frozen; afterwards they are, with the values they have then."""
-        was_on = self._on
+        was_on, task = self._on, self._task
         self.switch(False, step)
         try:
             yield
         finally:
             self.switch(was_on, step)
+            self.switch_task(task, step)
 
     def report(self, step: int) -> FreezeReport:
         """What became of the frozen values so far."""
@@ -256,8 +269,7 @@ class Freeze:
 
     def forget_values(self) -> None:
         """Gives up what was kept: averages stand in the place of the weights, and nothing can be said of either."""
-        self._kept = self._task_kept = None
-        self._copies = []
+        self._kept, self._copies = None, []
 
     def _explained(self, moved: Moved) -> Moved:
         if moved.cause:
@@ -277,6 +289,10 @@ class Freeze:
             self._guarded[name] = None
         elif self._guarded[name] is None:
             self._guarded[name] = layer.register_forward_pre_hook(_put_into_eval)
+
+
+def _affine(layers: Mapping[str, _BatchNorm]) -> list[nn.Parameter]:
+    return [parameter for layer in layers.values() for parameter in affine_parameters(layer)]
 
 
 def _put_into_eval(layer: nn.Module, _: Any) -> None:

@@ -21,6 +21,8 @@ _CHOICES = (
 )
 _MOST_BYTES = 1 << 20
 """Of a tensor or array that a dataset holds: larger ones are the data."""
+_OWN_ITERATION = ("_iterator", "dataset", "sampler", "batch_sampler")
+"""Attributes of a DataLoader that may well be their own iterators; each of them is seen to."""
 _MUST_NOT_BE_COPIED = ("dataset", "data_source")
 
 
@@ -46,23 +48,22 @@ def second_pass(trainer: Trainer, most: int | None) -> Iterator[Iterator[Any]]:
 
 def _clone(loader: Any) -> Any:
     """A loader over the same data that shares no iteration state with ``loader``."""
-    kept = [
-        name for name, value in getattr(loader, "__dict__", {}).items() if name != "_iterator" and _is_iterator(value)
-    ]
-    if kept:
-        raise MisconfigurationException(
-            f"PreciseBatchNorm(source='train'): the training loader is a {type(loader).__name__} that keeps an iterator "
-            f"of its own in {kept[0]!r}, so that a second pass would take batches from training. {_CHOICES}"
-        )
-    if isinstance(loader, DataLoader):
-        return _clone_dataloader(loader)
     if _is_iterator(loader):
         raise MisconfigurationException(
             f"PreciseBatchNorm(source='train'): the training loader is a {type(loader).__name__} that can be iterated "
             f"only once, so that a second pass over it would take batches from training. {_CHOICES}"
         )
+    attributes = getattr(loader, "__dict__", {})
+    kept = [name for name, value in attributes.items() if name not in _OWN_ITERATION and _is_iterator(value)]
+    if kept:
+        raise MisconfigurationException(
+            f"PreciseBatchNorm(source='train'): the training loader is a {type(loader).__name__} that keeps an "
+            f"iterator of its own in {kept[0]!r}, so that a second pass would take batches from training. {_CHOICES}"
+        )
+    if isinstance(loader, DataLoader):
+        return _clone_dataloader(loader)
     clone = copy.copy(loader)
-    for name, value in getattr(loader, "__dict__", {}).items():
+    for name, value in attributes.items():
         # Somebody's wrapper around a loader.
         if isinstance(value, DataLoader) or (hasattr(value, "__dict__") and _wraps_a_loader(value)):
             setattr(clone, name, _clone(value))

@@ -78,7 +78,8 @@ class TaskOf:
             MisconfigurationException: If the batch has no such key, or its value is not one task.
         """
         if self._function is not None:
-            return str(self._function(batch, batch_idx))
+            task = self._function(batch, batch_idx)
+            return None if task is None else _one_task(task, str(self._key))
         if self._key is None:
             return None
         if not isinstance(batch, Mapping) or self._key not in batch:
@@ -96,7 +97,7 @@ def _one_task(value: Any, key: str) -> str:
     if isinstance(value, str) or not isinstance(value, Sequence):
         return str(value)
     # A default collate makes a list of the samples' tasks.
-    tasks = {str(one) for one in value}
+    tasks = {str(one.item() if isinstance(one, Tensor) else one) for one in value}
     if len(tasks) != 1:
         raise MisconfigurationException(
             f"task_key={key!r}: one batch holds the tasks {sorted(tasks)}. Batches of one task each are needed, or "

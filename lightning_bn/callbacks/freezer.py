@@ -193,13 +193,13 @@ class BatchNormFreezer(Callback):
             self._in_batch = True
             self._on_task(None)
 
-    def on_before_backward(self, trainer: Trainer, pl_module: LightningModule, loss: Any) -> None:
-        if pl_module.automatic_optimization:
-            self._frozen.train_gradients()
-
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before anyone takes a norm of them, as a clip_gradients by hand does.
         self._frozen.drop_own_gradients()
+        if pl_module.automatic_optimization and not _has_lbfgs(trainer):
+            # Not before: a checkpointed forward runs again in the backward. LBFGS and manual optimization run the step's
+            # forwards again for the same batch; there they are withheld until its end.
+            self._frozen.train_gradients()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
         self._frozen.drop_gradients()
@@ -210,14 +210,14 @@ class BatchNormFreezer(Callback):
         # An optimizer that needs no gradient, or a hook of the module's, has moved what it moves.
         self._step = trainer.global_step
         self._say(self._frozen.glance(self._step))
-        if self.by_task:
-            self._in_batch = False
-            self._frozen.switch_task(None)
+        self._end_batch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_batch()
         self._mend(trainer.global_step)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_batch()
         self._mend(trainer.global_step)
         # From here to the end averages may stand in the place of the weights: nothing is compared or put back.
         self._swapped = self._freeze is not None
@@ -242,7 +242,7 @@ class BatchNormFreezer(Callback):
             )
         (rank_zero_info if self.report.identical else rank_zero_warn)(f"BatchNormFreezer: {self.report}")
         unseen = sorted(set(self.by_task or {}) - self._tasks_seen)
-        if unseen:
+        if unseen and self.report.steps:
             rank_zero_warn(
                 f"BatchNormFreezer: by_task names {quoted(unseen)}, but no batch was of such a task; "
                 f"tasks seen: {quoted(sorted(self._tasks_seen)) or 'none'}."
@@ -309,7 +309,13 @@ class BatchNormFreezer(Callback):
             task = task if task is not None else self._batch_task
             if task is not None:
                 self._tasks_seen.add(task)
-            self._freeze.switch_task(task)
+            self._say(self._freeze.switch_task(task, self._step))
+
+    def _end_batch(self) -> None:
+        """Also where on_train_batch_end was not called: a module's on_train_batch_start may skip a batch."""
+        self._in_batch = False
+        if self._freeze is not None:
+            self._say(self._freeze.switch_task(None, self._step))
 
     def _say(self, trips: list[Trip]) -> None:
         if not trips:
@@ -346,10 +352,13 @@ class BatchNormFreezer(Callback):
             "stats": self.stats,
             "affine": self.affine,
             "schedule": str(self._schedule),
-            "by_task": None if self.by_task is None else {task: list(paths) for task, paths in self.by_task.items()},
+            "by_task": None if self.by_task is None else {task: plain(paths) for task, paths in self.by_task.items()},
         }
 
 
 def _affine_cause(trainer: Trainer) -> str:
-    lbfgs = any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers)
-    return "LBFGS moves parameters that have no gradient" if lbfgs else ""
+    return "LBFGS moves parameters that have no gradient" if _has_lbfgs(trainer) else ""
+
+
+def _has_lbfgs(trainer: Trainer) -> bool:
+    return any(isinstance(optimizer, LBFGS) for optimizer in trainer.optimizers)

@@ -9,8 +9,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.layers import affine_parameters
-
 
 class WithheldGradients:
     """Forwards of ``layers`` contribute zero to the gradients of ``weight`` and ``bias``, from construction to release.
@@ -39,36 +37,35 @@ class WithheldGradients:
         self._found = []
 
 
-def drop_gradients(layers: Iterable[_BatchNorm]) -> None:
-    """Takes the gradients of ``weight`` and ``bias`` away, so that an optimizer skips them.
+def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Takes gradients away, so that an optimizer skips them.
 
     With a gradient of zeros it would not: weight decay and momentum move a parameter that has one.
     """
-    for layer in layers:
-        for parameter in affine_parameters(layer):
-            parameter.grad = None
+    for parameter in parameters:
+        parameter.grad = None
 
 
-def drop_zero_gradients(layers: Iterable[_BatchNorm]) -> None:
-    """Takes away the gradients of ``weight`` and ``bias`` that are zero throughout: nothing contributed to them."""
-    parameters = [p for layer in layers for p in affine_parameters(layer) if p.grad is not None]
-    if parameters:
+def drop_zero_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """Takes gradients away that are zero throughout: nothing contributed to them."""
+    having = [(parameter, gradient) for parameter in parameters if (gradient := parameter.grad) is not None]
+    if having:
         # One look at the device for all of them.
-        used = torch.stack([_gradient(p).detach().count_nonzero() for p in parameters]).tolist()
-        for parameter, count in zip(parameters, used, strict=True):
+        used = torch.stack([gradient.detach().count_nonzero() for _, gradient in having]).tolist()
+        for (parameter, _), count in zip(having, used, strict=True):
             if not count:
                 parameter.grad = None
-
-
-def _gradient(parameter: nn.Parameter) -> Tensor:
-    assert parameter.grad is not None
-    return parameter.grad
 
 
 class _ZeroGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor) -> Tensor:
-        return parameter.view_as(parameter)
+        # Not a view: under manual optimization the parameter is written to while this is in use.
+        with torch.no_grad():
+            alias = torch.empty(0, dtype=parameter.dtype, device=parameter.device)
+            return alias.set_(
+                parameter.untyped_storage(), parameter.storage_offset(), parameter.size(), parameter.stride()
+            )
 
     @staticmethod
     def backward(ctx: Any, gradient: Tensor) -> Tensor:

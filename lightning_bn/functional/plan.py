@@ -82,7 +82,7 @@ def plan(
     *,
     stats: bool = True,
     affine: bool = True,
-    by_task: Mapping[str, Sequence[str]] | None = None,
+    by_task: Mapping[str, str | Sequence[str]] | None = None,
     schedule: FreezeSchedule | None = None,
 ) -> FreezePlan:
     """What freezing with these arguments will do; nothing in ``model`` changes.
@@ -111,7 +111,7 @@ def plan(
     rules = {name: _rule(model, name, modules, root) for name in base}
     for task, names in tasks.items():
         for name in names:
-            rules.setdefault(name, _rule(model, name, list((by_task or {})[task]), root))
+            rules.setdefault(name, _rule(model, name, (by_task or {})[task], root))
     layers = tuple(
         PlannedLayer(
             name=name,
@@ -134,7 +134,7 @@ def select_by_task(
     *,
     stats: bool,
     affine: bool,
-    by_task: Mapping[str, Sequence[str]] | None,
+    by_task: Mapping[str, str | Sequence[str]] | None,
 ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
     """Names frozen during every batch, and for each task those frozen during its batches beside them.
 
@@ -169,7 +169,7 @@ def _others(
     model: nn.Module,
     layers: Sequence[PlannedLayer],
     modules: Patterns,
-    by_task: Mapping[str, Sequence[str]] | None,
+    by_task: Mapping[str, str | Sequence[str]] | None,
     root: str,
 ) -> int:
     """Parameters that require a gradient, lie where the rules point and are not frozen."""
@@ -186,8 +186,8 @@ def _others(
     return len(meant - frozen)
 
 
-def _all_patterns(modules: Patterns, by_task: Mapping[str, Sequence[str]] | None) -> Iterator[Pattern]:
+def _all_patterns(modules: Patterns, by_task: Mapping[str, str | Sequence[str]] | None) -> Iterator[Pattern]:
     if modules is not None or not by_task:
         yield from as_patterns(modules, "modules")
     for patterns in (by_task or {}).values():
-        yield from as_patterns(list(patterns), "by_task")
+        yield from as_patterns(patterns, "by_task")

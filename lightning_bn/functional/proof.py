@@ -84,11 +84,7 @@ class KeptValues:
         if list(now) == self._keys and self._kept.same_bits(list(now.values())):
             return []
         kept = zip(self._keys, self._kept.parts(), strict=True)
-        return [
-            Moved(*key, _largest_change(part, now.get(key)), _cause(key[1], now.get(key)))
-            for key, part in kept
-            if key not in now or not same_bits(now[key].reshape(-1), part)
-        ]
+        return [moved for key, part in kept for moved in what_moved(key, part, now.get(key))]
 
     def put_back(self) -> None:
         """Writes what was kept wherever it differs, in place; a tensor taken away or reshaped comes back."""
@@ -123,6 +119,13 @@ class KeptValues:
                 tensor = _home(layer, value).get(value)
                 if tensor is not None:
                     yield (name, value), tensor
+
+
+def what_moved(key: tuple[str, str], kept: Tensor, now: Tensor | None) -> list[Moved]:
+    """The one value of a layer if it is not bit for bit what was kept of it, else nothing."""
+    if now is not None and same_bits(now.reshape(-1), kept.reshape(-1)):
+        return []
+    return [Moved(*key, _largest_change(kept.reshape(-1), now), _cause(key[1], now))]
 
 
 class _Flat:

@@ -131,9 +131,8 @@ def recalibrate(
         pooled = alone(gathered)
     reached = {name: targets[name] for name, found in pooled.items() if found.moments.count > 1}
     if not reached:
-        raise RecalibrationError(
-            (usage.why_nothing() if not totals.batches else None) or _why_none(pooled, totals.batches)
-        )
+        why = None if totals.batches else usage.why_nothing()
+        raise RecalibrationError(why or _why_none(pooled, totals.batches))
     before = snapshot_of(reached)
     _write(reached, pooled, estimator)
     return Recalibration(
