@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 
 from lightning_bn.functional.patterns import Patterns
+from lightning_bn.functional.plan import FreezePlan
 from lightning_bn.functional.semantics import LayerBehaviour, describe
 from lightning_bn.functional.status import LayerStatus, status_by_name
+from lightning_bn.functional.wording import counted
 
 
 def print_behaviour(
@@ -48,18 +51,17 @@ def behaviour_table(behaviours: Sequence[LayerBehaviour], statuses: dict[str, La
         title=f"{len(behaviours)} BatchNorm layers, {training} in train mode: what the next forward does",
         caption="\n".join(f"{_name(layer)}: {surprise}." for layer in behaviours for surprise in layer.surprises),
         caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
     )
-    for heading, justify in (
-        ("layer", "left"),
-        ("kind", "left"),
-        ("channels", "right"),
-        ("mode", "left"),
-        ("normalises with", "left"),
-        ("running statistics", "left"),
-        ("updates", "right"),
-        ("weight, bias", "left"),
-    ):
-        table.add_column(heading, justify=justify, overflow="fold")  # type: ignore[arg-type]
+    table.add_column("layer", overflow="fold")
+    table.add_column("kind", no_wrap=True)
+    table.add_column("channels", justify="right", min_width=8)
+    table.add_column("mode", no_wrap=True)
+    table.add_column("normalises with", min_width=10)
+    table.add_column("running statistics", min_width=10)
+    table.add_column("updates", justify="right")
+    table.add_column("weight, bias")
     for layer in behaviours:
         status = (statuses or {}).get(layer.name, LayerStatus())
         table.add_row(
@@ -72,6 +74,50 @@ def behaviour_table(behaviours: Sequence[LayerBehaviour], statuses: dict[str, La
             "-" if layer.num_batches_tracked is None else f"{layer.num_batches_tracked:,}",
             _affine(layer, status),
             style="yellow" if layer.surprises else None,
+        )
+    return table
+
+
+def print_plan(plan: FreezePlan, console: Console | None = None) -> None:
+    """Prints what a freeze will do, one BatchNorm layer a line.
+
+    Args:
+        plan: What :func:`~lightning_bn.functional.plan` or ``BatchNormFreezer.plan`` gave.
+        console: Where to; None for standard output.
+    """
+    (console or Console()).print(plan_table(plan))
+
+
+def plan_table(plan: FreezePlan) -> Table:
+    """What a freeze will do, as a table: each layer, the rule that selected it, what is frozen and when.
+
+    Args:
+        plan: What :func:`~lightning_bn.functional.plan` or ``BatchNormFreezer.plan`` gave.
+    """
+    others = counted(plan.others, "other weight")
+    table = Table(
+        title=f"{len(plan.frozen)} of {counted(len(plan.layers), 'BatchNorm layer')} will be frozen",
+        caption=f"{others} below the same paths still {'trains' if plan.others == 1 else 'train'}: "
+        f"only BatchNorm is frozen.",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("layer", overflow="fold")
+    table.add_column("kind", no_wrap=True)
+    table.add_column("selected by", overflow="fold")
+    table.add_column("frozen")
+    table.add_column("when")
+    for layer in plan.layers:
+        what = ", ".join(word for word, on in (("statistics", layer.stats), ("affine", layer.affine)) if on)
+        when = f"task {', '.join(layer.tasks)}; {plan.schedule}" if layer.tasks else str(plan.schedule)
+        table.add_row(
+            layer.name or "(the model itself)",
+            layer.kind,
+            layer.rule or "no rule",
+            what if layer.frozen else "nothing",
+            when if layer.frozen else "",
+            style=None if layer.frozen else "dim",
         )
     return table
 

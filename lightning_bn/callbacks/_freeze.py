@@ -16,6 +16,7 @@ from lightning_bn.functional.holding import hold_in_eval, let_go
 from lightning_bn.functional.layers import affine_parameters, batch_norm_layers
 from lightning_bn.functional.lending import LentStatistics
 from lightning_bn.functional.proof import KeptValues, Moved
+from lightning_bn.functional.wording import counted
 
 
 @dataclass(frozen=True)
@@ -55,11 +56,11 @@ class FreezeReport:
         return not self.moved
 
     def __str__(self) -> str:
-        frozen = f"{len(self.layers)} frozen layers"
+        frozen, steps = counted(len(self.layers), "frozen layer"), counted(self.steps, "step")
         if self.identical:
-            return f"{frozen} bit-identical over {self.steps:,} steps"
+            return f"{frozen} bit-identical over {steps}"
         shown = "; ".join(map(str, self.moved[:3])) + (f"; {len(self.moved) - 3} more" if len(self.moved) > 3 else "")
-        return f"{frozen} over {self.steps:,} steps; moved by others and put back: {shown}"
+        return f"{frozen} over {steps}; moved by others and put back: {shown}"
 
     def state_dict(self) -> dict[str, Any]:
         """Strings, numbers, lists and dicts only."""

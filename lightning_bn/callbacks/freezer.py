@@ -23,9 +23,10 @@ from lightning_bn.callbacks._lightning import (
 )
 from lightning_bn.callbacks._task_of import TaskOf, listen, stop_listening
 from lightning_bn.functional.freezing import warn_of_initial_statistics
-from lightning_bn.functional.layers import batch_norm_layers, quoted
+from lightning_bn.functional.layers import batch_norm_layers
 from lightning_bn.functional.plan import FreezePlan, plan, select_by_task
 from lightning_bn.functional.schedule import FreezeSchedule
+from lightning_bn.functional.wording import quoted
 
 
 class BatchNormFreezer(Callback):
@@ -197,8 +198,8 @@ class BatchNormFreezer(Callback):
         # Before anyone takes a norm of them, as a clip_gradients by hand does.
         self._frozen.drop_own_gradients()
         if pl_module.automatic_optimization and not _has_lbfgs(trainer):
-            # Not before: a checkpointed forward runs again in the backward. LBFGS and manual optimization run the step's
-            # forwards again for the same batch; there they are withheld until its end.
+            # Not before: a checkpointed forward runs again in the backward. LBFGS and manual optimization run forwards
+            # again for the same batch; there they are withheld until its end.
             self._frozen.train_gradients()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:

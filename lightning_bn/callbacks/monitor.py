@@ -22,6 +22,7 @@ from lightning_bn.functional.history import DriftHistory
 from lightning_bn.functional.layers import tracked_layers
 from lightning_bn.functional.semantics import initial_share
 from lightning_bn.functional.snapshots import Snapshot, snapshot_of
+from lightning_bn.functional.wording import counted
 
 _SETTLED = 0.01
 _REARMED_BELOW = 0.5
@@ -137,10 +138,13 @@ class BatchNormMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._last is not None:
             step, summary = self._last
-            rank_zero_info(
-                f"BatchNormMonitor: step {step:,}: of {len(self._layers)} layers {summary.in_words()} drifted most "
-                f"since {self._since()}; {self.measure} mean {summary.mean:.2g}, max {summary.max:.2g}"
+            layers = counted(len(self._layers), "layer")
+            moved = (
+                f"running statistics of {layers} moved most at {summary.in_words()} since {self._since()}; "
+                f"{self.measure} mean {summary.mean:.2g}, max {summary.max:.2g}"
             )
+            still = f"running statistics of {layers} did not move since {self._since()}"
+            rank_zero_info(f"BatchNormMonitor: step {step:,}: {moved if summary.max else still}")
         self._forget()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

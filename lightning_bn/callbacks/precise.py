@@ -61,14 +61,15 @@ class PreciseBatchNorm(Callback):
     what was replaced from what is there now), and after validation ``bn/precise_share``, the share of its time.
 
     Args:
-        num_batches: How many batches to use at most, on each rank; no more than an epoch has.
+        num_batches: How many batches to use at most, on each rank; no more than an epoch has, None for an epoch.
         num_samples: How many samples to use at most, over all ranks.
         max_standard_error: Stop as soon as the standard error of every channel's mean (in standard deviations) and
             variance (relative) is below this; 0.05 is a good value.
         every_n_validations: Recalibrate before every n-th validation run.
         start_epoch: First epoch, from 0, in which to recalibrate.
         source: ``"train"``: a second pass over the Trainer's own training loaders, which leaves the running epoch as
-            it is. ``"recent"``: the last ``num_batches`` batches that training used, which are kept on the device.
+            it is. ``"recent"``: the last ``num_batches`` batches that training used, which are kept on the device
+            as they are (a step that changes its batch in place changes these).
         source_method: A method that returns another loader, for instance of the target domain:
             ``"datamodule.target_dataloader"`` or ``"module.target_dataloader"``.
         step: The module's method that runs a batch: ``training_step``, ``predict_step``, ``forward`` or one of your
@@ -96,7 +97,7 @@ class PreciseBatchNorm(Callback):
 
     def __init__(
         self,
-        num_batches: int = 200,
+        num_batches: int | None = 200,
         num_samples: int | None = None,
         max_standard_error: float | None = None,
         every_n_validations: int = 1,
@@ -121,6 +122,11 @@ class PreciseBatchNorm(Callback):
             )
         if source not in ("train", "recent"):
             raise MisconfigurationException(f"PreciseBatchNorm(source={source!r}) must be 'train' or 'recent'.")
+        if source == "recent" and num_batches is None:
+            raise MisconfigurationException(
+                "PreciseBatchNorm(source='recent', num_batches=None) would keep every batch of training on the device: "
+                "say how many."
+            )
         self.num_batches = num_batches
         self.num_samples = num_samples
         self.max_standard_error = max_standard_error
@@ -138,7 +144,7 @@ class PreciseBatchNorm(Callback):
         self._validations = 0
         self._due = False
         self._done_at_step = -1
-        self._recent = RecentBatches(num_batches)
+        self._recent = RecentBatches(num_batches or 0)
         self._replaced: tuple[Snapshot, Snapshot] | None = None
         self._tree: list[nn.Module] = []
         self._modes: list[bool] = []

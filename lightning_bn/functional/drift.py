@@ -9,8 +9,8 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
-from lightning_bn.functional.layers import quoted
 from lightning_bn.functional.snapshots import Snapshot
+from lightning_bn.functional.wording import quoted
 
 Measure: TypeAlias = Literal["jeffreys", "wasserstein", "mean_shift", "log_variance_ratio", "hellinger", "output"]
 MEASURES: tuple[str, ...] = get_args(Measure)

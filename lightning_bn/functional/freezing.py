@@ -15,12 +15,12 @@ from lightning_bn.functional.layers import (
     affine_parameters,
     batch_norm_layers,
     has_running_statistics,
-    quoted,
     tracked_layers,
 )
 from lightning_bn.functional.patterns import Patterns, SelectionError
 from lightning_bn.functional.semantics import has_initial_statistics
 from lightning_bn.functional.status import is_frozen, layer_status, update_status
+from lightning_bn.functional.wording import quoted
 
 _OWNER = "freeze_batch_norm"
 _REQUIRED_GRAD = "_lightning_bn_required_grad"
@@ -107,7 +107,8 @@ def unfreeze_batch_norm(
     Raises:
         SelectionError: As for ``batch_norm_layers``.
     """
-    return unfreeze_layers(batch_norm_layers(model, modules, exclude, root), stats=stats, affine=affine)
+    layers = batch_norm_layers(model, modules, exclude, root)
+    return unfreeze_layers(layers, stats=stats, affine=affine, parent_trains=model.training)
 
 
 @contextmanager
@@ -203,7 +204,12 @@ def freeze_layers(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool
 
 
 def unfreeze_layers(
-    layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, by: str = _OWNER
+    layers: Mapping[str, _BatchNorm],
+    *,
+    stats: bool,
+    affine: bool,
+    by: str = _OWNER,
+    parent_trains: bool = False,
 ) -> tuple[str, ...]:
     """Lets go of layers that ``by`` froze; one that someone else also holds stays frozen. Names of those changed."""
     given_back: dict[nn.Parameter, bool] = {}
@@ -211,7 +217,7 @@ def unfreeze_layers(
     for name in changed:
         layer = layers[name]
         if stats:
-            let_go(layer, by)
+            let_go(layer, by, parent_trains=parent_trains)
         if affine and not layer_status(layer).affine_frozen_by:
             required = layer.__dict__.pop(_REQUIRED_GRAD, ())
             for parameter, requires_grad in zip(affine_parameters(layer), required, strict=False):

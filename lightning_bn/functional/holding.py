@@ -23,15 +23,17 @@ def hold_in_eval(layer: _BatchNorm, by: str) -> None:
     layer.training = False
 
 
-def let_go(layer: _BatchNorm, by: str, *, as_found: bool = False) -> None:
+def let_go(layer: _BatchNorm, by: str, *, as_found: bool = False, parent_trains: bool = False) -> None:
     """Lets go of a layer that ``by`` holds; with the last holder it is an ordinary layer again.
 
     Args:
         layer: Which; one that ``by`` does not hold is left alone.
         by: Who.
         as_found: Whether it goes back to the mode it was in when it was first held. By default to the one it was given
-            last. Under a Trainer they differ: validation gives eval mode to everything and takes it back by setting the
-            flag that was, of a held layer, off.
+            last.
+        parent_trains: Whether the model around it is in training. Lightning's validation gives eval mode to everything
+            and takes it back by setting flags directly, so that the mode a held layer was given last is eval although
+            the model trains: it then goes back to the mode it was found in, unless it was given train mode.
     """
     holders = layer.__dict__.get(HOLDERS, {})
     found = holders.pop(by, None)
@@ -39,7 +41,7 @@ def let_go(layer: _BatchNorm, by: str, *, as_found: bool = False) -> None:
         return
     del layer.__dict__[HOLDERS]
     given = layer.__dict__.pop(GIVEN_MODE)
-    layer.training = found if as_found else given
+    layer.training = found if as_found else given or (found and parent_trains)
     if _is_held_class(type(layer)):
         layer.__class__ = type(layer).__mro__[2]
 

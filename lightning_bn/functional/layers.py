@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -12,6 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_bn.functional.patterns import Pattern, Patterns, SelectionError, as_patterns, is_below
+from lightning_bn.functional.wording import quoted
 
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
@@ -137,12 +138,6 @@ def canonical_name(model: nn.Module, path: str) -> str:
             kept.append(component)
         module = None if module is None else module._modules.get(component)
     return ".".join(kept)
-
-
-def quoted(names: Sequence[str], most: int = 5) -> str:
-    """``names`` as a reader wants them in an error: quoted, the first few, and how many more."""
-    shown = ", ".join(repr(name) for name in names[:most])
-    return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
 class _LayerNames:

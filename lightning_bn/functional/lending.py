@@ -35,10 +35,10 @@ class LentStatistics:
         """Gives the layers their own tensors back; what was done to the copies is told and has no effect."""
         moved = []
         for name, layer, own, lent in self._own:
+            # A forward in train mode leaves a version on the counter only.
+            touched = any(layer._buffers.get(key) is not lent[key] or lent[key]._version for key in own)
             for key, buffer in own.items():
-                now = layer._buffers.get(key)
-                if now is not lent[key] or lent[key]._version:
-                    moved += what_moved((name, key), buffer, now)
+                moved += what_moved((name, key), buffer, layer._buffers.get(key)) if touched else []
                 layer._buffers[key] = buffer
         self._own = []
         return moved

@@ -16,6 +16,7 @@ from lightning_bn.functional.layers import (
 )
 from lightning_bn.functional.patterns import Pattern, Patterns, as_patterns
 from lightning_bn.functional.schedule import FreezeSchedule
+from lightning_bn.functional.wording import counted
 
 
 @dataclass(frozen=True)
@@ -68,10 +69,11 @@ class FreezePlan:
         what = [word for word in ("stats", "affine") if any(getattr(layer, word) for layer in frozen)]
         words = ", ".join(what).replace("stats", "statistics")
         counts = {rule: sum(layer.rule == rule for layer in frozen) for rule in dict.fromkeys(x.rule for x in frozen)}
-        rules = ", ".join(f"{rule} {count}" for rule, count in counts.items())
+        rules = ", ".join(f"{rule}: {count}" for rule, count in counts.items())
         when = "" if self.schedule.always else f" {self.schedule}"
-        rest = f"; {self.others} other weights below these paths still train" if self.others else ""
-        return f"{len(frozen)} of {len(self.layers)} layers frozen{when} ({words}): {rules}{rest}"
+        weights, verb = counted(self.others, "other weight"), "trains" if self.others == 1 else "train"
+        rest = f"; {weights} below these paths still {verb}" if self.others else ""
+        return f"{len(frozen)} of {counted(len(self.layers), 'layer')} frozen{when} ({words}) by {rules}{rest}"
 
 
 def plan(
@@ -105,7 +107,7 @@ def plan(
     Example:
         >>> net = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3)))
         >>> print(plan(net, "2", affine=False))
-        1 of 2 layers frozen (statistics): 2 1; 4 other weights below these paths still train
+        1 of 2 layers frozen (statistics) by 2: 1; 4 other weights below these paths still train
     """
     base, tasks = select_by_task(model, modules, exclude, root, stats=stats, affine=affine, by_task=by_task)
     rules = {name: _rule(model, name, modules, root) for name in base}

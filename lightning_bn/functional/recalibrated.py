@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from lightning_bn.functional.drift import summarize
-from lightning_bn.functional.layers import quoted
 from lightning_bn.functional.snapshots import Snapshot
+from lightning_bn.functional.wording import counted, quoted
 
 
 class RecalibrationError(ValueError):
@@ -59,7 +59,8 @@ class Recalibration:
         amount = f"{self.num_batches:,} batches" if self.num_samples is None else f"{self.num_samples:,} samples"
         ranks = f" on {self.processes} ranks" if self.processes > 1 else ""
         error = f", standard error {self.standard_error:.2g}" if math.isfinite(self.standard_error) else ""
-        said = [f"{len(self.layers)} BatchNorm layers recalibrated from {amount}{ranks} in {self.seconds:.2g} s{error}"]
+        layers = counted(len(self.layers), "BatchNorm layer")
+        said = [f"{layers} recalibrated from {amount}{ranks} in {self.seconds:.2g} s{error}"]
         if self.ended_early and self.requested_batches is not None:
             came = self.num_batches // self.processes
             said.append(f"the data ended after {came:,} of {self.requested_batches:,} batches")

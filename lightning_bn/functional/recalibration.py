@@ -16,7 +16,7 @@ from lightning_bn.functional.batches import default_forward, model_device
 from lightning_bn.functional.budget import Budget, Usage
 from lightning_bn.functional.collecting import Collected, Collector, single_values_refused
 from lightning_bn.functional.distributed import Pooled, Totals, across_processes, agree_on_layers, alone, statistics
-from lightning_bn.functional.layers import batch_norm_layers, has_running_statistics, quoted, tracked_layers
+from lightning_bn.functional.layers import batch_norm_layers, has_running_statistics, tracked_layers
 from lightning_bn.functional.patterns import Patterns
 from lightning_bn.functional.recalibrated import Recalibration, RecalibrationError
 from lightning_bn.functional.snapshots import snapshot_of
@@ -29,6 +29,7 @@ from lightning_bn.functional.undisturbed import (
     run_as_written,
     set_modes_for_statistics,
 )
+from lightning_bn.functional.wording import quoted
 
 Estimator: TypeAlias = Literal["pooled", "mean_of_batches"]
 

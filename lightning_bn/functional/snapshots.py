@@ -12,8 +12,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.layers import batch_norm_layers, is_lazy, quoted, tracked_layers
+from lightning_bn.functional.layers import batch_norm_layers, is_lazy, tracked_layers
 from lightning_bn.functional.patterns import Patterns
+from lightning_bn.functional.wording import quoted
 
 _NO_COUNTER = -1
 

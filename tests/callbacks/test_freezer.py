@@ -200,10 +200,24 @@ def test_manual_optimization_with_several_optimizers_moves_nothing(optimizer: An
     assert frozen.report.identical
 
 
-def test_an_optimizer_stepped_behind_lightnings_back_is_healed_and_reported() -> None:
+def test_an_optimizer_stepped_behind_lightnings_back_moves_nothing() -> None:
     module, frozen = Manual(optimizer=adamw), freezer()
     module.plain = True
-    # Without Lightning's optimizers no step is counted: max_epochs ends the fit.
+    with held(module):
+        fit(module, frozen)
+    assert frozen.report is not None
+    assert frozen.report.identical
+
+
+def test_a_backward_and_a_step_of_which_lightning_knows_nothing_are_healed_and_reported() -> None:
+    class Plain(Manual):
+        plain = True
+
+        def manual_backward(self, loss: Tensor, *_: Any, **__: Any) -> None:
+            loss.backward()
+
+    module, frozen = Plain(optimizer=adamw), freezer()
+    # Without Lightning's optimizers no step is counted.
     with held(module), noticed():
         fit(module, frozen)
     assert frozen.report is not None

@@ -92,8 +92,8 @@ def test_a_fit_says_in_one_line_what_it_will_freeze_and_in_one_that_nothing_move
         fit(Classifier(), freezer())
     own = [line for line in lines if line.startswith("BatchNormFreezer")]
     assert own == [
-        "BatchNormFreezer: 2 of 3 layers frozen (statistics, affine): body 2; 4 other weights below these paths still "
-        "train",
+        "BatchNormFreezer: 2 of 3 layers frozen (statistics, affine) by body: 2; 4 other weights below these "
+        "paths still train",
         "BatchNormFreezer: 2 frozen layers bit-identical over 8 steps",
     ]
 

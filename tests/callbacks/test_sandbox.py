@@ -1,6 +1,8 @@
 """Running the user's step for its statistics alone: nothing else comes of it."""
 
+import queue
 import random
+import threading
 from collections import Counter, OrderedDict, defaultdict, deque
 from typing import Any
 
@@ -176,6 +178,63 @@ def test_teacher_that_the_step_updates_is_as_if_the_step_had_not_run(through_dat
             return super().training_step(batch, batch_idx) + self.teacher.weight.sum() * self.net.bn.weight.sum()
 
     assert_no_trace(Taught, lambda module: bits(module.teacher.weight))
+
+
+class Served(threading.Thread):
+    """A thread with a queue, as writers and uploaders have; `told` is written by the thread alone."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.asked: queue.Queue[Any] = queue.Queue()
+        self.told = 0
+        self.start()
+
+    def run(self) -> None:
+        while self.asked.get() is not None:
+            self.told += 1
+            self.asked.task_done()
+
+
+def test_thread_that_the_module_holds_goes_on():
+    class WithThread(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.served = Served()
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.served.asked.put(batch_idx)
+            return super().training_step(batch, batch_idx)
+
+        def on_train_end(self) -> None:
+            self.served.asked.put(None)
+            self.served.join(timeout=10)
+
+    _, _, module = trajectory(WithThread, data, PreciseBatchNorm(num_batches=3), val_check_interval=0.5)
+    assert not module.served.is_alive()
+    # Eight training batches, and what the passes asked for, which cannot be taken back.
+    assert module.served.told >= 8
+
+
+@pytest.mark.timeout(40)
+@pytest.mark.parametrize("workers", [0, 1])
+def test_iterator_that_the_module_holds_goes_on(workers):
+    class SemiSupervised(Classifier):
+        """Draws further batches from a loader of its own, which the passes draw from too."""
+
+        def on_train_start(self) -> None:
+            loader = train_loader(samples(400, seed=6), batch_size=8, num_workers=workers, shuffle=False)
+            self.further = iter(loader)
+            self.drawn: list[int] = []
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            further = next(self.further)
+            if torch.is_grad_enabled():
+                self.drawn.append(int(further[2][0]))
+            return super().training_step(batch, batch_idx) + super().training_step(further, batch_idx)
+
+    _, _, module = trajectory(SemiSupervised, data, PreciseBatchNorm(num_batches=3), val_check_interval=0.5)
+    assert len(module.drawn) == 8
+    assert module.drawn == sorted(set(module.drawn)), "a batch came twice"
 
 
 # What a step tells others

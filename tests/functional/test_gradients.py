@@ -198,16 +198,17 @@ def test_dropping_where_there_is_nothing_is_no_error() -> None:
 @pytest.mark.parametrize("steps", [1, 3])
 def test_steps_while_it_is_withheld_reach_the_forwards_that_follow(steps: int) -> None:
     net, expected = model(), model()
+    own = list(net.held.parameters())
+    optimizers = [torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9) for module in (net, expected)]
     withheld = WithheldGradients([net.held])
-    for module in (net, expected):
-        stepping = torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9)
+    for module, stepping in zip((net, expected), optimizers, strict=True):
+        held = own if module is net else list(module.held.parameters())
         for seed in range(steps):
             stepping.zero_grad()
             module(images(seed)).square().sum().backward()
-            if module is expected:
-                drop_gradients(module.held.parameters())
+            drop_gradients(held)
             stepping.step()
             with torch.no_grad():
-                module.held.bias.add_(1)  # another writer
+                held[1].add_(1)  # another writer
     withheld.release()
     assert state_bits(net) == state_bits(expected)

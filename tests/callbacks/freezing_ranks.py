@@ -1,0 +1,199 @@
+"""Fits on two real processes over gloo: what each rank was left with, for the tests to compare."""
+
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Callable
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+import torch.distributed as dist
+from pytorch_lightning.plugins.environments import ClusterEnvironment
+from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
+
+import lightning_bn
+from lightning_bn import BatchNormFreezer
+from tests.callbacks.freezing_fits import BATCHES, Classifier, adamw, freezer, loader, trainer_of, values
+from tests.callbacks.test_freezer_by_task import BY_TASK, MultiTask, batch_of, loader_of
+from tests.models import bits
+
+WORLD = 2
+
+
+class Processes(ClusterEnvironment):
+    """The process group is there already: no addresses, no ports, nothing to launch."""
+
+    creates_processes_externally = True
+    main_address = "localhost"
+    main_port = 0
+
+    @staticmethod
+    def detect() -> bool:
+        return False
+
+    def world_size(self) -> int:
+        return dist.get_world_size()
+
+    def set_world_size(self, size: int) -> None:
+        pass
+
+    def global_rank(self) -> int:
+        return dist.get_rank()
+
+    def set_global_rank(self, rank: int) -> None:
+        pass
+
+    def local_rank(self) -> int:
+        return dist.get_rank()
+
+    def node_rank(self) -> int:
+        return 0
+
+
+class Noting(pl.Callback):
+    """The values of the layers as every batch ends, and which of the parameters have equal bits on both ranks."""
+
+    def __init__(self) -> None:
+        self.values: list[dict[str, bytes]] = []
+        self.parameters_equal: list[bool] = []
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+        self.values.append(values(pl_module))
+        flat = torch.cat([parameter.detach().reshape(-1) for parameter in pl_module.parameters()])
+        self.parameters_equal.append(equal_on_all_ranks(flat))
+
+
+def equal_on_all_ranks(tensor: Tensor) -> bool:
+    everyones: list[Any] = [None] * WORLD
+    dist.all_gather_object(everyones, bits(tensor))
+    return len(set(everyones)) == 1
+
+
+class ByRank(MultiTask):
+    """In every step the ranks train different tasks."""
+
+    joint = False
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
+        rank = self.global_rank
+        batch = batch_of(None, seed=10 * batch_idx + rank)
+        first, second = (("det", "seg"), ("seg", "det"))[(rank + batch_idx) % 2]
+        with lightning_bn.task(first):
+            loss = self.loss(batch)
+        if self.joint:
+            with lightning_bn.task(second):
+                loss = loss + self.loss(batch_of(None, seed=500 + 10 * batch_idx + rank))
+        return loss
+
+
+class Joint(ByRank):
+    joint = True
+
+
+class ByKey(MultiTask):
+    """Both ranks train the same task, each with data of its own; notes the statistics a held layer normalises with."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        self.used: list[bool] = []
+        self.net.seg_head[1].register_forward_pre_hook(self._note)
+
+    def _note(self, layer: Any, inputs: Any) -> None:
+        if not layer.training and self.trainer.training:
+            self.used.append(equal_on_all_ranks(layer.running_mean))
+
+    def training_step(self, batch: dict[str, Any], batch_idx: int) -> Any:
+        return self.loss(batch_of(None, seed=10 * batch_idx + self.global_rank))
+
+
+#: Name -> the module, the freezer and the settings of the Trainer and of DDP.
+SCENARIOS: dict[str, tuple[Callable[[], Any], Callable[[], BatchNormFreezer], dict[str, Any], dict[str, Any]]] = {
+    "unfrozen from epoch 1 on": (lambda: Classifier(optimizer=adamw), lambda: freezer(stop_epoch=1), {}, {}),
+    "frozen from epoch 1 on": (lambda: Classifier(optimizer=adamw), lambda: freezer(start_epoch=1), {}, {}),
+    "accumulated": (
+        lambda: Classifier(optimizer=adamw),
+        lambda: freezer(stop_epoch=1),
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
+        {},
+    ),
+    "static graph": (
+        lambda: Classifier(optimizer=adamw),
+        lambda: freezer(stop_epoch=1),
+        {},
+        {"static_graph": True, "gradient_as_bucket_view": True},
+    ),
+    "unused parameters": (
+        lambda: Classifier(optimizer=adamw),
+        lambda: freezer(stop_epoch=1),
+        {},
+        {"find_unused_parameters": True},
+    ),
+    "tasks by rank": (
+        lambda: ByRank(optimizer=adamw),
+        lambda: BatchNormFreezer(root="net", by_task=BY_TASK),
+        {"accumulate_grad_batches": 2},
+        {},
+    ),
+    "tasks by key": (
+        lambda: ByKey(optimizer=adamw),
+        lambda: BatchNormFreezer(root="net", by_task={"det": ["seg_head"]}, task_key="task"),
+        {},
+        {},
+    ),
+    "joint steps": (lambda: Joint(optimizer=adamw), lambda: BatchNormFreezer(root="net", by_task=BY_TASK), {}, {}),
+}
+
+
+def run(name: str) -> dict[str, Any]:
+    """One fit of this rank; what is left, as plain data."""
+    build, build_freezer, options, ddp = SCENARIOS[name]
+    module, frozen, noting = build(), build_freezer(), Noting()
+    first = values(module)
+    strategy = DDPStrategy(cluster_environment=Processes(), process_group_backend="gloo", **ddp)
+    # Every rank of the tasks' modules is given all batches; what is in them depends on the rank.
+    options = {"use_distributed_sampler": not isinstance(module, MultiTask), **options}
+    trainer = trainer_of(
+        frozen, noting, strategy=strategy, devices=WORLD, **{"max_epochs": 2, "num_sanity_val_steps": 1, **options}
+    )
+    if isinstance(module, MultiTask):
+        batches = loader_of([batch_of(task, seed=0) for task in ("depth", "det") * BATCHES])
+        trainer.fit(module, batches, batches)
+    else:
+        trainer.fit(module, loader(8 * BATCHES * WORLD), loader(16 * WORLD, seed=1))
+    assert frozen.report is not None
+    return {
+        "first": first,
+        "values": noting.values,
+        "parameters_equal": noting.parameters_equal,
+        "state": {key: bits(value) for key, value in module.state_dict().items()},
+        "used_equal": getattr(module, "used", []),
+        "identical": frozen.report.identical,
+        "layers": frozen.report.layers,
+        "steps": frozen.report.steps,
+        "training": {layer: module.get_submodule(layer).training for layer in frozen.report.layers},
+    }
+
+
+def main(rank: int, folder: Path) -> None:
+    """Everything this rank has to do: all scenarios, one after the other, in one process group."""
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    store = f"file://{folder / 'rendezvous'}"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=45))
+    try:
+        torch.save({name: run(name) for name in SCENARIOS}, folder / f"rank{rank}.pt")
+        dist.barrier()
+    except BaseException:
+        (folder / f"rank{rank}.txt").write_text(traceback.format_exc())
+        os._exit(1)  # the other rank is waiting for this one
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), Path(sys.argv[2]))

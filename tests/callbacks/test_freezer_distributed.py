@@ -1,0 +1,131 @@
+"""Frozen on two real processes: the same bits on both, before a freeze, in it and after it."""
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+
+from tests.callbacks.freezing_fits import BATCHES, BODY
+
+ROOT = Path(__file__).parents[2]
+WORLD = 2
+LIMIT = 100  # seconds for all scenarios together
+
+
+def ran(folder: Path) -> None:
+    """Runs both ranks to their end, or ends them."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-m", "tests.callbacks.freezing_ranks"]
+    with open(folder / "log.txt", "w") as log:
+        processes = [
+            subprocess.Popen([*command, str(rank), str(folder)], cwd=ROOT, env=environment, stdout=log, stderr=log)
+            for rank in range(WORLD)
+        ]
+        try:
+            end = time.monotonic() + LIMIT
+            while time.monotonic() < end and any(process.poll() is None for process in processes):
+                if any(process.poll() for process in processes):
+                    break
+                time.sleep(0.1)
+        finally:
+            for process in processes:
+                process.kill()
+                process.wait()
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each rank was left with, by scenario; run once, also where several workers share the tests."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "freezing_ranks"
+    folder.mkdir(exist_ok=True)
+    with FileLock(folder / "lock"):
+        if not (folder / "done").exists():
+            ran(folder)
+            (folder / "done").touch()
+    failed = sorted(folder.glob("rank*.txt"))
+    assert not failed, failed[0].read_text()
+    files = [folder / f"rank{rank}.pt" for rank in range(WORLD)]
+    assert all(file.exists() for file in files), (folder / "log.txt").read_text()[-5000:]
+    return [torch.load(file, weights_only=True) for file in files]
+
+
+Results = list[dict[str, Any]]
+
+
+def frozen_bits(result: dict[str, Any], step: int) -> dict[str, bytes]:
+    """Values of the body as a batch ended; before the first one for step -1."""
+    noted = result["first"] if step < 0 else result["values"][step]
+    return {key: value for key, value in noted.items() if key.startswith(BODY)}
+
+
+@pytest.mark.parametrize("scenario", ["unfrozen from epoch 1 on", "accumulated", "static graph", "unused parameters"])
+def test_frozen_values_are_bit_identical_on_both_ranks_until_a_scheduled_unfreeze(
+    ranks: Results, scenario: str
+) -> None:
+    for rank in ranks:
+        result = rank[scenario]
+        assert all(frozen_bits(result, step) == frozen_bits(result, -1) for step in range(BATCHES))
+        assert result["identical"]
+        assert result["steps"] == (BATCHES // 2 if scenario == "accumulated" else BATCHES)
+        assert all(result["training"].values())
+
+
+@pytest.mark.parametrize("scenario", ["unfrozen from epoch 1 on", "accumulated", "static graph", "unused parameters"])
+def test_after_a_scheduled_unfreeze_the_layers_train_and_the_ranks_stay_bit_equal(
+    ranks: Results, scenario: str
+) -> None:
+    for rank in ranks:
+        result = rank[scenario]
+        before, after = frozen_bits(result, BATCHES - 1), frozen_bits(result, 2 * BATCHES - 1)
+        assert all(after[key] != value for key, value in before.items())
+        assert result["parameters_equal"] == [True] * 2 * BATCHES
+    weights = [{key: value for key, value in rank[scenario]["state"].items() if "running" not in key} for rank in ranks]
+    assert weights[0] == weights[1]
+
+
+def test_a_scheduled_freeze_holds_on_every_rank_what_that_rank_had(ranks: Results) -> None:
+    for rank in ranks:
+        result = rank["frozen from epoch 1 on"]
+        assert frozen_bits(result, 0) != frozen_bits(result, -1)
+        held = [frozen_bits(result, step) for step in range(BATCHES, 2 * BATCHES)]
+        assert all(one == held[0] for one in held)
+        assert result["identical"]
+        assert result["parameters_equal"] == [True] * 2 * BATCHES
+
+
+def test_what_a_scheduled_freeze_holds_is_the_same_on_every_rank(ranks: Results) -> None:
+    # Without SyncBatchNorm the ranks' statistics differ after a step; frozen ones are those of rank 0, as in a forward.
+    first, second = (frozen_bits(rank["frozen from epoch 1 on"], 2 * BATCHES - 1) for rank in ranks)
+    assert first == second
+
+
+@pytest.mark.parametrize("scenario", ["tasks by rank", "joint steps", "tasks by key"])
+def test_ranks_that_train_different_tasks_in_one_step_stay_bit_equal(ranks: Results, scenario: str) -> None:
+    for rank in ranks:
+        result = rank[scenario]
+        assert all(result["parameters_equal"])
+        assert result["identical"]
+        assert result["values"][-1] != result["first"]
+
+
+def test_a_layer_held_for_a_task_normalises_with_the_same_statistics_on_every_rank(ranks: Results) -> None:
+    # As by hand: before a forward DistributedDataParallel gives every rank the buffers of rank 0.
+    for rank in ranks:
+        used = rank["tasks by key"]["used_equal"]
+        assert used
+        assert all(used)
+
+
+def test_tasks_leave_their_layers_with_what_others_contributed(ranks: Results) -> None:
+    # In the first step rank 0 trains "det" and rank 1 "seg": each head learns from the other rank alone.
+    for rank in ranks:
+        result = rank["tasks by rank"]
+        moved = {key for key, value in result["values"][-1].items() if value != result["first"][key]}
+        assert {"net.seg_head.1.weight", "net.det_head.1.weight", "net.body.1.weight"} <= moved

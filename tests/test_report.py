@@ -1,0 +1,118 @@
+"""Tables that a stranger can read, on a narrow and on a wide terminal."""
+
+import re
+
+import pytest
+from rich.console import Console
+from torch import nn
+
+from lightning_bn.functional import SelectionError, describe, freeze_batch_norm
+from lightning_bn.functional.status import status_by_name
+from lightning_bn.report import behaviour_table, print_behaviour
+from tests.models import SMALL_RESNET_NAMES, Holder, SmallResNet, fill_statistics, seeded
+
+
+def network() -> nn.Module:
+    """One of everything: frozen, in eval, cumulative, without statistics, with train and eval that disagree."""
+    net = fill_statistics(seeded(SmallResNet))
+    freeze_batch_norm(net, "layer1.0")
+    net.layer2.eval()  # type: ignore[union-attr]
+    net.bn1.track_running_stats = False  # type: ignore[union-attr]
+    net.layer10[0].bn1.momentum = None  # type: ignore[index, union-attr]
+    net.head.bn = nn.BatchNorm1d(4, affine=False, track_running_stats=False)  # type: ignore[union-attr]
+    return Holder(net)
+
+
+def printed(model: nn.Module, width: int, **selection: str) -> str:
+    console = Console(width=width)
+    with console.capture() as capture:
+        print_behaviour(model, console=console, **selection)  # type: ignore[arg-type]
+    return capture.get()
+
+
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_nothing_is_cut_off_and_every_layer_has_its_whole_name(width: int) -> None:
+    text = printed(network(), width)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for name in SMALL_RESNET_NAMES:
+        assert re.search(rf"(^|\s)model\.{re.escape(name)}(\s|$)", text, re.MULTILINE), name
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_headings_are_whole_words(width: int) -> None:
+    words = printed(network(), width).split()
+    for word in ("layer", "kind", "channels", "mode", "normalises", "with", "running", "statistics", "updates"):
+        assert word in words, word
+
+
+def test_on_a_wide_terminal_every_layer_is_one_line_that_says_what_it_does() -> None:
+    text = printed(network(), 160)
+    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if " BatchNorm" in line[1:]}
+    assert list(rows)[-len(SMALL_RESNET_NAMES) :] == [f"model.{name}" for name in SMALL_RESNET_NAMES]
+    assert rows["model.layer1.1.bn1"] == "BatchNorm2d 4 train batch take 0.1 of each batch 7 train"
+    assert rows["model.layer1.0.bn1"] == "BatchNorm2d 4 eval running frozen 7 frozen"
+    assert rows["model.layer2.0.bn1"] == "BatchNorm2d 4 eval running do not move 7 train"
+    assert rows["model.layer10.0.bn1"] == "BatchNorm2d 4 train batch average of all batches 7 train"
+    assert rows["model.head.bn"] == "BatchNorm1d 4 train batch none - none"
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_what_surprises_is_said_in_a_sentence_with_the_layers_name(width: int) -> None:
+    text = " ".join(printed(network(), width).split())
+    assert "model.bn1: track_running_stats was switched off after construction" in text
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_the_title_counts_layers_and_modes(width: int) -> None:
+    text = " ".join(printed(network(), width).split())
+    assert text.startswith("10 BatchNorm layers, 6 in train mode: what the next forward does")
+
+
+def test_only_selected_layers_are_printed() -> None:
+    text = printed(network(), 160, modules="layer2", root="model")
+    assert "model.layer2.0.bn1" in text
+    assert "layer1" not in text
+    assert text.split()[0] == "2"
+
+
+def test_a_long_name_loses_no_character_on_a_narrow_terminal() -> None:
+    name = "backbone_2d.blocks.residual_stage.deformable_convolution.batch_normalisation"
+    net: nn.Module = nn.BatchNorm2d(3)
+    for part in reversed(name.split(".")):
+        net = nn.ModuleDict({part: net})
+    text = printed(fill_statistics(net), 80)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    # Folded it may be, in a column of its own.
+    assert name in "".join(line[:40].split(" ")[1] for line in text.splitlines() if line.startswith(" "))
+
+
+def test_a_layer_that_is_the_model_itself_is_called_so() -> None:
+    assert "(the model itself)" in printed(fill_statistics(nn.Sequential(nn.BatchNorm1d(3)))[0], 160)  # type: ignore[index]
+
+
+def test_without_statuses_a_frozen_layer_is_one_that_does_not_move() -> None:
+    net = network()
+    with_status = behaviour_table(describe(net), status_by_name(net))
+    without = behaviour_table(describe(net))
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(without)
+    assert "frozen" not in capture.get()
+    with console.capture() as capture:
+        console.print(with_status)
+    assert "frozen" in capture.get()
+
+
+def test_large_numbers_are_grouped() -> None:
+    net = fill_statistics(nn.Sequential(nn.BatchNorm1d(2048)))
+    net[0].num_batches_tracked.fill_(1_234_567)  # type: ignore[index, union-attr, operator]
+    text = printed(net, 160)
+    assert "2,048" in text
+    assert "1,234,567" in text
+
+
+def test_a_model_without_batch_norm_is_an_error() -> None:
+    with pytest.raises(SelectionError, match="no BatchNorm layer"):
+        printed(nn.Linear(2, 2), 80)
