@@ -53,20 +53,22 @@ def behaviour_table(behaviours: Sequence[LayerBehaviour], statuses: dict[str, La
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
+        padding=(0, 1, 0, 0),
     )
-    table.add_column("layer", overflow="fold")
-    table.add_column("kind", no_wrap=True)
+    # One cell, so that a narrow terminal breaks between the two.
+    longest = max((len(_name(layer)) for layer in behaviours), default=0)
+    table.add_column("layer and kind", overflow="fold", min_width=min(longest, 28))
+    # Columns as wide as the longest word in them: nothing is cut in the middle of one.
     table.add_column("channels", justify="right", min_width=8)
-    table.add_column("mode", no_wrap=True)
+    table.add_column("mode", min_width=5)
     table.add_column("normalises with", min_width=10)
     table.add_column("running statistics", min_width=10)
-    table.add_column("updates", justify="right")
-    table.add_column("weight, bias")
+    table.add_column("updates", justify="right", min_width=7)
+    table.add_column("weight, bias", min_width=7)
     for layer in behaviours:
         status = (statuses or {}).get(layer.name, LayerStatus())
         table.add_row(
-            _name(layer),
-            layer.kind,
+            f"{_name(layer)} {layer.kind}",
             f"{layer.channels:,}",
             "train" if layer.training else "eval",
             layer.normalizes_with,

@@ -22,6 +22,9 @@ from lightning_bn.callbacks._lightning import (
 from lightning_bn.functional.batches import default_forward
 from lightning_bn.functional.remembering import remembered
 
+_MOST_BYTES = 1 << 26
+"""Of a tensor or array that a module keeps as an attribute: larger ones are data, which a step does not write to."""
+
 Step = Callable[[Any, Any], Any]
 
 
@@ -112,7 +115,7 @@ def preserved_attributes(module: LightningModule) -> Iterator[None]:
         for submodule, attributes in zip(module.modules(), own, strict=True):
             stack.callback(_put_attributes, submodule, attributes, internal)
         untrained = [parameter for parameter in module.parameters() if not parameter.requires_grad]
-        stack.enter_context(remembered([*own, untrained], leave=NOT_THE_MODULES_OWN))
+        stack.enter_context(remembered([*own, untrained], leave=NOT_THE_MODULES_OWN, most_bytes=_MOST_BYTES))
         yield
 
 

@@ -41,7 +41,7 @@ def second_pass(trainer: Trainer, most: int | None) -> Iterator[Iterator[Any]]:
     limit = min(float("inf") if most is None else most, trainer.num_training_batches)
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
-        stack.enter_context(remembered(_in_this_process(loaders), most_bytes=_MOST_BYTES))
+        stack.enter_context(remembered(_in_this_process(loaders), leave=(DataLoader,), most_bytes=_MOST_BYTES))
         clones = tree_map(_clone, loaders)
         yield islice(stack.enter_context(combined(clones, mode)), None if limit == float("inf") else int(limit))
 
@@ -65,13 +65,9 @@ def _clone(loader: Any) -> Any:
     clone = copy.copy(loader)
     for name, value in attributes.items():
         # Somebody's wrapper around a loader.
-        if isinstance(value, DataLoader) or (hasattr(value, "__dict__") and _wraps_a_loader(value)):
+        if _loads(value):
             setattr(clone, name, _clone(value))
     return clone
-
-
-def _wraps_a_loader(value: Any) -> bool:
-    return any(isinstance(inner, DataLoader) for inner in vars(value).values())
 
 
 def _is_iterator(value: Any) -> bool:
@@ -116,6 +112,15 @@ def _in_this_process(loaders: Any) -> list[Any]:
     for loader in tree_leaves(loaders):
         if not isinstance(loader, DataLoader):
             found.append(loader)
+            found += _in_this_process([held for held in getattr(loader, "__dict__", {}).values() if _loads(held)])
         elif loader.num_workers == 0:
             found += [loader.dataset, loader.collate_fn]
     return found
+
+
+def _loads(value: Any, depth: int = 3) -> bool:
+    """Whether it is a DataLoader, or wraps one (a wrapper of wrappers included)."""
+    if isinstance(value, DataLoader):
+        return True
+    attributes = getattr(value, "__dict__", {})
+    return depth > 0 and isinstance(attributes, dict) and any(_loads(held, depth - 1) for held in attributes.values())

@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import functools
+import io
+import multiprocessing.process
+import queue
 import random
+import socket
 import sys
+import threading
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
@@ -13,10 +18,27 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils.data import Dataset
 
 from lightning_bn.functional.snapshots import same_bits
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, torch.dtype, torch.device)
+_MACHINERY = (
+    threading.Thread,
+    threading.Condition,
+    threading.Event,
+    threading.Semaphore,
+    type(threading.Lock()),
+    type(threading.RLock()),
+    queue.Queue,
+    queue.SimpleQueue,
+    multiprocessing.process.BaseProcess,
+    socket.socket,
+    io.IOBase,
+    types.GeneratorType,
+    types.CoroutineType,
+)
+"""What runs or is connected to something that does: it has no state that could be put back."""
 _LONG = 1000
 """Of longer containers the order and the members are remembered, not what is inside these: they are data."""
 
@@ -27,7 +49,8 @@ def remembered(roots: Iterable[Any], leave: tuple[type, ...] = (), most_bytes: i
 
     Followed are attributes and slots, lists, tuples, dicts, sets and deques of any class, bound methods, partials and
     closures. What is there is put back by identity; of random number generators, tensors and arrays, the state and the
-    values. Not followed: what lies at module level, iterators, files and other state outside of Python.
+    values. Not followed: what lies at module level, iterators that are no datasets, and machinery: threads, processes, locks, queues, files
+    and sockets, or an object that has one of these for an attribute.
 
     Args:
         roots: Where to begin.
@@ -54,7 +77,7 @@ class _Memory:
         stack = [root]
         while stack:
             value = stack.pop()
-            if id(value) not in self._seen and not isinstance(value, self._leave):
+            if id(value) not in self._seen and not isinstance(value, self._leave) and not _is_machinery(value):
                 self._seen[id(value)] = value
                 stack.extend(self._look_at(value))
 
@@ -123,6 +146,13 @@ class _Memory:
 
     def _remember(self, put_back: Callable[[Any], object], state: Any) -> None:
         self._put_back.append(lambda: void(put_back(state)))
+
+
+def _is_machinery(value: Any) -> bool:
+    if isinstance(value, _MACHINERY) or (hasattr(type(value), "__next__") and not isinstance(value, Dataset)):
+        return True
+    attributes = getattr(value, "__dict__", None)
+    return isinstance(attributes, dict) and any(isinstance(held, _MACHINERY) for held in attributes.values())
 
 
 def void(_: object) -> None:

@@ -22,6 +22,7 @@ from tests.callbacks.freezing_fits import (
     Classifier,
     Hooked,
     Located,
+    Net,
     adamw,
     fit,
     freezer,
@@ -31,9 +32,10 @@ from tests.callbacks.freezing_fits import (
     state,
     values,
 )
+from tests.models import fill_statistics, seeded
 
 #: Enough updates for an average of equal values to drift by its own rounding.
-LONG = 25
+LONG = 10
 
 freezer_first = pytest.mark.parametrize("freezer_first", [True, False], ids=["freezer first", "averaging first"])
 averagings = pytest.mark.parametrize(
@@ -143,6 +145,22 @@ def test_a_freeze_beside_an_average_that_is_already_under_way_holds_each_at_its_
     assert saved(checkpoint["state_dict"]) == average[0]
     # At the end of a fit WeightAveraging puts the average in the place of the weights.
     assert values(module, BODY) == average[0]
+    assert frozen.report is not None
+    assert frozen.report.identical
+
+
+@freezer_first
+def test_an_average_that_was_made_before_the_weights_were_loaded_holds_what_was_loaded(freezer_first: bool) -> None:
+    class Loading(Classifier):
+        def on_train_start(self) -> None:
+            self.net.load_state_dict(loaded)
+
+    loaded = fill_statistics(seeded(Net), seed=5).state_dict()
+    module, frozen, averages = Loading(optimizer=adamw), freezer(), EMAWeightAveraging(decay=0.9)
+    expected = values(Classifier(fill_statistics(seeded(Net), seed=5)), BODY)
+    fit(module, *ordered(freezer_first, frozen, averages), max_epochs=3)
+    assert values(module, BODY) == expected
+    assert values(average_of(averages), BODY) == expected
     assert frozen.report is not None
     assert frozen.report.identical
 

@@ -162,7 +162,7 @@ def test_it_reads_as_one_line() -> None:
     )
     assert str(plan(NET, "head.bn", stats=False)) == "1 of 10 layers frozen (affine) by head.bn: 1"
     late = plan(NET, "head.bn", schedule=FreezeSchedule(start_epoch=-20))
-    assert str(late) == "1 of 10 layers frozen from epoch -20 (statistics, affine): head.bn 1"
+    assert str(late) == "1 of 10 layers frozen from epoch -20 (statistics, affine) by head.bn: 1"
 
 
 @pytest.mark.parametrize("by_task", [None, {"det": ["head"]}])
