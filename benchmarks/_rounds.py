@@ -1,73 +1,44 @@
-"""Rivals that take turns in one process, and what is said of their times."""
+"""What is said of the times of two that took turns. One thread, processor time."""
 
-import gc
 import time
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
 
 import torch
 
-# With one thread the processor time of a round is its time on an idle machine; it does not count what others took.
+# With one thread, processor time is the time on an idle machine: what others took of it does not count.
 torch.set_num_threads(1)
+now = time.thread_time
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """One rival against the one it is measured by, round by round.
+    """One against another, turn by turn.
 
     Attributes:
-        seconds: Its fastest round.
-        ratio: Of the two fastest rounds.
-        low: 10th percentile of the ratios within a round.
-        high: 90th percentile of them.
+        seconds: Its fastest turn.
+        base: The other's fastest turn.
+        ratio: Of the two.
+        median: Of the ratios of neighbouring turns.
+        low: Their 10th percentile.
+        high: Their 90th percentile.
     """
 
     seconds: float
+    base: float
     ratio: float
+    median: float
     low: float
     high: float
 
     @property
     def spread(self) -> str:
-        """How far the ratios within a round are apart."""
+        """How far the ratios of neighbouring turns are apart."""
         return f"{self.low:.3f} to {self.high:.3f}"
 
 
 def compare(times: list[float], base: list[float]) -> Comparison:
-    """Compares rounds in which both took their turn."""
-    deciles = quantiles([mine / other for mine, other in zip(times, base, strict=True)], n=10)
-    return Comparison(min(times), min(times) / min(base), deciles[0], deciles[-1])
-
-
-def take_turns(rivals: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
-    """Processor seconds of each rival in each round, after one round that does not count.
-
-    Each round begins with another rival, so that nobody always comes after the same one.
-    """
-    names = list(rivals)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    gc.disable()
-    try:
-        for number in range(-1, rounds):
-            gc.collect()
-            for index in range(len(names)):
-                name = names[(index + number) % len(names)]
-                started = time.process_time()
-                rivals[name]()
-                taken = time.process_time() - started
-                if number >= 0:
-                    times[name].append(taken)
-    finally:
-        gc.enable()
-    return times
-
-
-def microseconds(call: Callable[[], object], calls: int = 300) -> float:
-    """The median of many calls."""
-    taken = []
-    for _ in range(calls):
-        started = time.perf_counter()
-        call()
-        taken.append(time.perf_counter() - started)
-    return 1e6 * median(taken)
+    """Compares turns, of which those with the same index were neighbours."""
+    ratios = [mine / other for mine, other in zip(times, base, strict=True)]
+    deciles = quantiles(ratios, n=10)
+    return Comparison(min(times), min(base), min(times) / min(base), median(ratios), deciles[0], deciles[-1])

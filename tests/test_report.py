@@ -85,7 +85,7 @@ def test_a_long_name_loses_no_character_on_a_narrow_terminal() -> None:
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= 80
     # Folded it may be, in a column of its own.
-    assert name in "".join(line[:40].split()[0] for line in text.splitlines() if line.strip())
+    assert name in "".join(line[:40].split()[0] for line in text.splitlines() if line[:40].strip())
 
 
 def test_a_layer_that_is_the_model_itself_is_called_so() -> None:

@@ -35,8 +35,9 @@ from lightning_bn.callbacks._sources import (
 from lightning_bn.functional.budget import Budget
 from lightning_bn.functional.drift import summarize
 from lightning_bn.functional.layers import tracked_layers
+from lightning_bn.functional.population import Estimator
 from lightning_bn.functional.recalibrated import Recalibration, RecalibrationError
-from lightning_bn.functional.recalibration import Estimator, recalibrate
+from lightning_bn.functional.recalibration import recalibrate
 from lightning_bn.functional.snapshots import Snapshot, restore_where_unchanged
 from lightning_bn.functional.status import is_frozen, update_status
 from lightning_bn.functional.undisturbed import preserved_modes

@@ -7,7 +7,7 @@ activations, and one vectorised merge for all layers. Per layer and call, Python
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import accumulate
@@ -19,6 +19,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
 from lightning_bn.functional.moments import Moments, merge
+from lightning_bn.functional.population import Population
 from lightning_bn.functional.spread import Spread
 
 _REBOUND = ("running_mean", "running_var", "num_batches_tracked")
@@ -103,6 +104,10 @@ class Collector:
     def largest_standard_error(self) -> float:
         """Over all channels of all layers reached so far, see :class:`Spread`; infinite before the second batch."""
         return max(float(arena.standard_errors().max()) for arena in self._arenas)
+
+    def population(self) -> Population:
+        """What was gathered of all layers so far, flat and in their order."""
+        return Population.of([arena.population() for arena in self._arenas], self._names)
 
     def collected(self) -> dict[str, Collected]:
         """What was gathered of each layer so far."""
@@ -199,43 +204,56 @@ class _Arena:
         self._before = self._gathered
         self._batch: Moments | None = None
         self._counts = [0] * len(channels)
-        self._found: list[tuple[_BatchNorm, dict[str, Tensor | None], float | None]] = []
-        self._handles: list[Any] = []
+        self._found: list[tuple[_BatchNorm, dict[str, Tensor | None], float | None, dict[str, Any]]] = []
 
     def bind(self) -> None:
         for index, (name, layer) in enumerate(self._layers.items()):
             part = self._slices[name]
-            self._found.append((layer, {key: layer._buffers[key] for key in _REBOUND}, layer.momentum))
+            own_forward = {"forward": layer.__dict__["forward"]} if "forward" in layer.__dict__ else {}
+            found = {key: layer._buffers[key] for key in _REBOUND}
+            self._found.append((layer, found, layer.momentum, own_forward))
             layer._buffers["running_mean"] = self._flat[0, part]
             layer._buffers["running_var"] = self._flat[1, part]
             counter = layer._buffers["num_batches_tracked"]
             layer._buffers["num_batches_tracked"] = None if counter is None else counter.clone()
             layer.momentum = 1.0
-            self._handles.append(layer.register_forward_pre_hook(self._hook(index, name, part), with_kwargs=True))
+            # On the instance, where compiled code run as written finds it: half of what a hook would cost.
+            layer.__dict__["forward"] = self._counting(index, name, part, layer)
 
     def release(self) -> None:
-        for handle in self._handles:
-            handle.remove()
-        for layer, buffers, momentum in self._found:
+        for layer, buffers, momentum, forward in self._found:
             layer._buffers.update(buffers)
             layer.momentum = momentum
-        self._handles, self._found = [], []
+            layer.__dict__.pop("forward", None)
+            layer.__dict__.update(forward)
+        self._found = []
 
-    def _hook(self, index: int, name: str, part: slice) -> Any:
-        counts, channels = self._counts, part.stop - part.start
+    def _counting(self, index: int, name: str, part: slice, layer: _BatchNorm) -> Callable[..., Any]:
+        """The layer's forward, which first reads how many values per channel it is given."""
+        counts, channels, buffers, forward = self._counts, part.stop - part.start, layer._buffers, layer.forward
+        counter = buffers["num_batches_tracked"]
+        # torch's own forward does without the counter; counting costs a kernel.
+        uncounted = None if type(layer).forward is _BatchNorm.forward else counter
 
-        def before_forward(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            batch, count = _input_and_count(name, channels, args, kwargs)
+        def counted_forward(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+            count = input.numel() // channels
+            if count == 1:
+                raise OneValuePerChannelError(name)
             if counts[index]:
                 # A second use in this forward would overwrite the first.
                 self.merge()
             if not layer.track_running_stats:
                 # Switched off after construction: the layer would not write, so that its statistics are computed here.
-                var, mean = torch.var_mean(batch.detach().movedim(1, 0).flatten(1).to(self._exact), 1)
+                var, mean = torch.var_mean(input.detach().movedim(1, 0).flatten(1).to(self._exact), 1)
                 self._flat[0, part], self._flat[1, part] = mean, var
             counts[index] = count
+            buffers["num_batches_tracked"] = uncounted
+            try:
+                return forward(input, *args, **kwargs)
+            finally:
+                buffers["num_batches_tracked"] = counter
 
-        return before_forward
+        return counted_forward
 
     def begin(self) -> None:
         """Starts a batch: what was gathered so far is remembered, the arena cleared."""
@@ -289,6 +307,20 @@ class _Arena:
         found = self._gathered
         errors = found.spread.standard_errors(found.moments, self._eps)
         return torch.where(found.moments.count > 0, errors, 0)
+
+    def population(self) -> Population:
+        found = self._gathered
+        mean_error, var_error = found.spread.squared_deviations(found.moments)
+        return Population(
+            channels={name: part.stop - part.start for name, part in self._slices.items()},
+            moments=found.moments,
+            mean_error=mean_error,
+            var_error=var_error,
+            averages=found.averages,
+            eps=self._eps,
+            uses=dict(zip(self._slices, found.uses.tolist(), strict=True)),
+            nonfinite=dict(zip(self._slices, found.nonfinite.tolist(), strict=True)),
+        )
 
     def collected(self) -> dict[str, Collected]:
         found = self._gathered

@@ -14,29 +14,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_bn.functional.collecting import Collected
-from lightning_bn.functional.moments import Moments, variance
-
-
-@dataclass(frozen=True)
-class Pooled:
-    """What is known of one layer over all processes.
-
-    Attributes:
-        moments: Pooled over all batches, ``count`` of shape ``()``, the others ``(C,)``, float64.
-        mean_error: Squared deviations of the mean, see :meth:`~.spread.Spread.squared_deviations`; ``(C,)``.
-        var_error: Of the variance.
-        averages: Sums over uses of batch mean and unbiased batch variance, ``(2, C)``.
-        uses: Forwards with finite statistics.
-        nonfinite: Forwards left out.
-    """
-
-    moments: Moments
-    mean_error: Tensor
-    var_error: Tensor
-    averages: Tensor
-    uses: int
-    nonfinite: int
+from lightning_bn.functional.moments import Moments
+from lightning_bn.functional.population import Population
 
 
 @dataclass(frozen=True)
@@ -52,15 +31,6 @@ class Totals:
     batches: int
     skipped: int
     samples: int | None
-
-
-def alone(gathered: Mapping[str, Collected]) -> dict[str, Pooled]:
-    """What one process gathered, as if it were all of them."""
-    pooled = {}
-    for name, found in gathered.items():
-        mean_error, var_error = found.spread.squared_deviations(found.moments)
-        pooled[name] = Pooled(found.moments, mean_error, var_error, found.averages, found.uses, found.nonfinite)
-    return pooled
 
 
 def agree_on_layers(layers: Mapping[str, int], device: torch.device, group: dist.ProcessGroup | None = None) -> None:
@@ -93,17 +63,19 @@ def agree_on_layers(layers: Mapping[str, int], device: torch.device, group: dist
 
 
 def across_processes(
-    gathered: Mapping[str, Collected] | None,
-    layers: Mapping[str, int],
+    gathered: Population | None,
+    channels: Mapping[str, int],
+    eps: Mapping[str, float],
     totals: Totals,
     device: torch.device,
     group: dist.ProcessGroup | None = None,
-) -> tuple[dict[str, Pooled], Totals]:
+) -> tuple[Population, Totals]:
     """What all processes gathered, the same bits on every one of them; one all_reduce.
 
     Args:
         gathered: What this process gathered; None if it failed, so that the others are told instead of left waiting.
-        layers: Channels by name, the same on every process.
+        channels: Of the layers by name, the same on every process.
+        eps: Of the layers by name.
         totals: Counts of this process.
         device: Where the process group can communicate.
         group: Which processes; None for all.
@@ -111,60 +83,40 @@ def across_processes(
     Raises:
         RuntimeError: On the processes that did not fail, if another one did.
     """
-    rows = _rows(gathered, layers, device)
-    uncounted = float(totals.samples is None)
-    counts = [float(gathered is None), totals.batches, totals.skipped, totals.samples or 0, uncounted]
-    forwards = [(0, 0) if gathered is None else (gathered[n].uses, gathered[n].nonfinite) for n in layers]
-    counts += [float(value) for pair in forwards for value in pair]
-    extra = torch.tensor(counts, dtype=torch.float64, device=device)
-    flat = torch.cat((extra, rows.flatten()))
+    size = sum(channels.values())
+    rows = torch.zeros(7, size, dtype=torch.float64) if gathered is None else _rows(gathered)
+    counts = [gathered is None, totals.batches, totals.skipped, totals.samples or 0, totals.samples is None]
+    uses = [0 if gathered is None else gathered.uses[name] for name in channels]
+    nonfinite = [0 if gathered is None else gathered.nonfinite[name] for name in channels]
+    heads = torch.tensor([float(value) for value in (*counts, *uses, *nonfinite)], dtype=torch.float64)
+    flat = torch.cat((heads.to(device), rows.to(device).flatten()))
     dist.all_reduce(flat, group=group)
-    failed, batches, skipped, samples, uncounted = flat[:5].tolist()
+    heads, rows = flat[: len(heads)].cpu(), flat[len(heads) :].view(7, size)
+    failed, batches, skipped, samples, uncounted = heads[:5].tolist()
     if failed and gathered is not None:
         raise RuntimeError(
             f"recalibration failed on {int(failed)} of {dist.get_world_size(group)} processes, whose own error says "
             f"why. Nothing was changed on this one."
         )
-    heads = flat[5 : len(extra)].view(-1, 2).tolist()
-    summed = _from_rows(flat[len(extra) :].view(rows.shape), layers, heads)
-    return summed, Totals(int(batches), int(skipped), None if uncounted else int(samples))
+    by_layer = heads[5:].view(2, -1).int().tolist()
+    count, total, squares = rows[0], rows[1], rows[2]
+    mean = total / count.clamp(min=1)
+    pooled = Population(
+        channels=channels,
+        moments=Moments(count, mean, (squares - count * mean.square()).clamp(min=0)),
+        mean_error=rows[3],
+        var_error=rows[4],
+        averages=rows[5:7],
+        eps=torch.tensor([eps[name] for name, size in channels.items() for _ in range(size)]).to(rows),
+        uses=dict(zip(channels, by_layer[0], strict=True)),
+        nonfinite=dict(zip(channels, by_layer[1], strict=True)),
+    )
+    return pooled, Totals(int(batches), int(skipped), None if uncounted else int(samples))
 
 
-def _rows(gathered: Mapping[str, Collected] | None, layers: Mapping[str, int], device: torch.device) -> Tensor:
+def _rows(gathered: Population) -> Tensor:
     """One row for each sum, one column for each channel: count, sum, sum of squares, errors and averages."""
-    if gathered is None:
-        return torch.zeros(7, sum(layers.values()), dtype=torch.float64, device=device)
-    parts = []
-    for found in alone({name: gathered[name] for name in layers}).values():
-        count, mean, m2 = found.moments
-        rows = (
-            count.expand_as(mean),
-            count * mean,
-            m2 + count * mean.square(),
-            # Fewer than two batches have no spread to add.
-            found.mean_error.nan_to_num(posinf=0.0, nan=0.0),
-            found.var_error.nan_to_num(posinf=0.0, nan=0.0),
-            *found.averages,
-        )
-        parts.append(torch.stack([row.to(device, torch.float64) for row in rows]))
-    return torch.cat(parts, dim=1)
-
-
-def _from_rows(rows: Tensor, layers: Mapping[str, int], heads: list[list[float]]) -> dict[str, Pooled]:
-    pooled = {}
-    for (name, part), (uses, nonfinite) in zip(
-        zip(layers, rows.split(list(layers.values()), dim=1), strict=True), heads, strict=True
-    ):
-        count, total, squares = part[0], part[1], part[2]
-        mean = total / count.clamp(min=1)
-        moments = Moments(count[0], mean, (squares - count * mean.square()).clamp(min=0))
-        pooled[name] = Pooled(moments, part[3], part[4], part[5:7], int(uses), int(nonfinite))
-    return pooled
-
-
-def statistics(found: Pooled, estimator: str) -> tuple[Tensor, Tensor]:
-    """Mean and variance to be stored, ``(C,)`` each: pooled and unbiased, or means over batches."""
-    if estimator == "mean_of_batches":
-        mean, var = found.averages / max(found.uses, 1)
-        return mean, var
-    return found.moments.mean, variance(found.moments)
+    count, mean, m2 = (values.to(torch.float64) for values in gathered.moments)
+    # Fewer than two batches have no spread to add.
+    errors = [e.to(torch.float64).nan_to_num(nan=0.0, posinf=0.0) for e in (gathered.mean_error, gathered.var_error)]
+    return torch.stack((count, count * mean, m2 + count * mean.square(), *errors, *gathered.averages.to(torch.float64)))

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.snapshots import same_bits
+from lightning_bn.functional.flat import Flat, same_bits
 
 _STATS = ("running_mean", "running_var", "num_batches_tracked")
 _AFFINE = ("weight", "bias")
@@ -69,7 +68,7 @@ class KeptValues:
         self._watched: list[_Watched] = []
         self.rearm()
         self._keys = [(watched.layer, watched.value) for watched in self._watched]
-        self._kept = _Flat([watched.tensor for watched in self._watched])
+        self._kept = Flat([watched.tensor for watched in self._watched])
 
     def touched(self) -> bool:
         """Whether any value was written to or replaced since it was last compared; costs no look at the device."""
@@ -126,37 +125,6 @@ def what_moved(key: tuple[str, str], kept: Tensor, now: Tensor | None) -> list[M
     if now is not None and same_bits(now.reshape(-1), kept.reshape(-1)):
         return []
     return [Moved(*key, _largest_change(kept.reshape(-1), now), _cause(key[1], now))]
-
-
-class _Flat:
-    """Tensors in one for each device and dtype: one comparison instead of hundreds."""
-
-    def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._places: list[tuple[tuple[torch.device, torch.dtype], int]] = []
-        self._sizes: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for tensor in tensors:
-            sizes = self._sizes.setdefault((tensor.device, tensor.dtype), [])
-            self._places.append(((tensor.device, tensor.dtype), len(sizes)))
-            sizes.append(tensor.numel())
-        self._flat = _concatenated(tensors)
-
-    def same_bits(self, tensors: Sequence[Tensor]) -> bool:
-        now = _concatenated(tensors)
-        return now.keys() == self._flat.keys() and all(same_bits(now[key], self._flat[key]) for key in now)
-
-    def parts(self) -> list[Tensor]:
-        ends = {key: list(accumulate(sizes)) for key, sizes in self._sizes.items()}
-        return [
-            self._flat[key][ends[key][index] - self._sizes[key][index] : ends[key][index]]
-            for key, index in self._places
-        ]
-
-
-def _concatenated(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], Tensor]:
-    grouped: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
-    for tensor in tensors:
-        grouped.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach().reshape(-1))
-    return {key: torch.cat(members) for key, members in grouped.items()}
 
 
 def _home(layer: nn.Module, value: str) -> dict[str, Tensor | None]:

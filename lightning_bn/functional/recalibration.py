@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack, suppress
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, get_args
 
 import torch
 import torch.distributed as dist
@@ -14,13 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional.batches import default_forward, model_device
 from lightning_bn.functional.budget import Budget, Usage
-from lightning_bn.functional.collecting import Collected, Collector, single_values_refused
-from lightning_bn.functional.distributed import Pooled, Totals, across_processes, agree_on_layers, alone, statistics
+from lightning_bn.functional.collecting import Collector, single_values_refused
+from lightning_bn.functional.distributed import Totals, across_processes, agree_on_layers
 from lightning_bn.functional.layers import batch_norm_layers, has_running_statistics, tracked_layers
 from lightning_bn.functional.patterns import Patterns
+from lightning_bn.functional.population import Estimator, Population
 from lightning_bn.functional.recalibrated import Recalibration, RecalibrationError
 from lightning_bn.functional.snapshots import snapshot_of
-from lightning_bn.functional.spread import relative_errors
 from lightning_bn.functional.status import is_frozen
 from lightning_bn.functional.undisturbed import (
     preserved_buffers,
@@ -30,8 +30,6 @@ from lightning_bn.functional.undisturbed import (
     set_modes_for_statistics,
 )
 from lightning_bn.functional.wording import quoted
-
-Estimator: TypeAlias = Literal["pooled", "mean_of_batches"]
 
 
 def recalibrate(
@@ -120,22 +118,22 @@ def recalibrate(
         raise
     if distributed:
         agree_on_layers(channels, device)
-    usage, gathered = Usage(budget), None
+    usage = Usage(budget)
+    gathered: Population | None = None
     try:
         gathered = _collect(model, targets, batches, forward or default_forward, usage, device)
     finally:
         # Also after a failure here, which the other processes are waiting to hear of.
         totals = Totals(usage.batches, usage.skipped, usage.samples)
         if distributed:
-            pooled, totals = across_processes(gathered, channels, totals, device)
-    if not distributed:
-        pooled = alone(gathered)
-    reached = {name: targets[name] for name, found in pooled.items() if found.moments.count > 1}
+            eps = {name: layer.eps for name, layer in targets.items()}
+            gathered, totals = across_processes(gathered, channels, eps, totals, device)
+    reached = {name: targets[name] for name in gathered.reached()}
     if not reached:
         why = None if totals.batches else usage.why_nothing()
-        raise RecalibrationError(why or _why_none(pooled, totals.batches))
+        raise RecalibrationError(why or _why_none(gathered, totals.batches))
     before = snapshot_of(reached)
-    _write(reached, pooled, estimator)
+    _write(reached, gathered, estimator)
     return Recalibration(
         layers=tuple(reached),
         before=before,
@@ -144,11 +142,11 @@ def recalibrate(
         num_samples=totals.samples,
         requested_batches=num_batches,
         skipped_batches=totals.skipped,
-        standard_error=_standard_error(reached, pooled),
+        standard_error=gathered.standard_error(),
         processes=processes,
         ended_early=usage.ended_early,
-        nonfinite={name: found.nonfinite for name, found in pooled.items() if found.nonfinite},
-        unreached=tuple(name for name, found in pooled.items() if not found.uses and not found.nonfinite),
+        nonfinite={name: count for name, count in gathered.nonfinite.items() if count},
+        unreached=tuple(name for name in channels if not gathered.uses[name] and not gathered.nonfinite[name]),
         frozen=tuple(name for name in selected if name not in targets),
         seconds=time.monotonic() - started,
     )
@@ -171,7 +169,7 @@ def _collect(
     forward: Callable[[Any, Any], Any],
     usage: Usage,
     device: torch.device,
-) -> dict[str, Collected]:
+) -> Population:
     """Runs the batches and gives what the targets saw; the model is as it was before, whatever happens."""
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
@@ -184,7 +182,7 @@ def _collect(
         collector = stack.enter_context(Collector(targets))
         set_modes_for_statistics(model, targets.values())
         usage.run(batches, lambda batch: forward(model, batch), collector, device)
-        return collector.collected()
+        return collector.population()
 
 
 def _targets(model: nn.Module, selected: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
@@ -208,33 +206,23 @@ def _always_batch(model: nn.Module) -> dict[str, _BatchNorm]:
     return {name: layer for name, layer in layers.items() if not has_running_statistics(layer)}
 
 
-def _why_none(gathered: Mapping[str, Pooled], batches: int) -> str:
-    bad = [name for name, found in gathered.items() if found.nonfinite]
+def _why_none(gathered: Population, batches: int) -> str:
+    bad = [name for name, count in gathered.nonfinite.items() if count]
     if bad:
         return (
             f"no statistics could be collected from {batches} batches: the input of {quoted(bad)} was never finite. "
             f"Nothing was changed; look for inf or NaN in the data or the weights."
         )
     return (
-        f"none of the {len(gathered)} selected BatchNorm layers was reached by the forward in {batches} batches: "
-        f"{quoted(list(gathered))}. Nothing was changed; pass a forward= that runs them."
+        f"none of the {len(gathered.channels)} selected BatchNorm layers was reached by the forward in {batches} "
+        f"batches: {quoted(list(gathered.channels))}. Nothing was changed; pass a forward= that runs them."
     )
 
 
-def _standard_error(layers: Mapping[str, _BatchNorm], pooled: Mapping[str, Pooled]) -> float:
-    largest = 0.0
-    for name, layer in layers.items():
-        found = pooled[name]
-        eps = torch.full_like(found.moments.mean, layer.eps)
-        largest = max(largest, float(relative_errors(found.moments, found.mean_error, found.var_error, eps).max()))
-    return largest
-
-
-def _write(layers: Mapping[str, _BatchNorm], pooled: Mapping[str, Pooled], estimator: Estimator) -> None:
+def _write(layers: Mapping[str, _BatchNorm], gathered: Population, estimator: Estimator) -> None:
+    statistics = gathered.statistics(estimator)
     with torch.no_grad():
         for name, layer in layers.items():
-            for buffer, values in zip(
-                (layer.running_mean, layer.running_var), statistics(pooled[name], estimator), strict=True
-            ):
+            for buffer, values in zip((layer.running_mean, layer.running_var), statistics[name], strict=True):
                 if buffer is not None:
                     buffer.copy_(values)

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_bn.functional.snapshots import same_bits
+from lightning_bn.functional.flat import same_bits
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, torch.dtype, torch.device)
 _MACHINERY = (
@@ -49,8 +49,8 @@ def remembered(roots: Iterable[Any], leave: tuple[type, ...] = (), most_bytes: i
 
     Followed are attributes and slots, lists, tuples, dicts, sets and deques of any class, bound methods, partials and
     closures. What is there is put back by identity; of random number generators, tensors and arrays, the state and the
-    values. Not followed: what lies at module level, iterators that are no datasets, and machinery: threads, processes, locks, queues, files
-    and sockets, or an object that has one of these for an attribute.
+    values. Not followed: what lies at module level, iterators that are no datasets, and machinery: threads, processes,
+    locks, queues, files and sockets, or an object that has one of these for an attribute.
 
     Args:
         roots: Where to begin.

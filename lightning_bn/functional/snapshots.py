@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.functional.flat import same_bits
 from lightning_bn.functional.layers import batch_norm_layers, is_lazy, tracked_layers
 from lightning_bn.functional.patterns import Patterns
 from lightning_bn.functional.wording import quoted
@@ -228,14 +229,6 @@ def _check_dtype(name: str, buffer: Tensor | None, values: Tensor) -> None:
             f"BatchNorm layer {name!r} has {buffer.dtype} running statistics that cannot hold the snapshot's "
             f"{values.dtype} values exactly: convert the model to {values.dtype} first."
         )
-
-
-def same_bits(a: Tensor, b: Tensor) -> bool:
-    """Whether two tensors of one dtype hold the same bits, NaN and signed zeros included."""
-    if a.dtype != b.dtype or a.shape != b.shape:
-        return False
-    bits_a, bits_b = (t.detach().to(a.device).contiguous().view(-1).view(torch.uint8) for t in (a, b))
-    return torch.equal(bits_a, bits_b)
 
 
 def _flat(tensors: list[Tensor]) -> Tensor:

@@ -6,13 +6,15 @@ import random
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
+from functools import cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.functional.flat import Flat, same_bits
 from lightning_bn.functional.layers import is_lazy
-from lightning_bn.functional.snapshots import same_bits
 
 _PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -43,7 +45,8 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
     Costs a copy of them for the duration.
     """
     found = [(module, dict(module._buffers)) for module in model.modules()]
-    values = {id(buffer): buffer.detach().clone() for _, buffers in found for buffer in _real(buffers.values())}
+    real = [buffer for _, buffers in found for buffer in _real(buffers.values())]
+    values = Flat(real)
     try:
         yield
     finally:
@@ -51,11 +54,11 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
             for module, buffers in found:
                 module._buffers.clear()
                 module._buffers.update(buffers)
-                for buffer in _real(buffers.values()):
+            if not values.same_bits(real):
+                for buffer, kept in zip(real, values.parts(), strict=True):
                     # Only what changed is written: a write bumps the version that others watch.
-                    # One that was lazy and is real now has nothing to go back to.
-                    if id(buffer) in values and not same_bits(buffer, values[id(buffer)]):
-                        buffer.copy_(values[id(buffer)])
+                    if not same_bits(buffer.reshape(-1), kept):
+                        buffer.copy_(kept.view_as(buffer))
 
 
 @contextmanager
@@ -91,7 +94,7 @@ def set_modes_for_statistics(model: nn.Module, targets: Collection[_BatchNorm]) 
     for module in model.modules():
         if id(module) in chosen:
             module.training = True
-        elif isinstance(module, _BatchNorm) or _is_leaf(module) or _is_composite_layer(module):
+        elif isinstance(module, _BatchNorm) or _is_leaf(module) or _is_composite_layer(type(module)):
             module.training = False
 
 
@@ -99,12 +102,11 @@ def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None
 
 
-def _is_composite_layer(module: nn.Module) -> bool:
-    if isinstance(module, _PLAIN_CONTAINERS):
+@cache
+def _is_composite_layer(kind: type[Any]) -> bool:
+    if issubclass(kind, _PLAIN_CONTAINERS):
         return False
-    return any(
-        base is not nn.Module and base.__module__.startswith("torch.nn.modules.") for base in type(module).__mro__
-    )
+    return any(base is not nn.Module and base.__module__.startswith("torch.nn.modules.") for base in kind.__mro__)
 
 
 def _real(buffers: Iterable[Tensor | None]) -> Iterator[Tensor]:

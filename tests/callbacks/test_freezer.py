@@ -596,6 +596,18 @@ def test_a_written_value_does_not_reach_a_checkpoint(
 
 
 @pytest.mark.parametrize("write", [add_in_place, set_data, replace_buffer], ids=lambda write: write.__name__)
+def test_a_value_written_in_the_last_step_of_an_epoch_without_validation_does_not_reach_its_checkpoint(
+    write: Any, tmp_path: Path
+) -> None:
+    module = writing(write, BATCHES)
+    keep = ModelCheckpoint(tmp_path, "{step}", save_top_k=-1, save_weights_only=True)
+    with noticed():
+        fit(module, freezer(), keep, limit_val_batches=0)
+    checkpoint = torch.load(tmp_path / f"step={BATCHES}.ckpt", weights_only=True)
+    assert saved(checkpoint["state_dict"]) == values(Classifier(), BODY)
+
+
+@pytest.mark.parametrize("write", [add_in_place, set_data, replace_buffer], ids=lambda write: write.__name__)
 def test_what_is_written_in_validation_does_not_reach_the_training_after_it(write: Any) -> None:
     module, seen = writing(write, 2, "on_validation_epoch_end"), []
     with noticed():

@@ -1,0 +1,129 @@
+"""Recalibration of a checkpoint in hand: read, recalibrated, written anew with everything else as it was."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import tempfile
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bn.functional.recalibrated import Recalibration
+from lightning_bn.functional.recalibration import recalibrate
+from lightning_bn.functional.wording import quoted
+
+
+@dataclass(frozen=True)
+class RecalibratedCheckpoint:
+    """What became of a checkpoint.
+
+    Attributes:
+        path: Where the new one is.
+        averaged: Whether the weights in it are averages, as WeightAveraging saves them.
+        recalibration: What was done to the statistics.
+    """
+
+    path: Path
+    averaged: bool
+    recalibration: Recalibration
+
+    def __str__(self) -> str:
+        weights = "averaged weights" if self.averaged else "weights as saved"
+        return f"{self.path.name}: {weights}, {self.recalibration}"
+
+
+def recalibrate_checkpoint(
+    path: str | Path,
+    model: nn.Module,
+    batches: Iterable[Any],
+    out: str | Path,
+    *,
+    prefix: str = "",
+    overwrite: bool = False,
+    **options: Any,
+) -> RecalibratedCheckpoint:
+    """Writes a copy of a checkpoint in which the running statistics are those of ``batches``.
+
+    Nothing in the file is executed (``weights_only=True``). Where a checkpoint of Lightning's WeightAveraging holds
+    averages, they are what is recalibrated, since they are its ``state_dict``; the weights being trained, beside them,
+    stay as they are.
+
+    Args:
+        path: A Lightning checkpoint, or a state dict.
+        model: Takes the weights, which it holds afterwards: the LightningModule itself, or the network in it together
+            with ``prefix``.
+        batches: As for :func:`~lightning_bn.functional.recalibrate`.
+        out: Where to write. The file appears when it is complete.
+        prefix: What the names in the checkpoint have before those of ``model``, for instance ``"model."``.
+        overwrite: Whether ``out`` may exist already, or be ``path``.
+        **options: All others of ``recalibrate``.
+
+    Raises:
+        FileExistsError: If ``out`` exists and ``overwrite`` is not given; nothing is read then.
+        ValueError: If the file holds no state dict, or one that does not fit ``model``; and as for ``recalibrate``.
+        pickle.UnpicklingError: If the file holds more than tensors and plain values.
+    """
+    path, out = Path(path), Path(out)
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists: choose another out=, or pass overwrite=True to replace it.")
+    checkpoint = _read(path)
+    state = checkpoint.get("state_dict", checkpoint)
+    _load(model, state, prefix, path)
+    recalibration = recalibrate(model, batches, **options)
+    for name, buffer in _named(model).items():
+        if prefix + name in state:
+            state[prefix + name] = buffer.detach().cpu().clone()
+    _write(checkpoint, out)
+    return RecalibratedCheckpoint(out, "averaging_state" in checkpoint, recalibration)
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise pickle.UnpicklingError(
+            f"{path.name} holds objects besides tensors and plain values, which reading would execute: load it "
+            f"yourself if you trust it, save its state dict alone, and pass that. ({str(error).splitlines()[0]})"
+        ) from error
+    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
+    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
+        raise ValueError(f"{path.name} holds no state dict: neither the file itself nor its 'state_dict' is one.")
+    return checkpoint  # type: ignore[no-any-return]
+
+
+def _load(model: nn.Module, state: dict[str, Any], prefix: str, path: Path) -> None:
+    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
+    wanted = set(model.state_dict())
+    missing = sorted(wanted - set(own))
+    if missing:
+        found = next((name[: -len(missing[0])] for name in state if name.endswith("." + missing[0])), None)
+        hint = f" With prefix={found!r} it would." if found else ""
+        raise ValueError(
+            f"{path.name} does not fit {type(model).__name__} with prefix={prefix!r}: it lacks {quoted(missing)}.{hint}"
+        )
+    model.load_state_dict({name: own[name] for name in wanted})
+
+
+def _named(model: nn.Module) -> dict[str, Tensor]:
+    """Running statistics by their names in a state dict, wrappers' components included."""
+    return {
+        name: buffer
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name.rpartition(".")[2] in ("running_mean", "running_var")
+    }
+
+
+def _write(checkpoint: dict[str, Any], out: Path) -> None:
+    out.parent.mkdir(parents=True, exist_ok=True)
+    handle, name = tempfile.mkstemp(dir=out.parent, prefix=out.name, suffix=".part")
+    os.close(handle)
+    try:
+        torch.save(checkpoint, name)
+        os.replace(name, out)
+    finally:
+        Path(name).unlink(missing_ok=True)

@@ -1,0 +1,54 @@
+"""Many tensors copied and compared as one, bit by bit."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+
+class Flat:
+    """Copies of tensors, all in one for each device and dtype: one comparison instead of hundreds.
+
+    Args:
+        tensors: What to copy.
+    """
+
+    def __init__(self, tensors: Sequence[Tensor]) -> None:
+        self._places: list[tuple[tuple[torch.device, torch.dtype], int]] = []
+        self._sizes: dict[tuple[torch.device, torch.dtype], list[int]] = {}
+        for tensor in tensors:
+            sizes = self._sizes.setdefault((tensor.device, tensor.dtype), [])
+            self._places.append(((tensor.device, tensor.dtype), len(sizes)))
+            sizes.append(tensor.numel())
+        self._flat = _concatenated(tensors)
+
+    def same_bits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether these hold, in the same order, the bits that were copied."""
+        now = _concatenated(tensors)
+        return now.keys() == self._flat.keys() and all(same_bits(now[key], self._flat[key]) for key in now)
+
+    def parts(self) -> list[Tensor]:
+        """The copies, each as a vector, in the order of the tensors."""
+        ends = {key: list(accumulate(sizes)) for key, sizes in self._sizes.items()}
+        return [
+            self._flat[key][ends[key][index] - self._sizes[key][index] : ends[key][index]]
+            for key, index in self._places
+        ]
+
+
+def _concatenated(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], Tensor]:
+    grouped: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
+    for tensor in tensors:
+        grouped.setdefault((tensor.device, tensor.dtype), []).append(tensor.detach().reshape(-1))
+    return {key: torch.cat(members) for key, members in grouped.items()}
+
+
+def same_bits(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors of one dtype hold the same bits, NaN and signed zeros included."""
+    if a.dtype != b.dtype or a.shape != b.shape:
+        return False
+    bits_a, bits_b = (t.detach().to(a.device).contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    return torch.equal(bits_a, bits_b)
