@@ -1,5 +1,6 @@
 """The ground floor: what is done to BatchNorm layers, for any ``torch.nn.Module`` and without Lightning."""
 
+from lightning_bn.functional.checkpoints import RecalibratedCheckpoint, recalibrate_checkpoint
 from lightning_bn.functional.drift import MEASURES, DriftSummary, Measure, drift, summarize
 from lightning_bn.functional.freezing import freeze_batch_norm, frozen_batch_norm, unfreeze_batch_norm
 from lightning_bn.functional.layers import batch_norm_layers, tracked_layers
@@ -23,6 +24,7 @@ __all__ = [
     "Measure",
     "Moments",
     "PlannedLayer",
+    "RecalibratedCheckpoint",
     "Recalibration",
     "RecalibrationError",
     "SelectionError",
@@ -38,6 +40,7 @@ __all__ = [
     "moments",
     "plan",
     "recalibrate",
+    "recalibrate_checkpoint",
     "restore_snapshot",
     "summarize",
     "take_snapshot",

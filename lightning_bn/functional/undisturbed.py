@@ -6,8 +6,6 @@ import random
 import sys
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
-from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +15,7 @@ from lightning_bn.functional.flat import Flat, same_bits
 from lightning_bn.functional.layers import is_lazy
 
 _PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+_COMPOSITE: dict[type, bool] = {}
 
 
 @contextmanager
@@ -102,11 +101,11 @@ def _is_leaf(module: nn.Module) -> bool:
     return next(module.children(), None) is None
 
 
-@cache
-def _is_composite_layer(kind: type[Any]) -> bool:
-    if issubclass(kind, _PLAIN_CONTAINERS):
-        return False
-    return any(base is not nn.Module and base.__module__.startswith("torch.nn.modules.") for base in kind.__mro__)
+def _is_composite_layer(kind: type[nn.Module]) -> bool:
+    if kind not in _COMPOSITE:
+        bases = [base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules.")]
+        _COMPOSITE[kind] = not issubclass(kind, _PLAIN_CONTAINERS) and any(base is not nn.Module for base in bases)
+    return _COMPOSITE[kind]
 
 
 def _real(buffers: Iterable[Tensor | None]) -> Iterator[Tensor]:
