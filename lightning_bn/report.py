@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
+import torch
 from rich import box
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
+from lightning_bn.functional.drift import Measure, in_words, of_standardised, standardised
+from lightning_bn.functional.history import DriftHistory
 from lightning_bn.functional.patterns import Patterns
 from lightning_bn.functional.plan import FreezePlan
 from lightning_bn.functional.semantics import LayerBehaviour, describe
+from lightning_bn.functional.snapshots import Snapshot
 from lightning_bn.functional.status import LayerStatus, status_by_name
 from lightning_bn.functional.wording import counted
 
@@ -56,8 +62,7 @@ def behaviour_table(behaviours: Sequence[LayerBehaviour], statuses: dict[str, La
         padding=(0, 1, 0, 0),
     )
     # One cell, so that a narrow terminal breaks between the two.
-    longest = max((len(_name(layer)) for layer in behaviours), default=0)
-    table.add_column("layer and kind", overflow="fold", min_width=min(longest, 28))
+    table.add_column("layer and kind", overflow="fold", min_width=_widest(behaviours))
     # Columns as wide as the longest word in them: nothing is cut in the middle of one.
     table.add_column("channels", justify="right", min_width=8)
     table.add_column("mode", min_width=5)
@@ -68,7 +73,7 @@ def behaviour_table(behaviours: Sequence[LayerBehaviour], statuses: dict[str, La
     for layer in behaviours:
         status = (statuses or {}).get(layer.name, LayerStatus())
         table.add_row(
-            f"{_name(layer)} {layer.kind}",
+            escape(f"{_name(layer)} {layer.kind}"),
             f"{layer.channels:,}",
             "train" if layer.training else "eval",
             layer.normalizes_with,
@@ -96,11 +101,11 @@ def plan_table(plan: FreezePlan) -> Table:
     Args:
         plan: What :func:`~lightning_bn.functional.plan` or ``BatchNormFreezer.plan`` gave.
     """
-    others = counted(plan.others, "other weight")
+    verb = "trains" if plan.others == 1 else "train"
+    others = f"{counted(plan.others, 'other weight')} below the same paths still {verb}"
     table = Table(
         title=f"{len(plan.frozen)} of {counted(len(plan.layers), 'BatchNorm layer')} will be frozen",
-        caption=f"{others} below the same paths still {'trains' if plan.others == 1 else 'train'}: "
-        f"only BatchNorm is frozen.",
+        caption=f"{others}: only BatchNorm is frozen." if plan.others else None,
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
@@ -114,9 +119,9 @@ def plan_table(plan: FreezePlan) -> Table:
         what = ", ".join(word for word, on in (("statistics", layer.stats), ("affine", layer.affine)) if on)
         when = f"task {', '.join(layer.tasks)}; {plan.schedule}" if layer.tasks else str(plan.schedule)
         table.add_row(
-            layer.name or "(the model itself)",
+            escape(layer.name or "(the model itself)"),
             layer.kind,
-            layer.rule or "no rule",
+            escape(layer.rule or "no rule"),
             what if layer.frozen else "nothing",
             when if layer.frozen else "",
             style=None if layer.frozen else "dim",
@@ -124,8 +129,90 @@ def plan_table(plan: FreezePlan) -> Table:
     return table
 
 
+def drift_table(
+    behaviours: Sequence[LayerBehaviour],
+    reference: Snapshot,
+    current: Snapshot,
+    history: DriftHistory,
+    updates: Sequence[float],
+    measure: Measure,
+    statuses: dict[str, LayerStatus] | None = None,
+    most: int = 10,
+) -> Table:
+    """Drift layer by layer, the worst first, as a person reads it.
+
+    Args:
+        behaviours: Of the layers, as :func:`~lightning_bn.functional.describe` gives them.
+        reference: What drift is measured from.
+        current: The statistics now.
+        history: Samples so far, for the little curves.
+        updates: Of each layer per training batch; NaN where it is not known.
+        measure: By which layers are ordered.
+        statuses: Who froze which layer, by name.
+        most: How many layers to show.
+    """
+    shift, ratio = standardised(reference, current)
+    values = of_standardised(measure, shift, ratio, current.weight).abs().nan_to_num(nan=torch.inf)
+    rates = dict(zip(current.names, updates, strict=True))
+    layers = {layer.name: layer for layer in behaviours}
+    worst = {name: int(values[part].argmax()) + part.start for name, part in current.slices().items()}
+    order = sorted(worst, key=lambda name: -float(values[worst[name]]))
+    table = Table(
+        title=f"Running statistics of {counted(len(order), 'BatchNorm layer')}, the worst first ({measure})",
+        caption=f"... {len(order) - most} more that moved less" if len(order) > most else None,
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        padding=(0, 1, 0, 0),
+    )
+    table.add_column("layer and kind", overflow="fold", min_width=_widest([layers[name] for name in order[:most]]))
+    for heading in ("trains with", "evaluates with", "frozen by"):
+        table.add_column(heading, min_width=max(map(len, heading.split())))
+    for heading in ("updates per batch", "mean shift, sigma", "variance"):
+        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
+    table.add_column("history", no_wrap=True, min_width=12)
+    curves = dict(zip(history.names, history.values().T.tolist(), strict=True)) if len(history) else {}
+    for name in order[:most]:
+        layer, at = layers[name], worst[name]
+        status = (statuses or {}).get(name, LayerStatus())
+        frozen = ", ".join(status.stats_frozen_by)
+        moved = in_words(float(ratio[at]), float(shift[at])).split(", ")
+        table.add_row(
+            escape(f"{_name(layer)} {layer.kind}"),
+            "running" if frozen or not layer.training else "batch",
+            "batch" if layer.num_batches_tracked is None and layer.normalizes_with == "batch" else "running",
+            frozen or "-",
+            "-" if math.isnan(rates[name]) else f"{rates[name]:.2g}",
+            moved[1].removeprefix("mean ").removesuffix(" sigma"),
+            moved[0].removeprefix("variance "),
+            sparkline(curves.get(name, [])),
+        )
+    return table
+
+
+def sparkline(values: Sequence[float], width: int = 12) -> str:
+    """A curve in one line of text; what is not finite is an exclamation mark.
+
+    Example:
+        >>> sparkline([0.0, 1.0, 2.0, 4.0])
+        '▁▃▅█'
+    """
+    if not values:
+        return ""
+    bins = [values[index * len(values) // width] for index in range(width)] if len(values) > width else list(values)
+    bins[-1] = values[-1]
+    top = max((value for value in bins if math.isfinite(value)), default=0.0) or 1.0
+    bars = "▁▂▃▄▅▆▇█"
+    return "".join(bars[round(7 * max(value, 0.0) / top)] if math.isfinite(value) else "!" for value in bins)
+
+
 def _name(layer: LayerBehaviour) -> str:
     return layer.name or "(the model itself)"
+
+
+def _widest(layers: Sequence[LayerBehaviour]) -> int:
+    """Wide enough for every name and kind to stay in one piece, as far as a terminal allows."""
+    return min(max((max(len(_name(layer)), len(layer.kind)) for layer in layers), default=0), 28)
 
 
 def _running(layer: LayerBehaviour, status: LayerStatus) -> str:

@@ -1,14 +1,15 @@
 """Tables that a stranger can read, on a narrow and on a wide terminal."""
 
 import re
+from typing import Any
 
 import pytest
 from rich.console import Console
 from torch import nn
 
-from lightning_bn.functional import SelectionError, describe, freeze_batch_norm
+from lightning_bn.functional import FreezeSchedule, SelectionError, describe, freeze_batch_norm, plan
 from lightning_bn.functional.status import status_by_name
-from lightning_bn.report import behaviour_table, print_behaviour
+from lightning_bn.report import behaviour_table, print_behaviour, print_plan
 from tests.models import SMALL_RESNET_NAMES, Holder, SmallResNet, fill_statistics, seeded
 
 
@@ -48,7 +49,9 @@ def test_headings_are_whole_words(width: int) -> None:
 
 def test_on_a_wide_terminal_every_layer_is_one_line_that_says_what_it_does() -> None:
     text = printed(network(), 160)
-    rows = {line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if " BatchNorm" in line[1:]}
+    rows = {
+        line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if re.search(r" BatchNorm\dd ", line)
+    }
     assert list(rows)[-len(SMALL_RESNET_NAMES) :] == [f"model.{name}" for name in SMALL_RESNET_NAMES]
     assert rows["model.layer1.1.bn1"] == "BatchNorm2d 4 train batch take 0.1 of each batch 7 train"
     assert rows["model.layer1.0.bn1"] == "BatchNorm2d 4 eval running frozen 7 frozen"
@@ -116,3 +119,51 @@ def test_large_numbers_are_grouped() -> None:
 def test_a_model_without_batch_norm_is_an_error() -> None:
     with pytest.raises(SelectionError, match="no BatchNorm layer"):
         printed(nn.Linear(2, 2), 80)
+
+
+# the plan
+
+
+def planned(width: int, model: nn.Module, *patterns: Any, **arguments: Any) -> str:
+    console = Console(width=width)
+    with console.capture() as capture:
+        print_plan(plan(model, *patterns, **arguments), console=console)
+    return capture.get()
+
+
+def test_a_plan_shows_every_layer_its_rule_what_is_frozen_and_when() -> None:
+    net = Holder(fill_statistics(seeded(SmallResNet)))
+    by_task = {"det": ["head"], "seg": ["head", "layer10"]}
+    text = planned(160, net, ["layer1"], root="model", by_task=by_task, schedule=FreezeSchedule(start_epoch=-20))
+    rows = {
+        line.split()[0]: " ".join(line.split()[1:]) for line in text.splitlines() if re.search(r" BatchNorm\dd ", line)
+    }
+    assert list(rows)[-len(SMALL_RESNET_NAMES) :] == [f"model.{name}" for name in SMALL_RESNET_NAMES]
+    assert rows["model.layer1.1.bn2"] == "BatchNorm2d layer1 statistics, affine from epoch -20"
+    assert rows["model.head.bn"] == "BatchNorm1d head statistics, affine task det, seg; from epoch -20"
+    assert rows["model.layer10.0.bn1"] == "BatchNorm2d layer10 statistics, affine task seg; from epoch -20"
+    assert rows["model.layer2.0.bn1"] == "BatchNorm2d no rule nothing"
+    flat = " ".join(text.split())
+    assert "7 of 10 BatchNorm layers will be frozen" in flat
+    assert "10 other weights below the same paths still train" in flat
+
+
+def test_a_plan_says_which_of_the_two_is_frozen() -> None:
+    net = fill_statistics(seeded(SmallResNet))
+    assert "affine" not in planned(160, net, "head", affine=False)
+    assert "statistics" not in planned(160, net, "head", stats=False)
+
+
+@pytest.mark.parametrize("pattern", ["**.bn[12]", "re:layer1[a-z0-9.]*", "layer1.*.bn[!2]"])
+def test_a_pattern_is_shown_as_it_was_written(pattern: str) -> None:
+    # Brackets are markup to rich.
+    assert pattern in planned(160, fill_statistics(seeded(SmallResNet)), pattern)
+
+
+@pytest.mark.parametrize("width", [80, 160])
+def test_a_plan_loses_nothing_on_a_narrow_terminal(width: int) -> None:
+    text = planned(width, fill_statistics(seeded(SmallResNet)), by_task={"det": ["layer1"], "seg": ["layer10"]})
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    for name in SMALL_RESNET_NAMES:
+        assert re.search(rf"(^|\s){re.escape(name)}(\s|$)", text, re.MULTILINE), name

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytorch_lightning as pl
@@ -129,6 +130,33 @@ def put_before_checkpoints(trainer: Trainer, callback: Callback) -> None:
     trainer.callbacks = [*rest, callback, *saving]  # type: ignore[attr-defined]
 
 
+def log_figure(trainer: Trainer, draw: Callable[[], Any], name: str) -> None:
+    """Saves a figure in the log directory and hands it to the loggers that take images; nothing without matplotlib.
+
+    Args:
+        trainer: Of the run; only its rank 0 may call this.
+        draw: Makes the ``matplotlib.figure.Figure``.
+        name: Of the file and the image.
+    """
+    if find_spec("matplotlib") is None:
+        return
+    folders = [folder for logger in trainer.loggers if (folder := logger.log_dir or logger.save_dir)]
+    if not folders:
+        return
+    figure = draw()
+    path = Path(folders[0]) / f"{name}.png"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=150)
+    rank_zero_info(f"figure: {path}")
+    for logger in trainer.loggers:
+        # By what they can do: each of the two namespaces has its own classes.
+        experiment: Any = getattr(logger, "experiment", None)
+        if hasattr(experiment, "add_figure"):
+            experiment.add_figure(name, figure, global_step=trainer.global_step)
+        elif hasattr(logger, "log_image"):
+            logger.log_image(key=name, images=[str(path)], step=trainer.global_step)
+
+
 def datamodule_of(trainer: Trainer) -> Any:
     """The datamodule, None without one."""
     return trainer.datamodule  # type: ignore[attr-defined]
@@ -201,6 +229,7 @@ __all__ = [
     "in_training_fit",
     "is_barebones",
     "is_last_epoch",
+    "log_figure",
     "prepare_batch",
     "put_before_checkpoints",
     "put_first",

@@ -1,12 +1,13 @@
-"""Drift of running statistics, watched during a fit."""
+"""Drift and ailments of running statistics, watched during a fit."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor
 
 from lightning_bn.callbacks._lightning import (
     Callback,
@@ -14,18 +15,23 @@ from lightning_bn.callbacks._lightning import (
     MisconfigurationException,
     Trainer,
     in_training_fit,
+    log_figure,
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_bn.functional.drift import MEASURES, DriftSummary, Measure, summarize
+from lightning_bn.callbacks._watch import Sample, Watch
+from lightning_bn.functional.batches import num_samples
+from lightning_bn.functional.checkpoints import snapshot_of_checkpoint
+from lightning_bn.functional.drift import MEASURES, DriftSummary, Measure
 from lightning_bn.functional.history import DriftHistory
 from lightning_bn.functional.layers import tracked_layers
-from lightning_bn.functional.semantics import initial_share
+from lightning_bn.functional.semantics import describe
 from lightning_bn.functional.snapshots import Snapshot, snapshot_of
 from lightning_bn.functional.wording import counted
+from lightning_bn.report import drift_table
 
-_SETTLED = 0.01
 _REARMED_BELOW = 0.5
+_REFERENCES = ("fit_start", "previous_epoch", "recalibrated")
 
 
 class BatchNormDriftError(RuntimeError):
@@ -33,28 +39,37 @@ class BatchNormDriftError(RuntimeError):
 
 
 class BatchNormMonitor(Callback):
-    """Measures how far BatchNorm's running statistics are from a reference while a fit runs, and says so.
+    """Measures how far BatchNorm's running statistics are from a reference while a fit runs, and says what is wrong.
 
     Every few steps all layers are measured at once. ``<prefix>/<measure>_mean`` and ``<prefix>/<measure>_max``, over
     all channels of all layers, go to the loggers as curves, and at the end of every validation run and training epoch
     to ``trainer.callback_metrics``, where ModelCheckpoint and EarlyStopping find them. What is measured are training's
     statistics, before a recalibration replaces them. Training is not disturbed.
 
+    Beside drift it names, once for each layer: statistics that are not finite; a layer in train mode that is not
+    updated, one that is updated twice per batch, a frozen one that moves; a moving average that lags behind its batches
+    or is fed by sources that alternate; ranks that see different data while evaluation uses rank 0's statistics.
+
     Args:
         every_n_steps: Optimizer steps between two samples; validation is always preceded by one.
         measure: As for :func:`~lightning_bn.functional.drift`; of signed measures the absolute value counts.
-        reference: What drift is measured from: the statistics at ``"fit_start"``, or those at the start of the epoch
-            (``"previous_epoch"``). Layers that start untrained are measured from when 1 % of their initial values is
-            left in the moving average; until then their drift is 0.
+        reference: What drift is measured from: the statistics at ``"fit_start"``, those at the start of the epoch
+            (``"previous_epoch"``), those of the last recalibration (``"recalibrated"``), or the path of a checkpoint,
+            in which nothing is executed. Layers that start untrained are measured from when 1 % of their initial values
+            is left in the moving average; until then their drift is 0. Layers that another callback resets start anew.
         warn_above: Warn once when the largest drift of a channel goes above this; again only after it has fallen below
             half of it.
-        act_above: Take ``action`` when the largest drift of a channel goes above this.
+        act_above: Take ``action`` when the largest drift of a channel goes above this in two samples in a row.
         action: ``"warn"``; ``"stop"`` ends training after the step, on all ranks; ``"raise"`` raises
             :class:`BatchNormDriftError`.
         modules: Which BatchNorm layers, as for :func:`~lightning_bn.functional.batch_norm_layers`; None for all.
         exclude: Which of them not.
         root: Put before every path, for instance ``"model"`` where the network is in ``self.model``.
         prefix: Of the logged keys.
+        log_worst: How many of the worst layers get a curve of their own, ``<prefix>/<measure>_worst_1`` and so on: the
+            largest drift of the layer that is worst at the moment, second worst, and so on.
+        report: Whether to print a table at the end of the fit, and to draw a figure into the log directory and the
+            loggers that take images, where matplotlib is installed.
 
     Attributes:
         history: The samples so far, bounded in number and saved in checkpoints.
@@ -62,13 +77,14 @@ class BatchNormMonitor(Callback):
     Raises:
         MisconfigurationException: If an argument is not one of those above.
         SelectionError: When the fit starts, if the selection means no layer.
+        ValueError: When the fit starts, if a checkpoint does not have the layers.
     """
 
     def __init__(
         self,
         every_n_steps: int = 50,
         measure: Measure = "jeffreys",
-        reference: Literal["fit_start", "previous_epoch"] = "fit_start",
+        reference: str = "fit_start",
         warn_above: float | None = None,
         act_above: float | None = None,
         action: Literal["warn", "stop", "raise"] = "warn",
@@ -76,13 +92,21 @@ class BatchNormMonitor(Callback):
         exclude: str | Sequence[str] | None = None,
         root: str = "",
         prefix: str = "bn",
+        log_worst: int = 0,
+        report: bool = True,
     ) -> None:
         super().__init__()
         _check_choice("measure", measure, MEASURES)
-        _check_choice("reference", reference, ("fit_start", "previous_epoch"))
         _check_choice("action", action, ("warn", "stop", "raise"))
+        if reference not in _REFERENCES and not Path(reference).exists():
+            raise MisconfigurationException(
+                f"BatchNormMonitor(reference={reference!r}) must be one of {', '.join(_REFERENCES)} or the path of a "
+                f"checkpoint, and there is no such file."
+            )
         if every_n_steps < 1:
             raise MisconfigurationException(f"BatchNormMonitor(every_n_steps={every_n_steps}) must be at least 1.")
+        if log_worst < 0:
+            raise MisconfigurationException(f"BatchNormMonitor(log_worst={log_worst}) must not be negative.")
         for name, value in (("warn_above", warn_above), ("act_above", act_above)):
             if value is not None and not value > 0:
                 raise MisconfigurationException(f"BatchNormMonitor({name}={value}) must be positive, or None.")
@@ -96,103 +120,132 @@ class BatchNormMonitor(Callback):
         self.exclude = exclude
         self.root = root
         self.prefix = prefix
+        self.log_worst = log_worst
+        self.report = report
         self.history = DriftHistory()
-        self._layers: dict[str, _BatchNorm] = {}
-        self._reference: Snapshot | None = None
-        self._unsettled: set[str] = set()
-        self._last: tuple[int, DriftSummary] | None = None
+        self._watch: Watch | None = None
+        self._resumed: tuple[Snapshot, set[str]] | None = None
         self._warned = False
+        self._above_before = False
+        self._told: set[tuple[str, str]] = set()
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        tracked_layers(pl_module, self.modules, self.exclude, self.root)
+        layers = tracked_layers(pl_module, self.modules, self.exclude, self.root)
+        if self.reference not in _REFERENCES:
+            snapshot_of_checkpoint(self.reference, snapshot_of(layers))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._layers = tracked_layers(pl_module, self.modules, self.exclude, self.root)
-        if self._reference is None or self._reference.names != tuple(self._layers):
-            self._set_reference()
+        layers = tracked_layers(pl_module, self.modules, self.exclude, self.root)
+        if self._resumed is None:
+            self.history, self._warned, self._told = DriftHistory(self.history.most), False, set()
+        self._above_before = False
+        self._watch = Watch(layers, self.measure, self.history, _mean_over_ranks(trainer))
+        if self.reference not in _REFERENCES:
+            self._watch.refer_to(snapshot_of_checkpoint(self.reference, self._watch.reference))
+        elif self._resumed is not None and self._resumed[0].names == tuple(layers):
+            self._watch.reference = self._resumed[0].to(self._watch.reference.mean.device)
+            self._watch.unsettled = self._resumed[1]
+        else:
+            self._watch.refer_to_now()
+        self._resumed = None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.reference == "previous_epoch":
-            self._set_reference()
+            self._watching.refer_to_now()
+
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if (trainer.global_step + 1) % self.every_n_steps == 0:
+            self._watching.before_batch()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
+        self._watching.after_batch()
         if trainer.global_step % self.every_n_steps == 0:
-            self._sample(trainer)
+            self._sample(trainer, num_samples(batch))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before averaged weights are swapped in and statistics are recalibrated.
-        if in_training_fit(trainer):
-            self._sample(trainer)
+        if in_training_fit(trainer) and self._watch is not None:
+            self._sample(trainer, None)
+
+    def on_validation_batch_end(
+        self,
+        trainer: Trainer,
+        pl_module: LightningModule,
+        outputs: Any,
+        batch: Any,
+        batch_idx: int,
+        dataloader_idx: int = 0,
+    ) -> None:
+        # Right after a recalibration, while what it wrote is still in place.
+        if (
+            self._watch is not None
+            and self._watch.recalibrated(trainer.global_step)
+            and self.reference == "recalibrated"
+        ):
+            self._watch.refer_to_now()
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if in_training_fit(trainer):
             self._log_monitorable(trainer)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._last is None or self._last[0] != trainer.global_step:
-            self._sample(trainer)
-        self._log_monitorable(trainer)
+        if not trainer.barebones:
+            self._sample(trainer, None)
+            self._log_monitorable(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._last is not None:
-            step, summary = self._last
-            layers = counted(len(self._layers), "layer")
-            moved = (
-                f"running statistics of {layers} moved most at {summary.in_words()} since {self._since()}; "
-                f"{self.measure} mean {summary.mean:.2g}, max {summary.max:.2g}"
-            )
-            still = f"running statistics of {layers} did not move since {self._since()}"
-            rank_zero_info(f"BatchNormMonitor: step {step:,}: {moved if summary.max else still}")
-        self._forget()
+        last = self._watching.last
+        if last is not None and not trainer.barebones:
+            rank_zero_info(f"BatchNormMonitor: step {last.step:,}: {self._in_words(last.summary)}")
+            if self.report and trainer.is_global_zero:
+                self._show(trainer, pl_module, last)
+        self._watch = None
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._forget()
+        self._watch = None
 
     def state_dict(self) -> dict[str, Any]:
+        watch = self._watch
         return {
-            "reference": None if self._reference is None else self._reference.state_dict(),
-            "unsettled": sorted(self._unsettled),
+            "reference": None if watch is None else watch.reference.state_dict(),
+            "unsettled": [] if watch is None else sorted(watch.unsettled),
             "warned": self._warned,
+            "told": [list(pair) for pair in sorted(self._told)],
             "history": self.history.state_dict(),
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        reference = state_dict["reference"]
-        self._reference = None if reference is None else Snapshot.from_state_dict(reference)
-        self._unsettled = set(state_dict["unsettled"])
+        if state_dict["reference"] is not None:
+            self._resumed = (Snapshot.from_state_dict(state_dict["reference"]), set(state_dict["unsettled"]))
         self._warned = state_dict["warned"]
+        self._told = {(layer, disease) for layer, disease in state_dict["told"]}
         self.history = DriftHistory.from_state_dict(state_dict["history"])
 
-    def _set_reference(self) -> None:
-        self._reference = snapshot_of(self._layers)
-        self._unsettled = {name for name, layer in self._layers.items() if initial_share(layer) >= _SETTLED}
+    @property
+    def _watching(self) -> Watch:
+        if self._watch is None:
+            raise RuntimeError("BatchNormMonitor has seen no on_train_start: it works inside Trainer.fit only.")
+        return self._watch
 
-    def _follow_unsettled(self, reference: Snapshot, current: Snapshot) -> None:
-        """Layers that started untrained have no drift yet: their reference follows them until they are settled."""
-        parts = reference.slices()
-        for name in self._unsettled:
-            for then, now in ((reference.mean, current.mean), (reference.var, current.var)):
-                then[parts[name]] = now[parts[name]]
-        self._unsettled = {name for name in self._unsettled if initial_share(self._layers[name]) >= _SETTLED}
-
-    def _sample(self, trainer: Trainer) -> None:
-        step = trainer.global_step
-        if self._reference is None or not self._layers or (self._last is not None and self._last[0] == step):
+    def _sample(self, trainer: Trainer, samples: int | None) -> None:
+        watch, step = self._watching, trainer.global_step
+        if trainer.barebones or (watch.last is not None and watch.last.step == step):
             return
-        current = snapshot_of(self._layers)
-        reference = self._reference = self._reference.to(current.mean.device)
-        self._follow_unsettled(reference, current)
-        summary = summarize(reference, current, self.measure)
-        self._last = (step, summary)
-        self.history.append(step, trainer.current_epoch, reference, current, self.measure)
+        sample = watch.sample(step, trainer.current_epoch, samples)
+        metrics = self._metrics(sample)
         for logger in trainer.loggers:
-            logger.log_metrics(self._metrics(summary), step=step)
-        self._judge(trainer, step, summary)
+            logger.log_metrics(metrics, step=step)
+        for diagnosis in sample.diagnoses:
+            if (diagnosis.layer, diagnosis.disease) not in self._told:
+                self._told.add((diagnosis.layer, diagnosis.disease))
+                rank_zero_warn(f"BatchNormMonitor: step {step:,}: {diagnosis.sentence}")
+        self._judge(trainer, sample)
 
-    def _judge(self, trainer: Trainer, step: int, summary: DriftSummary) -> None:
-        said = f"step {step:,}: {summary.in_words()} since {self._since()}"
+    def _judge(self, trainer: Trainer, sample: Sample) -> None:
+        summary = sample.summary
+        said = f"step {sample.step:,}: {summary.in_words()} since {self._since()}"
         if self.warn_above is not None:
             if _above(summary.max, self.warn_above) and not self._warned:
                 self._warned = True
@@ -202,8 +255,10 @@ class BatchNormMonitor(Callback):
         if self.act_above is None:
             return
         # One rank's drift is every rank's: they have to stop together.
-        largest = self._largest(trainer, summary.max)
-        if not _above(largest, self.act_above):
+        largest = _largest_over_ranks(trainer, summary.max)
+        above, before = _above(largest, self.act_above), self._above_before
+        self._above_before = above
+        if not (above and before):
             return
         said = f"{said}; {self.measure} {largest:.3g} is above act_above={self.act_above:g}"
         if self.action == "raise":
@@ -215,36 +270,84 @@ class BatchNormMonitor(Callback):
             self._warned = True
             rank_zero_warn(f"BatchNormMonitor: {said}")
 
-    def _largest(self, trainer: Trainer, value: float) -> float:
-        if trainer.world_size == 1:
-            return value
-        # NaN would lose against numbers in a maximum.
-        tensor = torch.tensor(value, device=trainer.strategy.root_device).nan_to_num(nan=torch.inf)
-        return float(trainer.strategy.reduce(tensor, reduce_op="max"))
-
     def _log_monitorable(self, trainer: Trainer) -> None:
-        if self._last is None or trainer.barebones:
+        last = None if self._watch is None else self._watch.last
+        if last is None or trainer.barebones:
             return
-        for key, value in self._metrics(self._last[1]).items():
+        key = f"{self.prefix}/{self.measure}"
+        for name, value in ((f"{key}_mean", last.summary.mean), (f"{key}_max", last.summary.max)):
             # The loggers have their curve already.
             self.log(  # type: ignore[attr-defined]
-                key, value, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=trainer.world_size > 1
+                name, value, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=trainer.world_size > 1
             )
 
-    def _metrics(self, summary: DriftSummary) -> dict[str, float]:
+    def _metrics(self, sample: Sample) -> dict[str, float]:
         key = f"{self.prefix}/{self.measure}"
-        return {f"{key}_mean": summary.mean, f"{key}_max": summary.max}
+        worst = sorted(sample.largest, reverse=True)[: self.log_worst]
+        worst += [0.0] * (self.log_worst - len(worst))
+        return {
+            f"{key}_mean": sample.summary.mean,
+            f"{key}_p95": sample.summary.p95,
+            f"{key}_max": sample.summary.max,
+            **{f"{key}_worst_{rank}": value for rank, value in enumerate(worst, 1)},
+        }
+
+    def _show(self, trainer: Trainer, module: LightningModule, last: Sample) -> None:
+        from rich.console import Console
+
+        layers = describe(module, self.modules, self.exclude, self.root)
+        watch = self._watching
+        Console().print(
+            drift_table(
+                layers, watch.reference, watch.sampled, self.history, last.updates, self.measure, watch.statuses
+            )
+        )
+        log_figure(trainer, self._figure, f"{self.prefix}_drift")
+
+    def _figure(self) -> Any:
+        from lightning_bn.plotting import drift_figure
+
+        return drift_figure(self.history, self.measure, threshold=self.warn_above or self.act_above)
+
+    def _in_words(self, summary: DriftSummary) -> str:
+        layers = f"running statistics of {counted(len(self.history.names), 'layer')}"
+        if not summary.max:
+            return f"{layers} did not move since {self._since()}"
+        return (
+            f"{layers} moved most at {summary.in_words()} since {self._since()}; "
+            f"{self.measure} mean {summary.mean:.2g}, max {summary.max:.2g}"
+        )
 
     def _since(self) -> str:
-        return "fit start" if self.reference == "fit_start" else "the start of the epoch"
-
-    def _forget(self) -> None:
-        self._layers, self._last, self._reference = {}, None, None
+        words = {
+            "fit_start": "fit start",
+            "previous_epoch": "the start of the epoch",
+            "recalibrated": "the last recalibration",
+        }
+        return words.get(self.reference, Path(self.reference).name)
 
 
 def _above(value: float, threshold: float) -> bool:
     """NaN is above everything: it is the worst that can be measured."""
     return not value <= threshold
+
+
+def _largest_over_ranks(trainer: Trainer, value: float) -> float:
+    if trainer.world_size == 1:
+        return value
+    # NaN would lose against numbers in a maximum.
+    tensor = torch.tensor(value, device=trainer.strategy.root_device).nan_to_num(nan=torch.inf)
+    return float(trainer.strategy.reduce(tensor, reduce_op="max"))
+
+
+def _mean_over_ranks(trainer: Trainer) -> Any:
+    if trainer.world_size == 1:
+        return None
+
+    def mean(values: Tensor) -> Any:
+        return trainer.strategy.reduce(values.to(trainer.strategy.root_device), reduce_op="mean").to(values.device)
+
+    return mean
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

@@ -20,6 +20,9 @@ def model_device(model: nn.Module) -> torch.device:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in it on ``device``; lists, tuples, named tuples and mappings are followed."""
+    # What knows how to move itself first: tensors, packed sequences, tokenisers' encodings, graphs.
+    if callable(getattr(batch, "to", None)):
+        return batch.to(device)
     if isinstance(batch, Mapping):
         moved = {key: to_device(value, device) for key, value in batch.items()}
         return moved if type(batch) is dict else _like(batch, moved)
@@ -27,8 +30,7 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(to_device(value, device) for value in batch)
-    # Whatever else knows how to move itself: tensors, packed sequences, tokenisers' encodings, graphs.
-    return batch.to(device) if callable(getattr(batch, "to", None)) else batch
+    return batch
 
 
 def num_samples(batch: Any) -> int | None:

@@ -39,6 +39,8 @@ class Budget:
         """Refuses what asks for nothing."""
         for name in ("num_batches", "num_samples"):
             value = getattr(self, name)
+            if value is not None and not isinstance(value, int):
+                raise ValueError(f"{name}={value!r} must be a whole number, or None for all there are.")
             if value is not None and value < 1:
                 raise ValueError(f"{name}={value} must be at least 1, or None for all there are.")
         if self.max_standard_error is not None and not self.max_standard_error > 0:

@@ -6,15 +6,17 @@ import os
 import pickle
 import tempfile
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lightning_bn.functional.layers import canonical_name
 from lightning_bn.functional.recalibrated import Recalibration
 from lightning_bn.functional.recalibration import recalibrate
+from lightning_bn.functional.snapshots import Snapshot
 from lightning_bn.functional.wording import quoted
 
 
@@ -80,6 +82,42 @@ def recalibrate_checkpoint(
             state[prefix + name] = buffer.detach().cpu().clone()
     _write(checkpoint, out)
     return RecalibratedCheckpoint(out, "averaging_state" in checkpoint, recalibration)
+
+
+def snapshot_of_checkpoint(path: str | Path, like: Snapshot) -> Snapshot:
+    """The running statistics that a checkpoint holds of the layers of a snapshot; nothing in the file is executed.
+
+    Args:
+        path: A Lightning checkpoint, or a state dict.
+        like: Says which layers, and has what a checkpoint lacks (``eps``).
+
+    Raises:
+        ValueError: If the file holds no state dict, or lacks a layer or has it with other channels.
+        pickle.UnpicklingError: If the file holds more than tensors and plain values.
+    """
+    checkpoint = _read(Path(path))
+    state = checkpoint.get("state_dict", checkpoint)
+    # Names as a model reports them: without the components that wrappers add.
+    state = {canonical_name(nn.Module(), name): value for name, value in state.items()}
+    missing = [
+        name
+        for name, size in zip(like.names, like.channels, strict=True)
+        if getattr(state.get(f"{name}.running_mean"), "shape", None) != (size,)
+    ]
+    if missing:
+        raise ValueError(
+            f"{Path(path).name} has no running statistics of {quoted(missing)} with as many channels: it was written "
+            f"by another model."
+        )
+
+    def gather(value: str) -> Tensor:
+        return torch.cat([state[f"{name}.{value}"].to(like.mean.dtype) for name in like.names])
+
+    counters = [state.get(f"{name}.num_batches_tracked", torch.tensor(-1)) for name in like.names]
+    read = replace(
+        like, mean=gather("running_mean"), var=gather("running_var"), num_batches_tracked=torch.stack(counters)
+    )
+    return read.to(like.mean.device)
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -146,13 +146,29 @@ def summarize(
     """
     shift, ratio = standardised(reference, current)
     values = of_standardised(measure, shift, ratio, current.weight).abs()
+    # One stack, one transfer: on an accelerator each float() would wait for the device.
+    return read_summary(reference, torch.stack(summary_scalars(values, shift, ratio, threshold)).tolist(), threshold)
+
+
+def summary_scalars(values: Tensor, shift: Tensor, ratio: Tensor, threshold: float | None = None) -> list[Tensor]:
+    """What :func:`read_summary` makes a summary of, still on the device: 0-dimensional float64 tensors.
+
+    Args:
+        values: Of a measure, absolute, ``(C,)``.
+        shift: z of :func:`standardised`.
+        ratio: r of :func:`standardised`.
+        threshold: If given, the share of channels above it is counted.
+    """
     # NaN sorts as the largest: a channel that cannot be measured is the worst there is.
     worst = values.nan_to_num(nan=torch.inf, posinf=torch.inf).argmax()
     share = values.new_tensor(torch.nan) if threshold is None else (values > threshold).double().mean()
-    # One stack, one transfer: on an accelerator each float() would wait for the device.
-    scalars = [values.mean(), values.quantile(0.95), values.max(), ratio[worst], shift[worst], share, worst.double()]
-    mean, p95, largest, variance_ratio, mean_shift, share_above, position = torch.stack(scalars).tolist()
-    layer, channel = _locate(reference, int(position))
+    return [values.mean(), values.quantile(0.95), values.max(), ratio[worst], shift[worst], share, worst.double()]
+
+
+def read_summary(snapshot: Snapshot, scalars: list[float], threshold: float | None = None) -> DriftSummary:
+    """The summary that :func:`summary_scalars` prepared."""
+    mean, p95, largest, variance_ratio, mean_shift, share_above, position = scalars
+    layer, channel = _locate(snapshot, int(position))
     return DriftSummary(
         mean=mean,
         p95=p95,
@@ -163,6 +179,12 @@ def summarize(
         mean_shift=mean_shift,
         share_above=None if threshold is None else share_above,
     )
+
+
+def layer_maxima(values: Tensor, snapshot: Snapshot) -> Tensor:
+    """The largest value of each layer, ``(L,)``; NaN where any channel's is."""
+    most = torch.full((len(snapshot),), -torch.inf, dtype=values.dtype, device=values.device)
+    return most.scatter_reduce_(0, snapshot.layer_of(), values, "amax")
 
 
 def _locate(snapshot: Snapshot, position: int) -> tuple[str, int]:

@@ -20,7 +20,7 @@ from lightning_bn.functional.layers import (
 from lightning_bn.functional.patterns import Patterns, SelectionError
 from lightning_bn.functional.semantics import has_initial_statistics
 from lightning_bn.functional.status import is_frozen, layer_status, update_status
-from lightning_bn.functional.wording import quoted
+from lightning_bn.functional.wording import counted, quoted
 
 _OWNER = "freeze_batch_norm"
 _REQUIRED_GRAD = "_lightning_bn_required_grad"
@@ -77,7 +77,13 @@ def freeze_batch_norm(
     layers = select_to_freeze(model, modules, exclude, stats=stats, affine=affine, root=root)
     if stats:
         warn_of_initial_statistics(layers)
-    freeze_layers(layers, stats=stats, affine=affine)
+    found = [_State(layer) for layer in layers.values()]
+    try:
+        freeze_layers(layers, stats=stats, affine=affine)
+    except BaseException:
+        for state in found:
+            state.restore()
+        raise
     return tuple(layers)
 
 
@@ -167,8 +173,8 @@ def select_to_freeze(
     without = [name for name, layer in layers.items() if not has_running_statistics(layer)]
     if without:
         raise SelectionError(
-            f"BatchNorm layer {quoted(without)} has no running statistics to freeze (constructed with "
-            f"track_running_stats=False): leave it out with exclude, or freeze with stats=False."
+            f"BatchNorm without running statistics to freeze: {quoted(without)} (constructed with "
+            f"track_running_stats=False). Leave it out with exclude, or freeze with stats=False."
         )
     layers = tracked_layers(model, modules, exclude, root)
     return layers
@@ -179,8 +185,8 @@ def warn_of_initial_statistics(layers: Mapping[str, _BatchNorm], stacklevel: int
     initial = [name for name, layer in layers.items() if has_initial_statistics(layer)]
     if initial:
         warnings.warn(
-            f"freezing {len(initial)} BatchNorm layers whose running statistics are still those of construction, "
-            f"mean 0 and variance 1: {quoted(initial)}. They would normalise nothing: load the pre-trained weights "
+            f"freezing {counted(len(initial), 'BatchNorm layer')} with the running statistics of construction, mean 0 "
+            f"and variance 1: {quoted(initial)}. That would normalise nothing: load the pre-trained weights "
             f"before freezing, or recalibrate first.",
             stacklevel=stacklevel,
         )

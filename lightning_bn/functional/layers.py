@@ -12,7 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
 from lightning_bn.functional.patterns import Pattern, Patterns, SelectionError, as_patterns, is_below
-from lightning_bn.functional.wording import quoted
+from lightning_bn.functional.wording import counted, quoted
 
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
@@ -55,7 +55,7 @@ def batch_norm_layers(
         remaining = selected - found.match(exclude, root, "exclude")
         if not remaining:
             raise SelectionError(
-                f"exclude={exclude!r} leaves none of the {len(selected)} selected BatchNorm layers: "
+                f"exclude={exclude!r} leaves none of {counted(len(selected), 'selected BatchNorm layer')}: "
                 f"exclude less, or select more."
             )
         selected = remaining
@@ -84,9 +84,9 @@ def tracked_layers(
     without = [name for name, layer in layers.items() if not has_running_statistics(layer)]
     if without and (modules is not None or len(without) == len(layers)):
         raise SelectionError(
-            f"BatchNorm layer {quoted(without)} has no running statistics (constructed with "
-            f"track_running_stats=False): it normalises with batch statistics in training and in evaluation. "
-            f"Leave it out with exclude, or construct it with track_running_stats=True."
+            f"BatchNorm without running statistics: {quoted(without)} (constructed with track_running_stats=False), "
+            f"which normalises with batch statistics in training and in evaluation. Leave it out with exclude, or "
+            f"construct it with track_running_stats=True."
         )
     for name, layer in layers.items():
         if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
@@ -108,9 +108,16 @@ def has_running_statistics(layer: _BatchNorm) -> bool:
 
 
 def affine_parameters(layer: _BatchNorm) -> list[nn.Parameter]:
-    """The layer's ``weight`` and ``bias``, those it has."""
-    candidates: tuple[nn.Parameter | None, ...] = (layer.weight, layer.bias)
-    return [parameter for parameter in candidates if parameter is not None]
+    """The layer's ``weight`` and ``bias``, those it has; of a parametrized one, the parameters it is computed from."""
+    found: list[nn.Parameter] = []
+    parametrizations = layer._modules.get("parametrizations")
+    for name in ("weight", "bias"):
+        own = layer._parameters.get(name)
+        if isinstance(own, nn.Parameter):
+            found.append(own)
+        elif isinstance(parametrizations, nn.ModuleDict) and name in parametrizations:
+            found += parametrizations[name].parameters()
+    return found
 
 
 def named_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -213,4 +220,4 @@ class _LayerNames:
             top = min((name.count(".") for name in relative), default=0)
             close = [name for name in relative if name.count(".") == top][:5]
         near = ", ".join(f"{name!r} ({relative[name]} BatchNorm)" for name in close)
-        return f"Closest: {near}." if near else f"The model has {len(self.layers)} BatchNorm layers."
+        return f"Closest: {near}." if near else f"The model has {counted(len(self.layers), 'BatchNorm layer')}."

@@ -29,7 +29,7 @@ from lightning_bn.functional.undisturbed import (
     run_as_written,
     set_modes_for_statistics,
 )
-from lightning_bn.functional.wording import quoted
+from lightning_bn.functional.wording import counted, quoted
 
 
 def recalibrate(
@@ -193,9 +193,9 @@ def _targets(model: nn.Module, selected: Mapping[str, _BatchNorm]) -> dict[str, 
     }
     if not targets:
         raise ValueError(
-            f"nothing to recalibrate: all {len(selected)} selected BatchNorm layers are frozen, or in eval inside a "
-            f"model in training ({quoted(list(selected))}). Unfreeze them, or call model.eval() if eval was not meant "
-            f"to freeze them."
+            f"nothing to recalibrate: {counted(len(selected), 'selected BatchNorm layer')}, every one frozen or in "
+            f"eval inside a model in training ({quoted(list(selected))}). Unfreeze them, or call model.eval() if eval "
+            f"was not meant to freeze them."
         )
     return targets
 
@@ -210,8 +210,8 @@ def _why_none(gathered: Population, batches: int) -> str:
     bad = [name for name, count in gathered.nonfinite.items() if count]
     if bad:
         return (
-            f"no statistics could be collected from {batches} batches: the input of {quoted(bad)} was never finite. "
-            f"Nothing was changed; look for inf or NaN in the data or the weights."
+            f"no statistics could be collected from {counted(batches, 'batch', 'batches')}: the input of {quoted(bad)} "
+            f"was never finite. Nothing was changed; look for inf or NaN in the data or the weights."
         )
     return (
         f"none of the {len(gathered.channels)} selected BatchNorm layers was reached by the forward in {batches} "

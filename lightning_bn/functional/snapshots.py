@@ -51,6 +51,10 @@ class Snapshot:
         ends = list(accumulate(self.channels))
         return {name: slice(end - size, end) for name, size, end in zip(self.names, self.channels, ends, strict=True)}
 
+    def layer_of(self) -> Tensor:
+        """The index of the layer that each channel belongs to, shape ``(C,)``, int64, on the statistics' device."""
+        return torch.arange(len(self)).repeat_interleave(torch.tensor(self.channels)).to(self.mean.device)
+
     def to(self, device: torch.device | str) -> Snapshot:
         """The same snapshot with its tensors on ``device``."""
         return replace(

@@ -7,15 +7,15 @@ from collections.abc import Sequence
 
 def quoted(names: Sequence[str], most: int = 5) -> str:
     """``names`` as a reader wants them in an error: quoted, the first few, and how many more."""
-    shown = ", ".join(repr(name) for name in names[:most])
+    shown = ", ".join(repr(name) if name else "(the model itself)" for name in names[:most])
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
-def counted(count: int, thing: str) -> str:
+def counted(count: int, thing: str, things: str = "") -> str:
     """A number of things, in the singular where there is one.
 
     Example:
         >>> counted(1, "layer"), counted(1200, "layer")
         ('1 layer', '1,200 layers')
     """
-    return f"{count:,} {thing}" if count == 1 else f"{count:,} {thing}s"
+    return f"{count:,} {thing}" if count == 1 else f"{count:,} {things or thing + 's'}"

@@ -1,0 +1,150 @@
+"""Fits that take turns step by step: each in a thread of its own, of which one runs at a time."""
+
+import logging
+import tempfile
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from statistics import median
+from typing import Any
+
+import pytorch_lightning as pl
+import torch
+from _rounds import now
+from pytorch_lightning.loggers import CSVLogger
+from torch import Tensor, nn
+
+Rival = Callable[[], tuple[nn.Module, Sequence[pl.Callback]]]
+
+
+class Training(pl.LightningModule):
+    """A network that learns to tell random images apart, with plain SGD."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def training_step(self, batch: Tensor, batch_idx: int) -> Tensor:
+        return self.network(batch).float().square().mean()
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=1e-4, momentum=0.9, weight_decay=1e-4)
+
+
+class TurnTaking:
+    """Who runs next, and how long each step took.
+
+    Args:
+        names: Of the fits.
+        warm_up: Steps that do not count.
+    """
+
+    def __init__(self, names: Sequence[str], warm_up: int = 3) -> None:
+        self._names = list(names)
+        self._warm_up = warm_up
+        self._turn = 0
+        self._finished: set[str] = set()
+        self._changed = threading.Condition()
+        self.seconds: dict[str, list[float]] = {name: [] for name in names}
+
+    def wait(self, name: str) -> None:
+        """Returns when it is this fit's turn."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._names[self._turn] == name)
+
+    def pass_on(self, name: str, *, finished: bool = False) -> None:
+        """Lets the next one run."""
+        with self._changed:
+            if finished:
+                self._finished.add(name)
+            for _ in self._names:
+                self._turn = (self._turn + 1) % len(self._names)
+                if self._names[self._turn] not in self._finished:
+                    break
+            self._changed.notify_all()
+
+    def batches(self, name: str, batch: Tensor, steps: int) -> Iterator[Tensor]:
+        """A loader that gives the turn away before each batch: a step is what lies between two of them."""
+        started: float | None = None
+        for number in range(steps + self._warm_up + 1):
+            if started is not None and number > self._warm_up:
+                self.seconds[name].append(now() - started)
+            self.pass_on(name)
+            self.wait(name)
+            started = now()
+            yield batch
+
+
+class _Loader(torch.utils.data.IterableDataset[Tensor]):
+    def __init__(self, make: Callable[[], Iterator[Tensor]]) -> None:
+        self._make = make
+
+    def __iter__(self) -> Iterator[Tensor]:
+        return self._make()
+
+
+def fit_in_turns(rivals: dict[str, Rival], batch: Tensor, steps: int) -> dict[str, list[float]]:
+    """Processor seconds of each step of each fit, everything between two batches included."""
+    turns = TurnTaking(list(rivals))
+    failures: list[BaseException] = []
+
+    def run(name: str, rival: Rival, folder: str) -> None:
+        turns.wait(name)
+        try:
+            torch.set_num_threads(1)
+            network, callbacks = rival()
+            trainer = pl.Trainer(
+                max_epochs=1,
+                accelerator="cpu",
+                callbacks=list(callbacks),
+                logger=CSVLogger(folder),
+                enable_progress_bar=False,
+                enable_model_summary=False,
+                enable_checkpointing=False,
+            )
+            # A plain iterable: what a loader's workers cost would be the same for all, and noise.
+            trainer.fit(Training(network), _Loader(lambda: turns.batches(name, batch, steps)))
+        except BaseException as failure:
+            failures.append(failure)
+        finally:
+            turns.pass_on(name, finished=True)
+
+    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+        warnings.simplefilter("ignore")
+        threads = [
+            threading.Thread(target=run, args=(name, rival, f"{folder}/{index}"), daemon=True)
+            for index, (name, rival) in enumerate(rivals.items())
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    if failures:
+        raise failures[0]
+    return turns.seconds
+
+
+def timed(callback: pl.Callback, hooks: Sequence[str]) -> dict[str, list[float]]:
+    """Has a callback write down, in microseconds, how long each call of its hooks takes."""
+    taken: dict[str, list[float]] = {hook: [] for hook in hooks}
+
+    def wrap(hook: str, call: Callable[..., Any]) -> Callable[..., Any]:
+        def timing(*args: Any, **kwargs: Any) -> Any:
+            started = now()
+            try:
+                return call(*args, **kwargs)
+            finally:
+                taken[hook].append(1e6 * (now() - started))
+
+        return timing
+
+    for hook in hooks:
+        setattr(callback, hook, wrap(hook, getattr(callback, hook)))
+    return taken
+
+
+def typical(values: list[float]) -> float:
+    """The median, without the first calls."""
+    return median(values[3:])

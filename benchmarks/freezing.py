@@ -1,0 +1,100 @@
+"""What BatchNormFreezer costs in a training step, beside layers that were put into eval mode by hand.
+
+Real Trainers that take turns step by step. By hand means: nobody puts the layers back into train mode, so that setting
+them once is enough.
+"""
+
+import pytorch_lightning as pl
+import torch
+from _fits import fit_in_turns, timed, typical
+from _networks import seeded
+from _results import Results
+from _rounds import compare
+from torch import nn
+
+from lightning_bn import BatchNormFreezer
+from lightning_bn.functional import batch_norm_layers
+
+HOOKS = ("on_train_batch_start", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end")
+BASE = ".eval() by hand"
+STEPS = 250
+
+
+def network() -> nn.Module:
+    """100 convolutions, each with a BatchNorm whose statistics are not those of construction."""
+
+    def build() -> nn.Module:
+        layers: list[nn.Module] = [nn.Conv2d(3, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+        for _ in range(99):
+            layers += [nn.Conv2d(16, 16, 3, padding=1), nn.BatchNorm2d(16), nn.ReLU()]
+        built = nn.Sequential(*layers)
+        built(torch.randn(8, 3, 12, 12))
+        return built
+
+    return seeded(build)
+
+
+class ByHand(pl.Callback):
+    """Sets eval mode once, after Lightning has set train mode.
+
+    Args:
+        without_gradient: Whether weight and bias are frozen too, as one does it by hand.
+    """
+
+    def __init__(self, without_gradient: bool = False) -> None:
+        self._without_gradient = without_gradient
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        for layer in batch_norm_layers(pl_module).values():
+            layer.eval()
+            layer.requires_grad_(not self._without_gradient)
+
+
+def main() -> None:
+    """Prints the ratios and the time of each hook and writes them to `benchmarks/results/`."""
+    torch.manual_seed(0)
+    images = torch.randn(8, 3, 12, 12)
+    freezer = BatchNormFreezer()
+    hooks = timed(freezer, HOOKS)
+    both, other, by_hand = "freezer, statistics and affine", "freezer, statistics", ".eval(), requires_grad_(False)"
+    seconds = fit_in_turns(
+        {
+            BASE: lambda: (network(), [ByHand()]),
+            other: lambda: (network(), [BatchNormFreezer(affine=False)]),
+            both: lambda: (network(), [freezer]),
+            by_hand: lambda: (network(), [ByHand(without_gradient=True)]),
+            "the same .eval() by hand again": lambda: (network(), [ByHand()]),
+        },
+        images,
+        STEPS,
+    )
+    results = Results("freezing", "What BatchNormFreezer adds to a training step with 100 frozen BatchNorm layers.")
+    rows = []
+    for name, taken in seconds.items():
+        found = compare(taken, seconds[BASE])
+        rows.append(
+            {
+                "layers frozen by": name,
+                "ms per step": 1000 * found.seconds,
+                "ratio": found.ratio,
+                "median": found.median,
+                "10 to 90 %": found.spread,
+            }
+        )
+    results.table(
+        "Time of a step in a real fit",
+        rows,
+        f"Against `{BASE}`, {STEPS} steps. ratio: of the fastest steps; median and percentiles: of steps that followed each "
+        "other. The last row is the measurement's own error.",
+    )
+    step = 1e6 * min(seconds[BASE])
+    spent = {hook: typical(taken) for hook, taken in hooks.items()}
+    rows = [{"hook": hook, "microseconds": value, "share of the step, %": 100 * value / step} for hook, value in spent.items()]
+    total = sum(spent.values())
+    rows.append({"hook": "together", "microseconds": total, "share of the step, %": 100 * total / step})
+    results.table("Time of its hooks, statistics and affine", rows, "Median of all steps.")
+    results.write()
+
+
+if __name__ == "__main__":
+    main()

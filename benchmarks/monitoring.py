@@ -1,0 +1,81 @@
+"""What BatchNormMonitor costs in a training step of a ResNet-50.
+
+Real Trainers that take turns step by step; the monitor's curves go to a CSVLogger.
+"""
+
+import pytorch_lightning as pl
+import torch
+from _fits import fit_in_turns, timed, typical
+from _networks import resnet50, seeded
+from _results import Results
+from _rounds import compare
+from torch import nn
+
+from lightning_bn import BatchNormMonitor
+
+STEPS = 60
+NEVER = 10**9
+BASE = "no monitor"
+
+
+def network() -> nn.Module:
+    """As it is, but for the last epoch of a training: nothing is held back because of initial values."""
+    built = seeded(resnet50)
+    for layer in built.modules():
+        if isinstance(layer, nn.BatchNorm2d):
+            layer.num_batches_tracked.fill_(1000)
+    return built
+
+
+def main() -> None:
+    """Prints the ratios and the time of a sample and writes them to `benchmarks/results/`."""
+    torch.manual_seed(0)
+    images = torch.randn(16, 3, 64, 64)
+    interval = BatchNormMonitor().every_n_steps
+    every, default = BatchNormMonitor(every_n_steps=1), BatchNormMonitor(every_n_steps=NEVER)
+    sample, no_sample = (timed(monitor, ["on_train_batch_end"])["on_train_batch_end"] for monitor in (every, default))
+
+    def fit(*callbacks: pl.Callback) -> tuple[nn.Module, tuple[pl.Callback, ...]]:
+        return network(), callbacks
+
+    seconds = fit_in_turns(
+        {
+            BASE: fit,
+            "monitor, every step": lambda: fit(every),
+            "monitor, between samples": lambda: fit(default),
+            "no monitor again": fit,
+        },
+        images,
+        STEPS,
+    )
+    results = Results("monitoring", "What BatchNormMonitor adds to a training step of a ResNet-50, 53 layers, 26,560 channels.")
+    rows = []
+    for name, taken in seconds.items():
+        found = compare(taken, seconds[BASE])
+        rows.append(
+            {
+                "fit": name,
+                "ms per step": 1000 * found.seconds,
+                "ratio": found.ratio,
+                "median": found.median,
+                "10 to 90 %": found.spread,
+            }
+        )
+    results.table(
+        "Time of a step in a real fit",
+        rows,
+        f"{STEPS} steps with 16 images of 64x64. ratio: of the fastest steps; median and percentiles: of steps that "
+        "followed each other. The last row is the measurement's own error.",
+    )
+    step = 1e6 * min(seconds[BASE])
+    costs = {
+        "every step": typical(sample),
+        f"every {interval} steps, the default": (typical(sample) + (interval - 1) * typical(no_sample)) / interval,
+    }
+    rows = [{"interval": name, "microseconds per step": us, "ratio": 1 + us / step} for name, us in costs.items()]
+    results.table("Time of its hook over that of a step", rows, "Median of all calls over the fastest step.")
+    results.write()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""What is the matter with which layer, in one sentence with the remedy."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+Disease: TypeAlias = Literal[
+    "not finite", "stalled", "updated twice", "frozen but moves", "lagging", "alternating", "ranks differ"
+]
+
+LAGGING = 0.75
+"""Mean distance of a batch's mean from the moving average, in standard deviations, that says it lags."""
+ALTERNATING = 0.7
+"""Deviation of batch means around that, in standard deviations, beyond what batches of their size have by chance."""
+RANKS_DIFFER = 0.5
+"""Mean distance of a rank's batches from those of all ranks, in standard deviations."""
+FEWEST_BATCHES = 8
+"""That a judgement on batches rests on."""
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """One thing that is wrong with one layer.
+
+    Attributes:
+        layer: Its name.
+        disease: Which.
+        sentence: What a person is told.
+    """
+
+    layer: str
+    disease: Disease
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Symptoms:
+    """What was measured of L layers at one sample, L numbers each.
+
+    Attributes:
+        names: Of the layers.
+        training: Whether a layer is in train mode.
+        frozen_by: Who froze its statistics; empty if nobody.
+        nonfinite: Channels with statistics that are not finite.
+        updates: Updates per training batch; NaN where it is not known.
+        batches: Over how many training batches.
+        samples: In a training batch; None if that is not known.
+        judged: How many batches the next three rest on.
+        bias: Mean distance of batch means from the moving average, in standard deviations.
+        spread: Deviation of batch means around that.
+        gap: Mean distance of this rank's batches from those of all ranks; 0 in one process.
+    """
+
+    names: Sequence[str]
+    training: Sequence[bool]
+    frozen_by: Sequence[str]
+    nonfinite: Sequence[float]
+    updates: Sequence[float]
+    batches: int
+    samples: int | None
+    judged: int
+    bias: Sequence[float]
+    spread: Sequence[float]
+    gap: Sequence[float]
+
+
+def diagnose(symptoms: Symptoms) -> list[Diagnosis]:
+    """Everything that is wrong, layer by layer; empty for a healthy model."""
+    return list(_of_counters(symptoms)) + (list(_of_batches(symptoms)) if symptoms.judged >= FEWEST_BATCHES else [])
+
+
+def _of_counters(s: Symptoms) -> Iterator[Diagnosis]:
+    for index, name in enumerate(s.names):
+        updates = s.updates[index]
+        if s.nonfinite[index]:
+            yield Diagnosis(
+                name,
+                "not finite",
+                f"{name} has {int(s.nonfinite[index])} channels whose running statistics are not finite, and a moving "
+                f"average never recovers from that: find the inf or NaN in its input, then recalibrate the layer.",
+            )
+        if s.frozen_by[index] and updates > 0:
+            yield Diagnosis(
+                name,
+                "frozen but moves",
+                f"{name} is frozen by {s.frozen_by[index]} but its statistics were updated: something put it into "
+                f"train mode.",
+            )
+        elif s.training[index] and not s.frozen_by[index] and updates == 0 and s.batches >= FEWEST_BATCHES:
+            yield Diagnosis(
+                name,
+                "stalled",
+                f"{name} is in train mode but was not updated in {s.batches} batches: no forward reaches it, or its "
+                f"tracking was switched off; evaluation uses statistics that no longer follow.",
+            )
+        elif updates > 1.5:
+            yield Diagnosis(
+                name,
+                "updated twice",
+                f"{name} is updated {updates:.2g} times per batch: it is used more than once in a forward, or "
+                f"activation checkpointing runs it again; its moving average forgets that much faster.",
+            )
+
+
+def _of_batches(s: Symptoms) -> Iterator[Diagnosis]:
+    chance = 2 / (s.samples or 1) ** 0.5
+    differ = [i for i, gap in enumerate(s.gap) if gap > RANKS_DIFFER + chance / s.judged**0.5]
+    alternate = [i for i, spread in enumerate(s.spread) if spread > ALTERNATING + chance]
+    lag = [i for i, bias in enumerate(s.bias) if bias > LAGGING and i not in alternate]
+    # One cause shows in many layers: the first in the order of the forward is named.
+    if differ:
+        name = s.names[differ[0]]
+        yield Diagnosis(
+            name,
+            "ranks differ",
+            f"{name} sees data on this rank that is {s.gap[differ[0]]:.1f} sigma from that of all ranks, and "
+            f"evaluation uses rank 0's moving average alone: shuffle the data over the ranks, use SyncBatchNorm, or "
+            f"recalibrate before validation.",
+        )
+    if alternate:
+        name = s.names[alternate[0]]
+        more = f" (and {len(alternate) - 1} more layers)" if len(alternate) > 1 else ""
+        yield Diagnosis(
+            name,
+            "alternating",
+            f"{name}{more} is fed by sources that alternate: means of batches differ by {s.spread[alternate[0]]:.1f} "
+            f"sigma, and the moving average describes none of them. Give each source statistics of its own, or mix "
+            f"them in every batch.",
+        )
+    if lag:
+        name = s.names[lag[0]]
+        more = f" (and {len(lag) - 1} more layers)" if len(lag) > 1 else ""
+        yield Diagnosis(
+            name,
+            "lagging",
+            f"{name}{more} has a moving average that lags {s.bias[lag[0]]:.1f} sigma behind its batches, so that "
+            f"validation uses stale statistics: recalibrate before it (PreciseBatchNorm), or lower the learning rate.",
+        )
