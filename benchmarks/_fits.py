@@ -1,5 +1,7 @@
 """Fits that take turns step by step: each in a thread of its own, of which one runs at a time."""
 
+import contextlib
+import io
 import logging
 import tempfile
 import threading
@@ -18,7 +20,7 @@ Rival = Callable[[], tuple[nn.Module, Sequence[pl.Callback]]]
 
 
 class Training(pl.LightningModule):
-    """A network that learns to tell random images apart, with plain SGD."""
+    """A network that learns to answer 0, with SGD."""
 
     def __init__(self, network: nn.Module) -> None:
         super().__init__()
@@ -102,16 +104,18 @@ def fit_in_turns(rivals: dict[str, Rival], batch: Tensor, steps: int) -> dict[st
                 enable_model_summary=False,
                 enable_checkpointing=False,
             )
-            # A plain iterable: what a loader's workers cost would be the same for all, and noise.
             trainer.fit(Training(network), _Loader(lambda: turns.batches(name, batch, steps)))
         except BaseException as failure:
             failures.append(failure)
         finally:
             turns.pass_on(name, finished=True)
 
-    for name in ("pytorch_lightning", "pytorch_lightning.utilities.rank_zero", "lightning.pytorch", "lightning.pytorch.utilities.rank_zero"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    with warnings.catch_warnings(), tempfile.TemporaryDirectory() as folder:
+    for logger in ("pytorch_lightning", "lightning.pytorch"):
+        for part in ("", ".utilities.rank_zero"):
+            logging.getLogger(logger + part).setLevel(logging.WARNING)
+    # What the callbacks print at the end of a fit is not what is asked here.
+    quiet = contextlib.redirect_stdout(io.StringIO())
+    with warnings.catch_warnings(), quiet, tempfile.TemporaryDirectory() as folder:
         warnings.simplefilter("ignore")
         threads = [
             threading.Thread(target=run, args=(name, rival, f"{folder}/{index}"), daemon=True)

@@ -84,12 +84,15 @@ def main() -> None:
     results.table(
         "Time of a step in a real fit",
         rows,
-        f"Against `{BASE}`, {STEPS} steps. ratio: of the fastest steps; median and percentiles: of steps that followed each "
-        "other. The last row is the measurement's own error.",
+        f"Against `{BASE}`, {STEPS} steps. ratio: of the fastest steps; median and percentiles: of steps that followed "
+        "each other. The last row is the measurement's own error.",
     )
     step = 1e6 * min(seconds[BASE])
     spent = {hook: typical(taken) for hook, taken in hooks.items()}
-    rows = [{"hook": hook, "microseconds": value, "share of the step, %": 100 * value / step} for hook, value in spent.items()]
+    rows = [
+        {"hook": hook, "microseconds": value, "share of the step, %": 100 * value / step}
+        for hook, value in spent.items()
+    ]
     total = sum(spent.values())
     rows.append({"hook": "together", "microseconds": total, "share of the step, %": 100 * total / step})
     results.table("Time of its hooks, statistics and affine", rows, "Median of all steps.")

@@ -48,7 +48,9 @@ def main() -> None:
         images,
         STEPS,
     )
-    results = Results("monitoring", "What BatchNormMonitor adds to a training step of a ResNet-50, 53 layers, 26,560 channels.")
+    results = Results(
+        "monitoring", "What BatchNormMonitor adds to a training step of a ResNet-50, 53 layers, 26,560 channels."
+    )
     rows = []
     for name, taken in seconds.items():
         found = compare(taken, seconds[BASE])

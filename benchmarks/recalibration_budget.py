@@ -1,7 +1,8 @@
 """Batches that `max_standard_error` takes, against the fewest that would have done.
 
-In hindsight all 1,500 batches are known, and with them how far batches are apart: the fewest are those whose standard
-error, by that spread, is below what was asked for. While it runs, a recalibration has to judge by the batches so far.
+The fewest, in hindsight, in two ways. As read: the first batch after which the standard error, estimated from the
+batches so far, is below what was asked for, had it been looked at after every batch. As it is: by how far batches are
+apart when all 1,500 are known.
 """
 
 from collections.abc import Iterator
@@ -14,6 +15,7 @@ from _results import Results
 from torch import Tensor, nn
 
 from lightning_bn.functional import batch_norm_layers, recalibrate
+from lightning_bn.functional.collecting import Collector
 
 ALL = 1500
 ASKED = (0.1, 0.05, 0.02)
@@ -47,6 +49,18 @@ def heavy_tailed(size: int) -> Iterator[Tensor]:
         yield images * torch.where(torch.rand(size, 1, 1, 1) < 0.02, 5, 1)
 
 
+def readings(network: nn.Module, batches: list[Tensor]) -> list[float]:
+    """The largest standard error of any channel, estimated after each of the batches."""
+    found = []
+    network.train()
+    with Collector(batch_norm_layers(network)) as collector, torch.no_grad():
+        for batch in batches:
+            with collector.batch():
+                network(batch)
+            found.append(collector.largest_standard_error())
+    return found
+
+
 def main() -> None:
     """Prints the counts of all settings and writes them to `benchmarks/results/`."""
     torch.set_num_threads(1)
@@ -63,12 +77,13 @@ def main() -> None:
         network = seeded(build)
         torch.manual_seed(1)
         batches = list(islice(source(size), total))
-        known = recalibrate(network, batches).standard_error
+        read = readings(network, batches)
         layers = len(batch_norm_layers(network))
         for asked in ASKED:
-            fewest = max(1, ceil(total * (known / asked) ** 2))
+            fewest = ceil(total * (read[-1] / asked) ** 2)
             if fewest > total:
                 continue
+            first = 1 + next(number for number, error in enumerate(read) if error <= asked)
             done = recalibrate(network, batches, max_standard_error=asked)
             rows.append(
                 {
@@ -78,16 +93,18 @@ def main() -> None:
                     "asked for": asked,
                     "reached": done.standard_error,
                     "batches": done.num_batches,
-                    "fewest": fewest,
-                    "ratio": done.num_batches / fewest,
-                    "used of fewest or 8": done.num_batches / max(8, fewest),
+                    "fewest, as read": first,
+                    "ratio": done.num_batches / first,
+                    "fewest, as it is": fewest,
+                    "ratio ": done.num_batches / fewest,
                 }
             )
     results.table(
         "Batches used",
         rows,
-        "reached: by the batches used. At least 8 are always used, since the spread of fewer says nothing; the last column "
-        "leaves that out. The error asked for is that of the worst of all channels.",
+        "The error is that of the worst of all channels, reached: estimated from the batches used. At least 8 are "
+        "always used: the spread of fewer says nothing, as the first readings show. Of 26,560 channels one always "
+        "looks worse than it is as long as batches are few.",
     )
     results.write()
 

@@ -4,8 +4,10 @@ Counted from torch's allocator by its profiler. What grows with the batch would 
 """
 
 import json
+import os
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -20,9 +22,22 @@ BATCHES = 4
 MIB = 2**20
 
 
+@contextmanager
+def no_stderr() -> Iterator[None]:
+    """The profiler's C++ part announces every start and stop there."""
+    kept = os.dup(2)
+    with open(os.devnull, "w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+    try:
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+
+
 def peak(run: Callable[[], object]) -> int:
     """The most bytes that were allocated at one time, beyond those before the run."""
-    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
+    with no_stderr(), profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder, "trace.json")
@@ -46,7 +61,9 @@ def main() -> None:
     """Prints the peaks of all networks and writes them to `benchmarks/results/`."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    results = Results("recalibration_memory", "Peak memory of a recalibration over that of the forward without gradients.")
+    results = Results(
+        "recalibration_memory", "Peak memory of a recalibration over that of the forward without gradients."
+    )
     rows = []
     for title, build in (
         ("ResNet-50", resnet50),

@@ -10,7 +10,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.freezing import declare_frozen, declare_unfrozen
+from lightning_bn.functional.freezing import declare_frozen, declare_unfrozen, warn_of_initial_statistics
 from lightning_bn.functional.gradients import WithheldGradients, drop_gradients, drop_zero_gradients
 from lightning_bn.functional.holding import hold_in_eval, let_go
 from lightning_bn.functional.layers import affine_parameters, batch_norm_layers
@@ -40,32 +40,47 @@ class FreezeReport:
     """What became of the frozen values.
 
     Attributes:
-        layers: Names of the frozen layers.
+        layers: Names of the layers frozen during every batch.
         steps: Optimizer steps over which they were frozen, those before a resume included.
         moved: What was found changed and was put back, the first time for each value; empty where all stayed
             bit-identical without help.
+        task_layers: Names of those frozen during the batches of some tasks only; in those they did not move either.
     """
 
     layers: tuple[str, ...]
     steps: int
     moved: tuple[Trip, ...]
+    task_layers: tuple[str, ...] = ()
 
     @property
     def identical(self) -> bool:
-        """Whether every frozen value stayed bit-identical without help."""
+        """Whether every value stayed bit-identical, without help, for as long as it was frozen."""
         return not self.moved
 
     def __str__(self) -> str:
-        frozen, steps = counted(len(self.layers), "frozen layer"), counted(self.steps, "step")
+        if not self.steps:
+            return "the freeze was never on"
+        steps = counted(self.steps, "step")
+        said = [f"{counted(len(self.layers), 'frozen layer')} bit-identical over {steps}"] if self.layers else []
+        if self.task_layers:
+            said.append(
+                f"{counted(len(self.task_layers), 'layer')} bit-identical in batches of their tasks over {steps}"
+            )
         if self.identical:
-            return f"{frozen} bit-identical over {steps}"
+            return "; ".join(said)
         shown = "; ".join(map(str, self.moved[:3])) + (f"; {len(self.moved) - 3} more" if len(self.moved) > 3 else "")
+        frozen = counted(len(self.layers) + len(self.task_layers), "frozen layer")
         return f"{frozen} over {steps}; moved by others and put back: {shown}"
 
     def state_dict(self) -> dict[str, Any]:
         """Strings, numbers, lists and dicts only."""
         moved = [{"step": trip.step, **vars(trip.moved)} for trip in self.moved]
-        return {"layers": list(self.layers), "steps": self.steps, "moved": moved}
+        return {
+            "layers": list(self.layers),
+            "task_layers": list(self.task_layers),
+            "steps": self.steps,
+            "moved": moved,
+        }
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> FreezeReport:
@@ -75,7 +90,7 @@ class FreezeReport:
             values = dict(entry)
             step = values.pop("step")
             moved.append(Trip(Moved(**values), step))
-        return cls(tuple(state["layers"]), state["steps"], tuple(moved))
+        return cls(tuple(state["layers"]), state["steps"], tuple(moved), tuple(state["task_layers"]))
 
 
 class Freeze:
@@ -140,6 +155,8 @@ class Freeze:
         self._on = on
         every = {**self._always, **self._task_layers}
         if on:
+            if self._stats:
+                warn_of_initial_statistics(every)
             self._since = step
             # Layers of a task too: recalibrating them from batches of all tasks would undo what the freeze is for.
             declare_frozen(every, stats=self._stats, affine=self._affine, by=self._by)
@@ -266,7 +283,7 @@ class Freeze:
     def report(self, step: int) -> FreezeReport:
         """What became of the frozen values so far."""
         steps = self._steps + (0 if self._since is None else step - self._since)
-        return FreezeReport((*self._always, *self._task_layers), steps, tuple(self._trips.values()))
+        return FreezeReport(tuple(self._always), steps, tuple(self._trips.values()), tuple(self._task_layers))
 
     def forget_values(self) -> None:
         """Gives up what was kept: averages stand in the place of the weights, and nothing can be said of either."""

@@ -46,7 +46,16 @@ def sandbox(trainer: Trainer, module: LightningModule, step: str) -> Iterator[tu
         def forward(_: nn.Module, batch: Any) -> Any:
             nonlocal batch_idx
             batch_idx += 1
-            return in_step_context(trainer, lambda prepared: run(prepared, batch_idx), batch)
+            try:
+                return in_step_context(trainer, lambda prepared: run(prepared, batch_idx), batch)
+            except Exception as error:
+                if hasattr(error, "add_note"):  # Python 3.11
+                    error.add_note(
+                        f"PreciseBatchNorm was running {type(module).__name__}.{step} outside of training, without "
+                        f"gradients. If it cannot run there, choose another step=: 'forward', 'predict_step' or a "
+                        f"method of your own that runs the network on a batch."
+                    )
+                raise
 
         yield forward, lambda batch: prepare_batch(trainer, module, batch)
 

@@ -21,7 +21,7 @@ from lightning_bn.functional.drift import (
 )
 from lightning_bn.functional.history import DriftHistory
 from lightning_bn.functional.last_batch import Surprises, momenta, surprise
-from lightning_bn.functional.semantics import initial_share
+from lightning_bn.functional.semantics import has_initial_statistics, initial_share
 from lightning_bn.functional.snapshots import Snapshot, snapshot_of
 from lightning_bn.functional.status import LayerStatus, layer_status
 from lightning_bn.functional.vitals import Vitals, vitals
@@ -90,7 +90,7 @@ class Watch:
     def refer_to(self, reference: Snapshot) -> None:
         """Measures from ``reference`` from here on; untrained layers from when they are settled."""
         self.reference = reference.to(self.reference.mean.device)
-        self.unsettled = {name for name, layer in self._layers.items() if initial_share(layer) >= _SETTLED}
+        self.unsettled = {name for name, layer in self._layers.items() if has_initial_statistics(layer)}
 
     def refer_to_now(self) -> None:
         """Measures from the statistics of now from here on."""
@@ -222,7 +222,7 @@ class Watch:
         for name in names:
             self._history.mark(step, name, "reset")
         self._copy_to_reference(names, current)
-        self.unsettled |= {name for name in names if initial_share(self._layers[name]) >= _SETTLED}
+        self.unsettled |= {name for name in names if has_initial_statistics(self._layers[name])}
 
     def _copy_to_reference(self, names: set[str], current: Snapshot) -> None:
         parts = self.reference.slices() if names else {}

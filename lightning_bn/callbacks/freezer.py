@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -22,8 +22,6 @@ from lightning_bn.callbacks._lightning import (
     same_kind_before,
 )
 from lightning_bn.callbacks._task_of import TaskOf, listen, stop_listening
-from lightning_bn.functional.freezing import warn_of_initial_statistics
-from lightning_bn.functional.layers import batch_norm_layers
 from lightning_bn.functional.plan import FreezePlan, plan, select_by_task
 from lightning_bn.functional.schedule import FreezeSchedule
 from lightning_bn.functional.wording import quoted
@@ -89,6 +87,10 @@ class BatchNormFreezer(Callback):
         super().__init__()
         if not stats and not affine:
             raise MisconfigurationException("BatchNormFreezer(stats=False, affine=False) freezes nothing.")
+        if by_task is not None and not isinstance(by_task, Mapping):
+            raise MisconfigurationException(
+                f"BatchNormFreezer(by_task={by_task!r}) must say which modules for which task: {{'task': ['path']}}."
+            )
         if task_key is not None and not by_task:
             raise MisconfigurationException(f"BatchNormFreezer(task_key={task_key!r}) means nothing without by_task.")
         try:
@@ -111,6 +113,7 @@ class BatchNormFreezer(Callback):
         self._step = 0
         self._resumed: FreezeReport | None = None
         self._tasks_seen: set[str] = set()
+        self._said_unseen = False
 
     @property
     def state_key(self) -> str:
@@ -158,10 +161,13 @@ class BatchNormFreezer(Callback):
         self._let_go(trainer.global_step)
         self.report = None
         self._is_on(trainer)
-        always, _ = self._select(pl_module)
-        if self.stats and self._schedule.always:
-            layers = batch_norm_layers(pl_module)
-            warn_of_initial_statistics({name: layers[name] for name in always}, stacklevel=2)
+        self._select(pl_module)
+        if self._schedule.never_on(trainer.max_epochs, trainer.max_steps):
+            # No error: the first part of a training that is resumed with more epochs looks like this.
+            rank_zero_info(
+                f"BatchNormFreezer: {self._schedule} is never reached with max_epochs={trainer.max_epochs} and "
+                f"max_steps={trainer.max_steps}: nothing will be frozen in this fit"
+            )
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here and not earlier: before the sanity check Lightning would warn of modules in eval mode, and layers may
@@ -177,7 +183,7 @@ class BatchNormFreezer(Callback):
             before=self._resumed,
             affine_cause=_affine_cause(trainer),
         )
-        self._resumed, self._tasks_seen, self._swapped = None, set(), False
+        self._resumed, self._tasks_seen, self._swapped, self._said_unseen = None, set(), False, False
         self._freeze.switch(self._is_on(trainer), trainer.global_step)
         listen(self._on_task)
         rank_zero_info(f"BatchNormFreezer: {self.plan(pl_module)}")
@@ -216,6 +222,7 @@ class BatchNormFreezer(Callback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_batch()
         self._mend(trainer.global_step)
+        self._warn_of_unseen_tasks(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._end_batch()
@@ -238,16 +245,13 @@ class BatchNormFreezer(Callback):
             return
         for logger in trainer.loggers:
             logger.log_metrics(
-                {"bn/frozen_layers": len(self.report.layers), "bn/frozen_moved": len(self.report.moved)},
+                {
+                    "bn/frozen_layers": len(self.report.layers) + len(self.report.task_layers),
+                    "bn/frozen_moved": len(self.report.moved),
+                },
                 step=trainer.global_step,
             )
         (rank_zero_info if self.report.identical else rank_zero_warn)(f"BatchNormFreezer: {self.report}")
-        unseen = sorted(set(self.by_task or {}) - self._tasks_seen)
-        if unseen and self.report.steps:
-            rank_zero_warn(
-                f"BatchNormFreezer: by_task names {quoted(unseen)}, but no batch was of such a task; "
-                f"tasks seen: {quoted(sorted(self._tasks_seen)) or 'none'}."
-            )
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._let_go(trainer.global_step)
@@ -323,6 +327,16 @@ class BatchNormFreezer(Callback):
             return
         said = "; ".join(map(str, trips[:3])) + (f"; {len(trips) - 3} more" if len(trips) > 3 else "")
         rank_zero_warn(f"BatchNormFreezer: a frozen value was moved and has been put back: {said}")
+
+    def _warn_of_unseen_tasks(self, trainer: Trainer) -> None:
+        """After the first epoch in which the freeze was on, not only at the end of days of training."""
+        unseen = sorted(set(self.by_task or {}) - self._tasks_seen)
+        if unseen and self._frozen.on and not self._said_unseen:
+            rank_zero_warn(
+                f"BatchNormFreezer: by_task names {quoted(unseen)}, but in epoch {trainer.current_epoch} no batch was "
+                f"of such a task; tasks seen: {quoted(sorted(self._tasks_seen)) or 'none'}."
+            )
+            self._said_unseen = True
 
     def _mend(self, step: int) -> None:
         if self._freeze is not None and not self._swapped:

@@ -105,6 +105,8 @@ class BatchNormMonitor(Callback):
             )
         if every_n_steps < 1:
             raise MisconfigurationException(f"BatchNormMonitor(every_n_steps={every_n_steps}) must be at least 1.")
+        if action != "warn" and act_above is None:
+            raise MisconfigurationException(f"BatchNormMonitor(action={action!r}) needs act_above: above what?")
         if log_worst < 0:
             raise MisconfigurationException(f"BatchNormMonitor(log_worst={log_worst}) must not be negative.")
         for name, value in (("warn_above", warn_above), ("act_above", act_above)):

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager, nullcontext
-from typing import Any
+from collections.abc import Generator, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager, nullcontext
+from typing import Any, get_args
 
 from torch import nn
 
@@ -123,6 +123,14 @@ class PreciseBatchNorm(Callback):
             )
         if source not in ("train", "recent"):
             raise MisconfigurationException(f"PreciseBatchNorm(source={source!r}) must be 'train' or 'recent'.")
+        if estimator not in get_args(Estimator):
+            raise MisconfigurationException(
+                f"PreciseBatchNorm(estimator={estimator!r}) must be one of {', '.join(get_args(Estimator))}."
+            )
+        if start_epoch < 0:
+            raise MisconfigurationException(
+                f"PreciseBatchNorm(start_epoch={start_epoch}) must not be negative: it counts from the first epoch."
+            )
         if source == "recent" and num_batches is None:
             raise MisconfigurationException(
                 "PreciseBatchNorm(source='recent', num_batches=None) would keep every batch of training on the device: "
@@ -275,14 +283,15 @@ class PreciseBatchNorm(Callback):
         with self._modes_of_training(module) if self._tree else nullcontext():
             layers = tracked_layers(module, self.modules, self.exclude, self.root)
             in_training = any(submodule.training for submodule in module.modules())
-            if all(is_frozen(layer) or (in_training and not layer.training) for layer in layers.values()):
+            frozen = [is_frozen(layer) or (in_training and not layer.training) for layer in layers.values()]
+            if all(frozen) and trainer.world_size == 1:
                 rank_zero_info(f"PreciseBatchNorm: all {len(layers)} layers are frozen, nothing to recalibrate")
                 return
             with ExitStack() as stack:
                 forward, prepare = stack.enter_context(sandbox(trainer, module, self.step))
                 self.last = recalibrate(
                     module,
-                    self._batches(trainer, module, prepare, stack),
+                    stack.enter_context(closing(self._batches(trainer, module, prepare))),
                     modules=self.modules,
                     exclude=self.exclude,
                     root=self.root,
@@ -300,13 +309,17 @@ class PreciseBatchNorm(Callback):
             self._replaced = (self.last.before, self.last.after)
         self._report(trainer, self.last)
 
-    def _batches(self, trainer: Trainer, module: LightningModule, prepare: Any, stack: ExitStack) -> Iterator[Any]:
+    def _batches(self, trainer: Trainer, module: LightningModule, prepare: Any) -> Generator[Any, None, None]:
+        """Begins with the first batch, so that a loader that fails does so where other ranks hear of it."""
         if self.source_method is not None:
-            return stack.enter_context(batches_of_method(trainer, module, self.source_method, prepare))
-        if self.source == "recent":
+            with batches_of_method(trainer, module, self.source_method, prepare) as batches:
+                yield from batches
+        elif self.source == "recent":
             # Prepared when training used them.
-            return iter(self._recent)
-        return stack.enter_context(batches_of_training(trainer, self.num_batches, prepare))
+            yield from self._recent
+        else:
+            with batches_of_training(trainer, self.num_batches, prepare) as batches:
+                yield from batches
 
     def _report(self, trainer: Trainer, done: Recalibration) -> None:
         rank_zero_info(f"PreciseBatchNorm: epoch {trainer.current_epoch}{self._averaged(trainer)}, {done}")

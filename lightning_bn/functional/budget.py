@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_bn.functional.batches import num_samples, to_device
+from lightning_bn.functional.batches import describe_batch, num_samples, to_device
 from lightning_bn.functional.collecting import Collector, OneValuePerChannelError
 
 _FEWEST_BATCHES = 8
@@ -96,6 +96,11 @@ class Usage:
             else:
                 self.batches += 1
                 count = num_samples(batch)
+                if count is None and self._budget.num_samples is not None:
+                    raise ValueError(
+                        f"num_samples={self._budget.num_samples} needs batches whose samples can be counted by the "
+                        f"first tensor in them, found a {describe_batch(batch)}: limit with num_batches instead."
+                    )
                 self.samples = None if count is None or self.samples is None else self.samples + count
 
     def why_nothing(self) -> str | None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import os
 import pickle
-import tempfile
-from collections.abc import Iterable
+from collections import OrderedDict
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bn.functional.layers import canonical_name
+from lightning_bn.functional.layers import batch_norm_layers, canonical_name
 from lightning_bn.functional.recalibrated import Recalibration
 from lightning_bn.functional.recalibration import recalibrate
 from lightning_bn.functional.snapshots import Snapshot
@@ -53,7 +53,7 @@ def recalibrate_checkpoint(
 
     Nothing in the file is executed (``weights_only=True``). Where a checkpoint of Lightning's WeightAveraging holds
     averages, they are what is recalibrated, since they are its ``state_dict``; the weights being trained, beside them,
-    stay as they are.
+    stay as they are. What a BatchNormFreezer had frozen is not known here: leave it out with ``exclude``.
 
     Args:
         path: A Lightning checkpoint, or a state dict.
@@ -77,9 +77,9 @@ def recalibrate_checkpoint(
     state = checkpoint.get("state_dict", checkpoint)
     _load(model, state, prefix, path)
     recalibration = recalibrate(model, batches, **options)
-    for name, buffer in _named(model).items():
+    for name, buffer in _statistics(model, recalibration.layers).items():
         if prefix + name in state:
-            state[prefix + name] = buffer.detach().cpu().clone()
+            state[prefix + name] = buffer.detach().to("cpu", state[prefix + name].dtype, copy=True)
     _write(checkpoint, out)
     return RecalibratedCheckpoint(out, "averaging_state" in checkpoint, recalibration)
 
@@ -144,24 +144,34 @@ def _load(model: nn.Module, state: dict[str, Any], prefix: str, path: Path) -> N
         raise ValueError(
             f"{path.name} does not fit {type(model).__name__} with prefix={prefix!r}: it lacks {quoted(missing)}.{hint}"
         )
-    model.load_state_dict({name: own[name] for name in wanted})
+    fitting: OrderedDict[str, Any] = OrderedDict((name, own[name]) for name in wanted)
+    # Versions of the modules that wrote the file: newer ones migrate what older ones wrote.
+    versions = getattr(state, "_metadata", None) or {}
+    fitting._metadata = {  # type: ignore[attr-defined]
+        name.removeprefix(prefix.rstrip(".")).lstrip("."): version
+        for name, version in versions.items()
+        if (name + ".").startswith(prefix)
+    }
+    model.load_state_dict(fitting)
 
 
-def _named(model: nn.Module) -> dict[str, Tensor]:
-    """Running statistics by their names in a state dict, wrappers' components included."""
+def _statistics(model: nn.Module, layers: Collection[str]) -> dict[str, Tensor]:
+    """Running statistics of some layers by all their names in a state dict, wrappers' components included."""
+    chosen = {id(layer) for name, layer in batch_norm_layers(model).items() if name in layers}
     return {
-        name: buffer
-        for name, buffer in model.named_buffers(remove_duplicate=False)
-        if name.rpartition(".")[2] in ("running_mean", "running_var")
+        f"{path}.{value}".lstrip("."): buffer
+        for path, module in model.named_modules(remove_duplicate=False)
+        if id(module) in chosen
+        for value in ("running_mean", "running_var")
+        if (buffer := module._buffers[value]) is not None
     }
 
 
 def _write(checkpoint: dict[str, Any], out: Path) -> None:
     out.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=out.parent, prefix=out.name, suffix=".part")
-    os.close(handle)
+    part = out.with_name(f".{out.name}.{os.getpid()}.part")
     try:
-        torch.save(checkpoint, name)
-        os.replace(name, out)
+        torch.save(checkpoint, part)
+        os.replace(part, out)
     finally:
-        Path(name).unlink(missing_ok=True)
+        part.unlink(missing_ok=True)

@@ -103,7 +103,8 @@ class Collector:
 
     def largest_standard_error(self) -> float:
         """Over all channels of all layers reached so far, see :class:`Spread`; infinite before the second batch."""
-        return max(float(arena.standard_errors().max()) for arena in self._arenas)
+        largest = max(float(arena.standard_errors().max()) for arena in self._arenas)
+        return largest if largest >= 0 else float("inf")
 
     def population(self) -> Population:
         """What was gathered of all layers so far, flat and in their order."""
@@ -303,10 +304,10 @@ class _Arena:
             )
 
     def standard_errors(self) -> Tensor:
-        """The largest standard error of each channel; 0 where a layer has gathered nothing."""
+        """The largest standard error of each channel; below 0 where a layer has gathered nothing."""
         found = self._gathered
         errors = found.spread.standard_errors(found.moments, self._eps)
-        return torch.where(found.moments.count > 0, errors, 0)
+        return torch.where(found.moments.count > 0, errors, -1)
 
     def population(self) -> Population:
         found = self._gathered

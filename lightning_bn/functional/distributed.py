@@ -26,23 +26,25 @@ class Totals:
         batches: Used.
         skipped: Left out.
         samples: In those used; None if a process cannot count its own.
+        ended_early: Processes whose data ended before what was asked for.
     """
 
     batches: int
     skipped: int
     samples: int | None
+    ended_early: int
 
 
 def agree_on_layers(layers: Mapping[str, int], device: torch.device, group: dist.ProcessGroup | None = None) -> None:
     """Returns where all processes mean the same layers with the same channels, and raises on all of them otherwise.
 
     Args:
-        layers: Channels by name.
+        layers: Channels by name; what else has to be the same is a name with 0 channels.
         device: Where the process group can communicate.
         group: Which processes; None for all.
 
     Raises:
-        RuntimeError: On every process, with the layers of this one and those that differ.
+        RuntimeError: On every process, with the number of layers on each and the names that differ.
     """
     digest = hashlib.sha256(repr(sorted(layers.items())).encode()).digest()
     number = torch.tensor(int.from_bytes(digest[:7], "big"), dtype=torch.int64, device=device)
@@ -51,14 +53,15 @@ def agree_on_layers(layers: Mapping[str, int], device: torch.device, group: dist
     largest, smallest = bounds.tolist()
     if largest == -smallest:
         return
+    # The slow way round, to say which.
     plans: list[dict[str, int] | None] = [None] * dist.get_world_size(group)
     dist.all_gather_object(plans, dict(layers), group=group)
-    told = "; ".join(f"rank {rank}: {len(plan or {})} layers" for rank, plan in enumerate(plans))
+    told = "; ".join(f"rank {rank}: {sum(map(bool, (plan or {}).values()))} layers" for rank, plan in enumerate(plans))
     others = [plan for plan in plans if plan != dict(layers) and plan is not None]
     differing = sorted({name for plan in others for name, _ in plan.items() ^ layers.items()})
     raise RuntimeError(
         f"the processes would recalibrate different layers ({told}); they differ in {differing[:5]}. All ranks need "
-        f"the same model, the same selection and the same layers frozen. Nothing was changed."
+        f"the same model, selection, estimator and frozen layers. Nothing was changed."
     )
 
 
@@ -84,39 +87,56 @@ def across_processes(
         RuntimeError: On the processes that did not fail, if another one did.
     """
     size = sum(channels.values())
-    rows = torch.zeros(7, size, dtype=torch.float64) if gathered is None else _rows(gathered)
-    counts = [gathered is None, totals.batches, totals.skipped, totals.samples or 0, totals.samples is None]
+    rows = torch.zeros(8, size, dtype=torch.float64) if gathered is None else _rows(gathered)
+    counts = [
+        gathered is None,
+        totals.batches,
+        totals.skipped,
+        totals.samples or 0,
+        totals.samples is None,
+        totals.ended_early,
+    ]
     uses = [0 if gathered is None else gathered.uses[name] for name in channels]
     nonfinite = [0 if gathered is None else gathered.nonfinite[name] for name in channels]
     heads = torch.tensor([float(value) for value in (*counts, *uses, *nonfinite)], dtype=torch.float64)
     flat = torch.cat((heads.to(device), rows.to(device).flatten()))
     dist.all_reduce(flat, group=group)
-    heads, rows = flat[: len(heads)].cpu(), flat[len(heads) :].view(7, size)
-    failed, batches, skipped, samples, uncounted = heads[:5].tolist()
+    heads, rows = flat[: len(heads)].cpu(), flat[len(heads) :].view(8, size)
+    failed, batches, skipped, samples, uncounted, ended_early = heads[:6].tolist()
     if failed and gathered is not None:
         raise RuntimeError(
             f"recalibration failed on {int(failed)} of {dist.get_world_size(group)} processes, whose own error says "
             f"why. Nothing was changed on this one."
         )
-    by_layer = heads[5:].view(2, -1).int().tolist()
+    by_layer = heads[6:].view(2, -1).int().tolist()
     count, total, squares = rows[0], rows[1], rows[2]
     mean = total / count.clamp(min=1)
     pooled = Population(
         channels=channels,
         moments=Moments(count, mean, (squares - count * mean.square()).clamp(min=0)),
-        mean_error=rows[3],
-        var_error=rows[4],
+        mean_error=torch.where(rows[7] > 0, torch.inf, rows[3]),
+        var_error=torch.where(rows[7] > 0, torch.inf, rows[4]),
         averages=rows[5:7],
         eps=torch.tensor([eps[name] for name, size in channels.items() for _ in range(size)]).to(rows),
         uses=dict(zip(channels, by_layer[0], strict=True)),
         nonfinite=dict(zip(channels, by_layer[1], strict=True)),
     )
-    return pooled, Totals(int(batches), int(skipped), None if uncounted else int(samples))
+    return pooled, Totals(int(batches), int(skipped), None if uncounted else int(samples), int(ended_early))
 
 
 def _rows(gathered: Population) -> Tensor:
-    """One row for each sum, one column for each channel: count, sum, sum of squares, errors and averages."""
+    """A row for each sum, a column for each channel: count, sum, squares, errors, averages, and where none is known."""
     count, mean, m2 = (values.to(torch.float64) for values in gathered.moments)
-    # Fewer than two batches have no spread to add.
+    # A single batch has no spread to add, and leaves the error unknown.
+    unknown = (count > 0) & ~gathered.mean_error.isfinite()
     errors = [e.to(torch.float64).nan_to_num(nan=0.0, posinf=0.0) for e in (gathered.mean_error, gathered.var_error)]
-    return torch.stack((count, count * mean, m2 + count * mean.square(), *errors, *gathered.averages.to(torch.float64)))
+    return torch.stack(
+        (
+            count,
+            count * mean,
+            m2 + count * mean.square(),
+            *errors,
+            *gathered.averages.to(torch.float64),
+            unknown.to(count),
+        )
+    )

@@ -46,6 +46,18 @@ def _concatenated(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.d
     return {key: torch.cat(members) for key, members in grouped.items()}
 
 
+def is_plain(tensor: Tensor) -> bool:
+    """Whether a tensor has bits of its own in memory: not sparse, nested, quantized, conjugated or without data."""
+    return (
+        tensor.layout is torch.strided
+        and not tensor.is_nested
+        and not tensor.is_quantized
+        and not tensor.is_conj()
+        and not tensor.is_neg()
+        and tensor.device.type != "meta"
+    )
+
+
 def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one dtype hold the same bits, NaN and signed zeros included."""
     if a.dtype != b.dtype or a.shape != b.shape:

@@ -15,7 +15,8 @@ from lightning_bn.functional.layers import (
     affine_parameters,
     batch_norm_layers,
     has_running_statistics,
-    tracked_layers,
+    refuse_lazy,
+    select_layers,
 )
 from lightning_bn.functional.patterns import Patterns, SelectionError
 from lightning_bn.functional.semantics import has_initial_statistics
@@ -157,7 +158,14 @@ def frozen_batch_norm(
 
 
 def select_to_freeze(
-    model: nn.Module, modules: Patterns, exclude: Patterns, *, stats: bool, affine: bool, root: str
+    model: nn.Module,
+    modules: Patterns,
+    exclude: Patterns,
+    *,
+    stats: bool,
+    affine: bool,
+    root: str,
+    argument: str = "modules",
 ) -> dict[str, _BatchNorm]:
     """The layers that a freeze with these arguments means, checked: nothing is changed.
 
@@ -167,16 +175,16 @@ def select_to_freeze(
     """
     if not stats and not affine:
         raise ValueError("stats=False with affine=False freezes nothing: ask for at least one of them.")
+    layers = select_layers(model, modules, exclude, root, argument)
     if not stats:
-        return batch_norm_layers(model, modules, exclude, root)
-    layers = batch_norm_layers(model, modules, exclude, root)
+        return layers
     without = [name for name, layer in layers.items() if not has_running_statistics(layer)]
     if without:
         raise SelectionError(
             f"BatchNorm without running statistics to freeze: {quoted(without)} (constructed with "
             f"track_running_stats=False). Leave it out with exclude, or freeze with stats=False."
         )
-    layers = tracked_layers(model, modules, exclude, root)
+    refuse_lazy(layers)
     return layers
 
 

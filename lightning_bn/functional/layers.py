@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -49,8 +49,15 @@ def batch_norm_layers(
         >>> list(batch_norm_layers(net, exclude="1"))
         ['2.0']
     """
+    return select_layers(model, modules, exclude, root)
+
+
+def select_layers(
+    model: nn.Module, modules: Patterns, exclude: Patterns, root: str, argument: str = "modules"
+) -> dict[str, _BatchNorm]:
+    """:func:`batch_norm_layers`, whose errors say that ``modules`` was given as ``argument``."""
     found = _LayerNames(model)
-    selected = set(found.layers) if modules is None and not root else found.match(modules, root, "modules")
+    selected = set(found.layers) if modules is None and not root else found.match(modules, root, argument)
     if exclude is not None and exclude != []:
         remaining = selected - found.match(exclude, root, "exclude")
         if not remaining:
@@ -88,13 +95,22 @@ def tracked_layers(
             f"which normalises with batch statistics in training and in evaluation. Leave it out with exclude, or "
             f"construct it with track_running_stats=True."
         )
+    refuse_lazy(layers)
+    return {name: layer for name, layer in layers.items() if name not in set(without)}
+
+
+def refuse_lazy(layers: Mapping[str, _BatchNorm]) -> None:
+    """Nothing where every layer has its channels.
+
+    Raises:
+        SelectionError: If a lazy layer is still uninitialised.
+    """
     for name, layer in layers.items():
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[misc]
             raise SelectionError(
                 f"BatchNorm layer {name!r} is a {type(layer).__name__} that has not seen a batch yet, so it has no "
                 f"channels: run one forward pass of the model first."
             )
-    return {name: layer for name, layer in layers.items() if name not in set(without)}
 
 
 def is_lazy(tensor: Tensor) -> bool:

@@ -149,7 +149,8 @@ def select_by_task(
         base = tuple(select_to_freeze(model, modules, exclude, stats=stats, affine=affine, root=root))
     tasks = {}
     for task, patterns in (by_task or {}).items():
-        names = select_to_freeze(model, patterns, exclude, stats=stats, affine=affine, root=root)
+        argument = f"by_task[{task!r}]"
+        names = select_to_freeze(model, patterns, exclude, stats=stats, affine=affine, root=root, argument=argument)
         tasks[task] = tuple(name for name in names if name not in base)
     return base, tasks
 

@@ -33,7 +33,7 @@ class Recalibration:
         standard_error: Largest relative standard error of any channel: of its mean in standard deviations or of its
             variance in variances, estimated from the spread between batches; infinite for a single batch.
         processes: How many took part.
-        ended_early: Whether the data ended before what was asked for.
+        ended_early: Processes whose data ended before what was asked for.
         nonfinite: By layer, forwards left out because a batch statistic was not finite.
         unreached: Layers that no forward reached; left as they were.
         frozen: Selected layers left alone because they are frozen, or in eval inside a model in training.
@@ -49,7 +49,7 @@ class Recalibration:
     skipped_batches: int
     standard_error: float
     processes: int
-    ended_early: bool
+    ended_early: int
     nonfinite: dict[str, int]
     unreached: tuple[str, ...]
     frozen: tuple[str, ...]
@@ -62,8 +62,8 @@ class Recalibration:
         layers = counted(len(self.layers), "BatchNorm layer")
         said = [f"{layers} recalibrated from {amount}{ranks} in {self.seconds:.2g} s{error}"]
         if self.ended_early and self.requested_batches is not None:
-            came = self.num_batches // self.processes
-            said.append(f"the data ended after {came:,} of {self.requested_batches:,} batches")
+            asked = self.requested_batches * self.processes
+            said.append(f"the data ended after {self.num_batches + self.skipped_batches:,} of {asked:,} batches")
         worst = summarize(reference=self.after, current=self.before)
         if not math.isfinite(worst.max):
             bad = int((~(self.before.mean + self.before.var).isfinite()).sum())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack
 from typing import Any, get_args
 
 import torch
@@ -82,9 +82,9 @@ def recalibrate(
         What was done; printed, it is one sentence.
 
     Raises:
-        ValueError: If a number is below 1 or not positive, or all selected layers are frozen.
-        RecalibrationError: A ValueError too: if there is no batch, or none that can be used; if no selected layer was
-            reached.
+        ValueError: If a number is below 1 or not positive.
+        RecalibrationError: A ValueError too: if all selected layers are frozen; if there is no batch, or none that can
+            be used; if no selected layer was reached.
         SelectionError: As for ``batch_norm_layers``, or if a selected layer has no running statistics.
         TypeError: If ``batches`` is one tensor, or a batch cannot be fed without ``forward``.
         RuntimeError: Under ``distributed``, if the processes mean different layers or another one failed.
@@ -103,28 +103,30 @@ def recalibrate(
     """
     started = time.monotonic()
     processes = dist.get_world_size() if distributed else 1
-    budget = Budget(num_batches, num_samples, max_standard_error, processes)
-    _check(batches, estimator)
     device = model_device(model)
     try:
+        budget = Budget(num_batches, num_samples, max_standard_error, processes)
+        _check(batches, estimator)
         selected = tracked_layers(model, modules, exclude, root)
         targets = _targets(model, selected)
         channels = {name: layer.num_features for name, layer in targets.items()}
-    except BaseException:
-        # The other processes are waiting to hear what this one means: nothing.
+    except BaseException as error:
         if distributed:
-            with suppress(RuntimeError):
+            # The other processes are waiting to hear what this one means: nothing.
+            try:
                 agree_on_layers({}, device)
+            except RuntimeError as disagreement:
+                raise error from disagreement
         raise
     if distributed:
-        agree_on_layers(channels, device)
+        agree_on_layers({**channels, f"estimator={estimator}": 0}, device)
     usage = Usage(budget)
     gathered: Population | None = None
     try:
         gathered = _collect(model, targets, batches, forward or default_forward, usage, device)
     finally:
         # Also after a failure here, which the other processes are waiting to hear of.
-        totals = Totals(usage.batches, usage.skipped, usage.samples)
+        totals = Totals(usage.batches, usage.skipped, usage.samples, int(usage.ended_early))
         if distributed:
             eps = {name: layer.eps for name, layer in targets.items()}
             gathered, totals = across_processes(gathered, channels, eps, totals, device)
@@ -144,7 +146,7 @@ def recalibrate(
         skipped_batches=totals.skipped,
         standard_error=gathered.standard_error(),
         processes=processes,
-        ended_early=usage.ended_early,
+        ended_early=totals.ended_early,
         nonfinite={name: count for name, count in gathered.nonfinite.items() if count},
         unreached=tuple(name for name in channels if not gathered.uses[name] and not gathered.nonfinite[name]),
         frozen=tuple(name for name in selected if name not in targets),
@@ -192,7 +194,7 @@ def _targets(model: nn.Module, selected: Mapping[str, _BatchNorm]) -> dict[str, 
         name: layer for name, layer in selected.items() if not is_frozen(layer) and (layer.training or not in_training)
     }
     if not targets:
-        raise ValueError(
+        raise RecalibrationError(
             f"nothing to recalibrate: {counted(len(selected), 'selected BatchNorm layer')}, every one frozen or in "
             f"eval inside a model in training ({quoted(list(selected))}). Unfreeze them, or call model.eval() if eval "
             f"was not meant to freeze them."

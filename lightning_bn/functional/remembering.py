@@ -13,14 +13,14 @@ import threading
 import types
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from lightning_bn.functional.flat import same_bits
+from lightning_bn.functional.flat import is_plain, same_bits
 
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, torch.dtype, torch.device)
 _MACHINERY = (
@@ -82,18 +82,28 @@ class _Memory:
                 stack.extend(self._look_at(value))
 
     def put_back(self) -> None:
+        failed: list[Exception] = []
         for put_back in self._put_back:
-            put_back()
+            try:
+                put_back()
+            except Exception as error:
+                # What comes behind is put back all the same.
+                failed.append(error)
+        if failed:
+            raise failed[0]
 
     def _look_at(self, value: Any) -> Iterable[Any]:
         """Remembers one object; returns what it refers to."""
         numpy = sys.modules.get("numpy")
+        if isinstance(value, random.SystemRandom):
+            return ()
         if isinstance(value, random.Random):
             self._remember(value.setstate, value.getstate())
         elif isinstance(value, torch.Generator):
             self._remember(value.set_state, value.get_state())
         elif isinstance(value, Tensor):
-            if self._most_bytes is None or value.numel() * value.element_size() <= self._most_bytes:
+            small = self._most_bytes is None or value.numel() * value.element_size() <= self._most_bytes
+            if is_plain(value) and small:
                 self._remember(functools.partial(_put_values, value), value.detach().clone())
         elif numpy is not None and isinstance(value, numpy.random.Generator):
             # The state's dictionary is made anew at each look.
@@ -123,7 +133,10 @@ class _Memory:
         elif isinstance(value, types.MethodType):
             return (value.__self__, value.__func__)
         elif isinstance(value, types.FunctionType):
-            return [*(cell.cell_contents for cell in value.__closure__ or () if _is_full(cell)), value.__defaults__]
+            full = [cell for cell in value.__closure__ or () if _is_full(cell)]
+            for cell in full:
+                self._remember(functools.partial(setattr, cell, "cell_contents"), cell.cell_contents)
+            referred += [*(cell.cell_contents for cell in full), value.__defaults__, value.__kwdefaults__]
         elif isinstance(value, functools.partial):
             return (value.func, value.args, value.keywords)
         attributes = getattr(value, "__dict__", None)
@@ -140,6 +153,7 @@ class _Memory:
                     try:
                         held = slot.__get__(value)
                     except AttributeError:
+                        self._remember(functools.partial(_unset, value, slot), None)
                         continue
                     self._remember(functools.partial(slot.__set__, value), held)
                     yield held
@@ -172,8 +186,16 @@ def _is_full(cell: Any) -> bool:
     return True
 
 
+def _unset(value: Any, slot: types.MemberDescriptorType, _: None) -> None:
+    with suppress(AttributeError):
+        slot.__delete__(value)
+
+
 def _put_values(tensor: Tensor, values: Tensor) -> None:
-    if not same_bits(tensor, values):
+    if tensor.shape != values.shape:
+        # Its data were replaced by others: a memory bank that grows.
+        tensor.data = values
+    elif not same_bits(tensor, values):
         with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             tensor.copy_(values)
 

@@ -74,6 +74,20 @@ class FreezeSchedule:
             step, self.start_step, self.stop_step
         )
 
+    def never_on(self, max_epochs: int | None, max_steps: int) -> bool:
+        """Whether no batch of the whole training can lie in the span, as far as its length is known.
+
+        Args:
+            max_epochs: How many epochs there will be; None or -1 if that is not known.
+            max_steps: How many optimizer steps at most; -1 if that is not limited.
+        """
+        if self.start_step is not None and 0 <= max_steps <= self.start_step:
+            return True
+        if max_epochs is None or max_epochs < 0:
+            return False
+        step = self.start_step or 0
+        return max_epochs > 0 and not any(self.is_on(epoch, step, max_epochs) for epoch in range(max_epochs))
+
     def __str__(self) -> str:
         bounds = (
             ("from epoch", self.start_epoch),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.flat import Flat, same_bits
+from lightning_bn.functional.flat import Flat, is_plain, same_bits
 from lightning_bn.functional.layers import is_lazy
 
 _PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
@@ -39,7 +39,7 @@ def preserved_rng() -> Iterator[None]:
 
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """All buffers of ``model`` are afterwards the same objects with the same bits.
+    """All buffers of ``model`` are afterwards the same objects with the same bits (sparse ones: the same objects).
 
     Costs a copy of them for the duration.
     """
@@ -110,5 +110,5 @@ def _is_composite_layer(kind: type[nn.Module]) -> bool:
 
 def _real(buffers: Iterable[Tensor | None]) -> Iterator[Tensor]:
     for buffer in buffers:
-        if buffer is not None and not is_lazy(buffer):
+        if buffer is not None and not is_lazy(buffer) and is_plain(buffer):
             yield buffer

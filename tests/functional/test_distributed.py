@@ -44,8 +44,8 @@ def run(model: nn.Module, batch: Any) -> Any:
 
 
 POOLED = [name for name in RIGHT if name not in ("mean of batches", "num_samples", "num_batches", "max_standard_error")]
-TOLERANCE = {"float32": 1e-5, "several dtypes": 2**-8}
-"""Of statistics that torch computes in float32 or bf16; the others are float64 throughout."""
+TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2**-7}
+"""By the dtype in which torch computes the statistics of a batch."""
 
 
 @pytest.mark.parametrize("scenario", RIGHT)
@@ -65,7 +65,8 @@ def test_statistics_are_those_of_all_batches_of_all_ranks_in_float64(ranks: Resu
     model = rebuilt(scenario, found["state"])
     assert list(inputs) == layers
     for name in layers:
-        assert_statistics_of(model.get_submodule(name), inputs[name], TOLERANCE.get(scenario, 1e-6))
+        layer = model.get_submodule(name)
+        assert_statistics_of(layer, inputs[name], TOLERANCE[layer.running_mean.dtype])
 
 
 @pytest.mark.parametrize("scenario", [*POOLED, "mean of batches"])
@@ -222,10 +223,9 @@ def test_rank_that_cannot_begin_tells_why_and_the_others_do_not_wait(ranks: Resu
 
 @pytest.mark.parametrize(("scenario", "own"), [("a bad number", "num_batches=0"), ("no iterable", "Tensor")])
 def test_argument_that_is_refused_on_one_rank_strands_no_other(ranks: Results, scenario: str, own: str) -> None:
-    assert own in ranks[1][scenario]["told"]
-    for rank in ranks:
-        assert "imed out" not in rank[scenario]["told"]
-        assert "closed" not in rank[scenario]["told"]
+    for index, rank in enumerate(ranks):
+        told = rank[scenario]["told"]
+        assert own in told if index == 1 else "different layers" in told or "failed on 1 of" in told
 
 
 def test_no_data_on_any_rank_is_an_error_on_all(ranks: Results) -> None:

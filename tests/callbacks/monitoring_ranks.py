@@ -1,0 +1,67 @@
+"""Monitored fits on two real processes over gloo: what each rank said and where it ended."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from pytorch_lightning.strategies import DDPStrategy
+from torch import Tensor
+
+from lightning_bn.callbacks.monitor import BatchNormDriftError
+from tests.callbacks.fits import quiet, samples, train_loader, val_loader
+from tests.callbacks.freezing_ranks import Processes
+from tests.callbacks.monitoring_fits import Module, monitor, pretrained
+from tests.ranks import take_part
+
+BATCHES = 24
+
+
+class ByRank(Module):
+    """Rank 1 sees images that are shifted, from a step on."""
+
+    def __init__(self, shift: float, start: int = 0) -> None:
+        super().__init__(pretrained(), lr=1e-3)
+        self.shift, self.start = shift, start
+        self.fault = self._shifted
+
+    def _shifted(self, x: Tensor, step: int) -> Tensor:
+        return x + self.shift if self.global_rank == 1 and step >= self.start else x
+
+
+def run(name: str, folder: Path) -> dict[str, Any]:
+    """One fit of this rank."""
+    acting = name if name in ("stop", "raise") else None
+    module = ByRank(0.0 if name == "alike" else 8.0, start=6 if acting else 0)
+    # Buffers are broadcast before a forward, so that rank 1 drifts by one batch at most.
+    watching = monitor(act_above=0.02 if acting else None, action=acting or "warn")
+    if acting:
+        module.lr = 0.0
+        module.net.train()
+    trainer = quiet(
+        callbacks=[watching],
+        strategy=DDPStrategy(
+            cluster_environment=Processes(), process_group_backend="gloo", broadcast_buffers=acting is None
+        ),
+        devices=2,
+        max_epochs=1,
+        limit_train_batches=BATCHES,
+        num_sanity_val_steps=0,
+    )
+    error = ""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        try:
+            trainer.fit(module, train_loader(samples(2 * 8 * BATCHES)), val_loader())
+        except BatchNormDriftError as raised:
+            error = str(raised)
+    return {
+        "said": [str(one.message) for one in caught if str(one.message).startswith("BatchNormMonitor")],
+        "steps": trainer.global_step,
+        "planned": BATCHES,
+        "error": error,
+        "metrics": {key: float(value) for key, value in trainer.callback_metrics.items() if key.startswith("bn/")},
+    }
+
+
+if __name__ == "__main__":
+    take_part(run, ["other data", "alike", "stop", "raise"], [])

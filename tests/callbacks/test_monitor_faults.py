@@ -1,0 +1,360 @@
+"""Planted faults in real fits: each is named with the right layer and sentence, and a healthy run is not."""
+
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import StochasticWeightAveraging
+from sklearn.datasets import load_digits
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_bn import BatchNormFreezer, PreciseBatchNorm
+from lightning_bn.functional import freeze_batch_norm
+from tests.callbacks.fits import Net, quiet
+from tests.callbacks.monitoring_fits import Module, fit, monitor, norms, pretrained, warned
+from tests.models import SharedNorm, seeded
+from tests.ranks import Results, results_of
+
+FIRST = "net.features.1"
+
+
+def from_step(start: int, gain: float = 1.0, shift: float = 0.0) -> Any:
+    return lambda x, step: x * gain + shift if step >= start else x
+
+
+# --- drift of the inputs -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("fault", [from_step(40, gain=2.0), from_step(40, shift=4.0)])
+def test_inputs_that_change_in_mid_run_are_warned_of_once_with_layer_and_step(fault: Any) -> None:
+    said = fit(Module(pretrained(), fault, lr=1e-3), monitor(warn_above=0.8))
+    [line] = [line for line in said if "Freeze it or give it statistics of its own" in line]
+    assert FIRST in line
+    assert "since fit start" in line
+    step = int(line.split("step ")[1].split(":")[0])
+    assert 40 < step <= 50
+
+
+def test_a_changed_input_moves_the_variance_that_is_named_by_its_factor() -> None:
+    watching = monitor()
+    fit(Module(pretrained(), from_step(0, gain=2.0), lr=1e-5), watching, max_epochs=3)
+    # Means of 1.5 to 2.5 and standard deviations of 2 double: variance x4 in every channel.
+    layer = watching.history.names.index(FIRST)
+    assert float(watching.history.values()[-1, layer]) > 1.0
+
+
+# --- what is not finite --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bad", [float("inf"), float("nan")])
+def test_one_bad_batch_is_named_at_its_step_before_validation(bad: float) -> None:
+    said = fit(Module(pretrained(), lambda x, step: x * bad if step == 20 else x), monitor(), max_epochs=1)
+    assert said[0].startswith(f"BatchNormMonitor: step 21: {FIRST} has 4 channels whose running statistics are not")
+    assert all("not finite" in line for line in said)
+
+
+def test_one_bad_batch_is_one_line_whatever_lies_behind_it() -> None:
+    said = fit(Module(pretrained(), lambda x, step: x * torch.inf if step == 20 else x), monitor(), max_epochs=1)
+    assert len(said) == 1, said
+
+
+def test_untrained_layers_too_are_named_when_they_are_not_finite() -> None:
+    said = fit(Module(seeded(Net), lambda x, step: x * torch.inf if step == 3 else x), monitor(), max_epochs=1)
+    assert said
+    assert f"step 4: {FIRST}" in said[0]
+
+
+# --- counters ------------------------------------------------------------------------------------------------------
+
+
+class Branched(nn.Module):
+    """A branch that no forward reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.main = Net(0.0)
+        self.branch = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.main(x)
+
+
+def branched(trained: bool) -> nn.Module:
+    net = pretrained(seeded(Branched))
+    if trained:
+        net.branch[1].running_mean.fill_(0.3)  # type: ignore[index, union-attr]
+        net.branch[1].num_batches_tracked.fill_(100)  # type: ignore[index, union-attr]
+    return net
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 5, 20])
+@pytest.mark.parametrize("trained", [True, False])
+def test_a_branch_that_no_forward_reaches_is_stalled(trained: bool, every_n_steps: int) -> None:
+    said = fit(Module(branched(trained)), monitor(every_n_steps=every_n_steps), max_epochs=2)
+    assert len(said) == 1, said
+    assert "net.branch.1 is in train mode but was not updated in" in said[0]
+
+
+def test_a_layer_whose_tracking_was_switched_off_is_stalled() -> None:
+    net = pretrained()
+    net.bn.track_running_stats = False  # type: ignore[union-attr]
+    [line] = fit(Module(net), monitor(every_n_steps=20), max_epochs=2)
+    assert "net.bn is in train mode but was not updated" in line
+    assert "its tracking was switched off" in line
+
+
+def test_a_layer_in_eval_is_not_called_stalled() -> None:
+    class Eval(Module):
+        def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+            self.net.bn.eval()
+
+    assert fit(Eval(pretrained()), monitor(every_n_steps=20), max_epochs=2) == []
+
+
+class Twice(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.body = SharedNorm()
+        self.out = nn.Linear(3, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.out(self.body(x).mean((2, 3)))
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 10])
+def test_a_layer_used_twice_in_a_forward_is_named_and_its_neighbour_is_not(every_n_steps: int) -> None:
+    said = fit(Module(pretrained(seeded(Twice))), monitor(every_n_steps=every_n_steps), max_epochs=1)
+    [line] = said
+    assert "net.body.first.norm is updated 2 times per batch" in line
+
+
+# --- frozen layers -------------------------------------------------------------------------------------------------
+
+
+def trained_by(module: Module, start: int) -> Module:
+    def fault(x: Tensor, step: int) -> Tensor:
+        if step >= start:
+            module.net.bn.training = True
+        return x
+
+    module.fault = fault
+    return module
+
+
+def written_by(module: Module, start: int) -> Module:
+    def fault(x: Tensor, step: int) -> Tensor:
+        if step >= start:
+            module.net.bn.running_mean.add_(0.5)
+        return x
+
+    module.fault = fault
+    return module
+
+
+@pytest.mark.parametrize("move", [trained_by, written_by])
+def test_a_frozen_layer_that_moves_is_named(move: Any) -> None:
+    module = Module(pretrained())
+    freeze_batch_norm(module.net.bn)
+    said = [line for line in fit(move(module, 20), monitor(), max_epochs=2) if "frozen" in line]
+    [line] = said
+    assert line.startswith("BatchNormMonitor: step 21: net.bn is frozen by freeze_batch_norm but its statistics were")
+
+
+@pytest.mark.parametrize("freezer_first", [True, False])
+def test_a_layer_that_the_freezer_keeps_is_no_fault(freezer_first: bool) -> None:
+    callbacks: list[Any] = [BatchNormFreezer("net.bn"), monitor()]
+    module = Module(pretrained())
+    assert fit(module, *(callbacks if freezer_first else callbacks[::-1]), max_epochs=2) == []
+
+
+def test_a_scheduled_freeze_and_unfreeze_are_marked_and_no_fault() -> None:
+    watching = monitor()
+    said = fit(Module(pretrained()), BatchNormFreezer("net.bn", start_epoch=1, stop_epoch=2), watching, max_epochs=4)
+    assert said == []
+    marks = [(event, layer) for _, layer, event in watching.history.marks]
+    assert marks == [("frozen", "net.bn"), ("unfrozen", "net.bn")]
+    (frozen, *_), (unfrozen, *_) = watching.history.marks
+    assert 32 <= frozen <= 33
+    assert 64 <= unfrozen <= 65
+
+
+# --- sources and lag -----------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 2, 3, 4, 10, 50])
+def test_two_sources_that_alternate_batch_by_batch_are_named_whatever_the_interval(every_n_steps: int) -> None:
+    module = Module(pretrained(), lambda x, step: x + (6.0 if step % 2 else -6.0), lr=1e-3)
+    said = fit(module, monitor(every_n_steps=every_n_steps), max_epochs=1, count=8 * max(64, 10 * every_n_steps))
+    assert len(said) == 1, said
+    assert f"{FIRST}" in said[0]
+    assert "is fed by sources that alternate" in said[0]
+    assert "lags" not in said[0]
+
+
+def test_two_sources_mixed_in_every_batch_are_no_fault() -> None:
+    sign = torch.tensor([6.0, -6.0]).repeat(16)[:, None, None, None]
+    # Statistics of the mixture first: nothing lags.
+    net = seeded(lambda: Net(dropout=0.0))
+    module = Module(net, lambda x, step: x + sign, lr=1e-3)
+    assert fit(module, monitor(), batch_size=32, count=512, max_epochs=5) == []
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 4])
+def test_a_moving_average_too_slow_for_its_batches_lags(every_n_steps: int) -> None:
+    net = pretrained()
+    for layer in norms(net):
+        layer.momentum = 0.001
+        layer.num_batches_tracked.fill_(10_000)  # type: ignore[union-attr, operator]
+    module = Module(net, lambda x, step: x + 5, lr=1e-4)
+    said = fit(module, monitor(every_n_steps=every_n_steps), max_epochs=2)
+    assert len(said) == 1, said
+    assert FIRST in said[0]
+    assert "has a moving average that lags" in said[0]
+    assert "PreciseBatchNorm" in said[0]
+
+
+class Digits(nn.Module):
+    def __init__(self, classes: int = 10) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Conv2d(1, 12, 3, padding=1, bias=False),
+            nn.BatchNorm2d(12),
+            nn.ReLU(),
+            nn.Conv2d(12, 24, 3, stride=2, padding=1, bias=False),
+            nn.BatchNorm2d(24),
+            nn.ReLU(),
+        )
+        self.head = nn.Sequential(nn.Linear(24, 24), nn.BatchNorm1d(24), nn.ReLU(), nn.Linear(24, classes))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x).mean((2, 3)))
+
+
+class DigitsModule(pl.LightningModule):
+    def __init__(self, net: nn.Module, lr: float, parity: bool = False) -> None:
+        super().__init__()
+        self.net, self.lr, self.parity = net, lr, parity
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        x, y = batch
+        return F.cross_entropy(self.net(x), y % 2 if self.parity else y)
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.training_step(batch, batch_idx))
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.SGD(self.parameters(), lr=self.lr, momentum=0.9)
+
+
+def digits(batch_size: int, seed: int) -> tuple[Any, Any]:
+    data = load_digits()
+    x = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
+    y = torch.tensor(data.target)
+    shuffled = torch.Generator().manual_seed(seed)
+    train = DataLoader(
+        TensorDataset(x[:1400], y[:1400]), batch_size, shuffle=True, drop_last=True, generator=shuffled
+    )
+    return train, DataLoader(TensorDataset(x[1400:], y[1400:]), 128)
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 10])
+@pytest.mark.parametrize("seed", range(5))
+def test_a_healthy_run_on_digits_raises_no_alarm_from_scratch_nor_in_fine_tuning(seed: int, every_n_steps: int) -> None:
+    batch_size = (32, 64)[seed % 2]
+    pl.seed_everything(seed, verbose=False)
+    net = Digits()
+
+    def run(lr: float, parity: bool, epochs: int) -> list[str]:
+        module = DigitsModule(net, lr, parity)
+        watching = monitor(every_n_steps=every_n_steps)
+        return warned(lambda: quiet(callbacks=[watching], max_epochs=epochs).fit(module, *digits(batch_size, seed)))
+
+    assert run(0.02, False, 4) == []
+    net.head[3] = nn.Linear(24, 2)
+    # The same images, another task: statistics follow slowly and in small steps.
+    assert run(0.005, True, 2) == []
+
+
+# --- resets and recalibrations by others -----------------------------------------------------------------------------
+
+
+class Reset(pl.Callback):
+    """Resets all layers before one step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step == self.step:
+            for layer in norms(pl_module):
+                layer.reset_running_stats()
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 10])
+def test_a_reset_by_another_callback_re_baselines_instead_of_alarming(every_n_steps: int) -> None:
+    watching = monitor(every_n_steps=every_n_steps, warn_above=3.0, act_above=3.0, action="raise")
+    module = Module(pretrained(), lr=1e-4)
+    assert fit(module, Reset(71), watching, max_epochs=4) == []
+    assert {(layer, event) for _, layer, event in watching.history.marks} == {
+        (name, "reset") for name in watching.history.names
+    }
+    # Not a sample is above what the run has without a reset, while and after the average fills.
+    assert float(watching.history.values().max()) < 3.0
+
+
+def test_swa_resets_statistics_without_an_alarm() -> None:
+    watching = monitor(warn_above=6.0, act_above=6.0, action="raise")
+    swa = StochasticWeightAveraging(1e-3, swa_epoch_start=2, annealing_epochs=1)
+    assert fit(Module(pretrained(), lr=1e-3), swa, watching, max_epochs=4) == []
+    assert {event for _, _, event in watching.history.marks} == {"reset"}
+
+
+@pytest.mark.parametrize("restore", [True, False])
+def test_a_recalibration_is_marked_and_no_fault(restore: bool) -> None:
+    watching = monitor()
+    precise = PreciseBatchNorm(10, restore=restore)
+    assert fit(Module(pretrained(), lr=0.005), precise, watching, max_epochs=3) == []
+    marks = [(step, layer, event) for step, layer, event in watching.history.marks]
+    assert {event for _, _, event in marks} == {"recalibrated"}
+    assert [step for step, layer, _ in marks if layer == FIRST] == [32, 64, 96]
+
+
+# --- ranks ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return results_of("tests.callbacks.monitoring_ranks", 2, tmp_path_factory, 100)
+
+
+def test_a_rank_with_other_data_is_named_once_with_the_first_layer(ranks: Results) -> None:
+    said = [line for line in ranks[0]["other data"]["said"] if "rank 0" in line]
+    assert len(said) == 1, ranks[0]["other data"]["said"]
+    assert FIRST in said[0]
+    assert "sees data on this rank" in said[0]
+    assert "evaluation uses rank 0's moving average alone" in said[0]
+
+
+def test_ranks_with_data_alike_are_no_fault(ranks: Results) -> None:
+    for rank in ranks:
+        assert rank["alike"]["said"] == []
+
+
+@pytest.mark.parametrize("scenario", ["stop", "raise"])
+def test_drift_on_one_rank_ends_the_run_on_all_of_them_at_the_same_step(ranks: Results, scenario: str) -> None:
+    first, second = (rank[scenario] for rank in ranks)
+    assert first["steps"] == second["steps"] < first["planned"]
+    if scenario == "raise":
+        assert "act_above" in first["error"]
+        assert "act_above" in second["error"]
+    else:
+        assert [line for line in first["said"] if "training stops" in line]
+
+
+def test_what_is_monitored_is_the_same_on_all_ranks(ranks: Results) -> None:
+    first, second = (rank["other data"]["metrics"] for rank in ranks)
+    assert first == second
+    assert set(first) == {"bn/jeffreys_mean", "bn/jeffreys_max"}

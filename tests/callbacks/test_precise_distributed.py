@@ -1,0 +1,173 @@
+"""PreciseBatchNorm on two real processes: the same statistics on both, of the batches of both, and training as without."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.callbacks.fits import LAYERS, Net
+from tests.callbacks.precise_ranks import BATCHES, FAILURES, SCENARIOS, STRANDING
+from tests.models import bits
+from tests.oracle import assert_all_statistics, layer_inputs
+from tests.ranks import STRANDED, Results, results_of
+
+NORMS = [name.removeprefix("net.") for name in LAYERS]
+PRECISE = [name for name in SCENARIOS if "without" not in name]
+VALIDATED = [name for name in PRECISE if name != "no validation"]
+
+
+@pytest.fixture(scope="module")
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    return results_of("tests.callbacks.precise_ranks", 2, tmp_path_factory, limit=110)
+
+
+def net_of(state: dict[str, Tensor]) -> Net:
+    net = Net()
+    net.load_state_dict(state)
+    return net.train()
+
+
+def inner(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The network's part of the module's state."""
+    return {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
+
+
+@pytest.mark.parametrize("scenario", VALIDATED)
+def test_statistics_in_validation_are_those_of_the_batches_of_both_ranks(ranks: Results, scenario: str) -> None:
+    validations = [rank[scenario]["validated"] for rank in ranks]
+    assert len(validations[0]) == (4 if scenario == "twice an epoch" else 2)
+    for one, other in zip(*validations, strict=True):
+        used = [*one["batches"], *other["batches"]]
+        assert used
+        net = net_of(one["state"])
+        assert_all_statistics(net, layer_inputs(net, used, NORMS))
+
+
+@pytest.mark.parametrize("scenario", VALIDATED)
+def test_the_network_in_validation_and_its_metrics_are_the_same_bits_on_both_ranks(
+    ranks: Results, scenario: str
+) -> None:
+    first, second = ([seen["bits"] for seen in rank[scenario]["validated"]] for rank in ranks)
+    assert first == second
+    losses = [rank[scenario]["losses"] for rank in ranks]
+    assert losses[0] == losses[1]
+    assert losses[0]
+
+
+@pytest.mark.parametrize("scenario", ["with", "whole epoch", "twice an epoch", "static graph", "averaged"])
+def test_batches_of_each_rank_are_its_own(ranks: Results, scenario: str) -> None:
+    count = BATCHES if scenario == "whole epoch" else 3
+    for validations in zip(*(rank[scenario]["validated"] for rank in ranks), strict=True):
+        seen = [{bits(image) for batch in one["batches"] for image in batch} for one in validations]
+        assert all(len(one["batches"]) == count for one in validations)
+        # A distributed sampler fills the last batch up with samples of the beginning, if need be.
+        assert not seen[0] & seen[1]
+
+
+@pytest.mark.parametrize("scenario", VALIDATED)
+def test_checkpoint_holds_what_both_ranks_validated(ranks: Results, scenario: str) -> None:
+    for rank in ranks:
+        validated = rank[scenario]["validated"]
+        assert validated
+        for seen in validated:
+            saved = rank[scenario]["saved"][f"step={seen['step']}.ckpt"]
+            assert {name: bits(value) for name, value in inner(saved).items()} == seen["bits"]
+
+
+def test_without_validation_the_last_checkpoint_is_precise(ranks: Results) -> None:
+    results = [rank["no validation"] for rank in ranks]
+    used = [batch for result in results for batch in result["recalibrated_last"]]
+    assert len(used) >= 6
+    state = inner(results[0]["saved"]["last.ckpt"])
+    assert_all_statistics(net_of(state), layer_inputs(net_of(state), [*used[:3], *used[-3:]], NORMS))
+    for result in results:
+        assert {key: bits(value) for key, value in inner(result["state"]).items()} == {
+            key: bits(value) for key, value in state.items()
+        }
+
+
+TWINS = [
+    ("with", "without"),
+    ("whole epoch", "without"),
+    ("restored", "without"),
+    ("recent", "without"),
+    ("fewer on one", "without"),
+    ("none on one", "without"),
+    ("twice an epoch", "twice an epoch, without"),
+    ("accumulated", "accumulated, without"),
+    ("static graph", "static graph, without"),
+    ("unused parameters", "unused parameters, without"),
+    ("averaged", "averaged, without"),
+]
+
+
+@pytest.mark.parametrize(("scenario", "without"), TWINS)
+def test_training_is_bit_identical_to_a_run_without_it(ranks: Results, scenario: str, without: str) -> None:
+    for rank in ranks:
+        assert len(rank[without]["trace"]) == 2 * BATCHES
+        assert rank[scenario]["trace"] == rank[without]["trace"]
+        parameters = [
+            {key: bits(value) for key, value in rank[name]["parameters"].items()} for name in (scenario, without)
+        ]
+        assert parameters[0] == parameters[1]
+
+
+def test_ranks_train_on_different_batches_or_the_comparisons_would_mean_little(ranks: Results) -> None:
+    assert ranks[0]["without"]["trace"] != ranks[1]["without"]["trace"]
+    seen = [[batch["bits"] for batch in rank["without"]["validated"]] for rank in ranks]
+    assert all(seen)
+
+
+def told(ranks: Results, scenario: str) -> list[Any]:
+    return [rank[scenario]["used"] for rank in ranks]
+
+
+def test_what_was_done_is_told_alike_on_both_ranks(ranks: Results) -> None:
+    for scenario in PRECISE:
+        first, second = told(ranks, scenario)
+        assert first == second
+        assert first[2] == 2
+
+
+@pytest.mark.parametrize(
+    ("scenario", "batches", "count"), [("with", 6, 48), ("fewer on one", 4, 29), ("none on one", 3, 24)]
+)
+def test_batches_and_samples_are_those_of_both_ranks(ranks: Results, scenario: str, batches: int, count: int) -> None:
+    assert told(ranks, scenario)[0][:2] == [batches, count]
+
+
+def test_layer_that_no_step_reaches_is_told(ranks: Results) -> None:
+    for used in told(ranks, "unused parameters"):
+        assert used[3] == ["spare"]
+        assert used[4] == list(LAYERS)
+
+
+@pytest.mark.parametrize(
+    ("scenario", "own"),
+    [("step raises", "broken step"), ("loader raises", "broken loader"), ("method raises", "no such target")],
+)
+def test_failure_on_one_rank_ends_the_fit_on_both_and_each_says_why(ranks: Results, scenario: str, own: str) -> None:
+    assert own in ranks[1][scenario]["told"]
+    other = ranks[0][scenario]["told"]
+    assert "failed on 1 of 2 processes" in other or "different layers" in other
+
+
+@pytest.mark.parametrize("scenario", [*FAILURES, *STRANDING])
+def test_failure_on_one_rank_leaves_neither_waiting_nor_anything_behind(ranks: Results, scenario: str) -> None:
+    for rank in ranks:
+        found = rank[scenario]
+        assert found["told"]
+        assert found["seconds"] < STRANDED
+        assert found["momenta"] == [0.1, 0.1, 0.1]
+        assert (found["own_forwards"], found["hooks"]) == (0, 0)
+
+
+def test_ranks_that_froze_different_layers_are_told_so(ranks: Results) -> None:
+    for rank in ranks:
+        assert "different layers" in rank["frozen on one"]["told"] or "frozen" in rank["frozen on one"]["told"]
+
+
+def test_suite_has_its_scenarios() -> None:
+    assert {name for pair in TWINS for name in pair} | {"no validation"} == set(SCENARIOS)
+    assert torch.distributed.is_available()

@@ -1,0 +1,350 @@
+"""A checkpoint in hand gets population statistics; everything else in it is what it was."""
+
+import os
+import pickle
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from torch import Tensor, nn
+
+from lightning_bn.functional import RecalibrationError, recalibrate_checkpoint
+from tests.callbacks.fits import LAYERS, Classifier, Net, quiet, samples, train_loader, val_loader
+from tests.models import SharedNorm, SmallResNet, bits, fill_statistics, images, seeded, state_bits
+from tests.oracle import assert_all_statistics, layer_inputs
+
+# A resumed run keeps its checkpoints elsewhere.
+pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed")
+
+NORMS = [name.removeprefix("net.") for name in LAYERS]
+STATISTICS = tuple(f"{name}.{key}" for name in LAYERS for key in ("running_mean", "running_var"))
+
+
+class WithHyperparameters(Classifier):
+    def __init__(self, lr: float = 0.1, names: tuple[str, ...] = ("a", "b")) -> None:
+        super().__init__(lr=lr)
+        self.save_hyperparameters()
+
+
+def batches() -> list[Tensor]:
+    return [batch[0] for batch in train_loader(samples(40, seed=5), shuffle=False)]
+
+
+def fit(folder: Path, *callbacks: pl.Callback, ckpt_path: Path | None = None, **settings: Any) -> pl.Trainer:
+    pl.seed_everything(3, verbose=False)
+    saver = ModelCheckpoint(dirpath=folder, save_last=True, save_top_k=-1, filename="{epoch}")
+    kwargs = {"enable_checkpointing": True, "num_sanity_val_steps": 0, "max_epochs": 1, **settings}
+    trainer = quiet(callbacks=[saver, *callbacks], **kwargs)
+    trainer.fit(WithHyperparameters(), train_loader(), val_loader(), ckpt_path=ckpt_path)
+    return trainer
+
+
+def ema() -> EMAWeightAveraging:
+    return EMAWeightAveraging(decay=0.9)
+
+
+@pytest.fixture(scope="module")
+def lightning_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("fit")
+    fit(folder)
+    return folder / "last.ckpt"
+
+
+@pytest.fixture(scope="module")
+def averaged_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("averaged")
+    fit(folder, ema())
+    return folder / "last.ckpt"
+
+
+def read(path: Path) -> dict[str, Any]:
+    return torch.load(path, weights_only=True)
+
+
+def differences(one: Any, other: Any, path: str = "") -> list[str]:
+    """Where two nested values differ: type, order of keys, dtype or a bit."""
+    if type(one) is not type(other):
+        return [f"{path}: {type(one).__name__} became {type(other).__name__}"]
+    if isinstance(one, dict):
+        attributes = differences(getattr(one, "_metadata", None), getattr(other, "_metadata", None), f"{path}/metadata")
+        if list(one) != list(other):
+            return [f"{path}: keys {list(one)} became {list(other)}"]
+        return attributes + [place for key in one for place in differences(one[key], other[key], f"{path}/{key}")]
+    if isinstance(one, list | tuple):
+        if len(one) != len(other):
+            return [f"{path}: length {len(one)} became {len(other)}"]
+        return [p for index, pair in enumerate(zip(one, other, strict=True)) for p in differences(*pair, f"{path}/{index}")]
+    if isinstance(one, Tensor):
+        same = (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device) and bits(one) == bits(other)
+        return [] if same else [path]
+    return [] if one == other or (one != one and other != other) else [path]
+
+
+def assert_precise(state: dict[str, Tensor], prefix: str = "net.") -> None:
+    net = Net()
+    net.load_state_dict({name.removeprefix(prefix): value for name, value in state.items()})
+    assert_all_statistics(net, layer_inputs(net, batches(), NORMS))
+
+
+def as_trained(path: Path, tmp_path: Path, *callbacks: pl.Callback) -> None:
+    """The checkpoint can be resumed from, to the same step and with the weights that it holds."""
+    before = read(path)
+    trainer = fit(tmp_path / "resumed", *callbacks, ckpt_path=path, max_epochs=2)
+    assert trainer.global_step == 2 * before["global_step"]
+    assert (tmp_path / "resumed" / "last.ckpt").exists()
+
+
+# Lightning's checkpoints
+
+
+def test_network_of_a_lightning_checkpoint_gets_the_statistics_of_the_batches(lightning_checkpoint, tmp_path):
+    done = recalibrate_checkpoint(lightning_checkpoint, Net(), batches(), tmp_path / "new.ckpt", prefix="net.")
+    assert_precise(read(tmp_path / "new.ckpt")["state_dict"])
+    assert (done.path, done.averaged) == (tmp_path / "new.ckpt", False)
+    assert done.recalibration.num_samples == 40
+    assert "weights as saved" in str(done)
+
+
+def test_lightning_module_itself_takes_the_weights(lightning_checkpoint, tmp_path):
+    module = Classifier()
+    done = recalibrate_checkpoint(lightning_checkpoint, module, batches(), tmp_path / "new.ckpt")
+    saved = read(tmp_path / "new.ckpt")["state_dict"]
+    assert_precise(saved)
+    assert done.recalibration.layers == LAYERS
+    assert {name: bits(value) for name, value in saved.items()} == state_bits(module)
+
+
+@pytest.mark.parametrize(("build", "prefix"), [(Net, "net."), (Classifier, "")])
+def test_nothing_but_running_statistics_differs_in_a_lightning_checkpoint(
+    lightning_checkpoint, tmp_path, build, prefix
+):
+    recalibrate_checkpoint(lightning_checkpoint, build(), batches(), tmp_path / "new.ckpt", prefix=prefix)
+    old, new = read(lightning_checkpoint), read(tmp_path / "new.ckpt")
+    assert {"optimizer_states", "loops", "callbacks", "hyper_parameters"} <= set(old)
+    assert differences(old, new) == [f"/state_dict/{name}" for name in old["state_dict"] if name in STATISTICS]
+
+
+def test_file_that_was_read_is_left_as_it_was(lightning_checkpoint, tmp_path):
+    before = lightning_checkpoint.read_bytes()
+    recalibrate_checkpoint(lightning_checkpoint, Net(), batches(), tmp_path / "new.ckpt", prefix="net.")
+    assert lightning_checkpoint.read_bytes() == before
+
+
+def test_trainer_resumes_from_it(lightning_checkpoint, tmp_path):
+    recalibrate_checkpoint(lightning_checkpoint, Net(), batches(), tmp_path / "new.ckpt", prefix="net.")
+    as_trained(tmp_path / "new.ckpt", tmp_path)
+
+
+def test_validation_from_it_sees_the_precise_statistics(lightning_checkpoint, tmp_path):
+    recalibrate_checkpoint(lightning_checkpoint, Net(), batches(), tmp_path / "new.ckpt", prefix="net.")
+    module = Classifier()
+    quiet().validate(module, val_loader(), ckpt_path=tmp_path / "new.ckpt", verbose=False)
+    assert_precise(module.state_dict())
+
+
+# Averaged weights
+
+
+def test_averages_are_what_is_recalibrated_and_that_is_said(averaged_checkpoint, tmp_path):
+    done = recalibrate_checkpoint(averaged_checkpoint, Net(), batches(), tmp_path / "new.ckpt", prefix="net.")
+    assert done.averaged
+    assert "averaged weights" in str(done)
+    old, new = read(averaged_checkpoint), read(tmp_path / "new.ckpt")
+    assert bits(old["state_dict"]["net.bn.weight"]) != bits(old["current_model_state"]["net.bn.weight"])
+    assert_precise(new["state_dict"])
+    assert differences(old, new) == [f"/state_dict/{name}" for name in old["state_dict"] if name in STATISTICS]
+
+
+def test_averaging_resumes_from_it(averaged_checkpoint, tmp_path):
+    recalibrate_checkpoint(averaged_checkpoint, Net(), batches(), tmp_path / "new.ckpt", prefix="net.")
+    as_trained(tmp_path / "new.ckpt", tmp_path, ema())
+
+
+def test_resumed_training_is_the_same_from_the_old_and_the_new_one(averaged_checkpoint, tmp_path):
+    # The weights being trained, and their statistics, are beside the averages and untouched.
+    recalibrate_checkpoint(averaged_checkpoint, Net(), batches(), tmp_path / "new.ckpt", prefix="net.")
+    ends = []
+    for index, path in enumerate((averaged_checkpoint, tmp_path / "new.ckpt")):
+        fit(tmp_path / str(index), ema(), ckpt_path=path, max_epochs=2)
+        ends.append(read(tmp_path / str(index) / "epoch=1.ckpt")["current_model_state"])
+    assert differences(*ends) == []
+
+
+# State dicts
+
+
+def saved(state: Any, tmp_path: Path) -> Path:
+    torch.save(state, tmp_path / "old.pt")
+    return tmp_path / "old.pt"
+
+
+def test_plain_state_dict_gets_the_statistics_of_the_batches(tmp_path):
+    model = fill_statistics(seeded(SmallResNet))
+    path = saved(model.state_dict(), tmp_path)
+    data = [images(8, seed=seed) for seed in range(3)]
+    done = recalibrate_checkpoint(path, SmallResNet(), data, tmp_path / "new.pt", exclude="layer1")
+    old, new = read(path), read(tmp_path / "new.pt")
+    changed = [f"/{name}.{key}" for name in done.recalibration.layers for key in ("running_mean", "running_var")]
+    assert sorted(differences(old, new)) == sorted(changed)
+    assert not any("layer1." in name for name in changed)
+    loaded = SmallResNet()
+    loaded.load_state_dict(new)
+    assert_all_statistics(loaded, layer_inputs(model, data, done.recalibration.layers))
+
+
+def test_shared_layer_is_rewritten_under_each_of_its_names(tmp_path):
+    path = saved(fill_statistics(seeded(SharedNorm)).state_dict(), tmp_path)
+    recalibrate_checkpoint(path, SharedNorm(), [images(8)], tmp_path / "new.pt")
+    new = read(tmp_path / "new.pt")
+    assert bits(new["first.norm.running_var"]) == bits(new["second.norm.running_var"])
+    assert bits(new["first.norm.running_var"]) != bits(read(path)["first.norm.running_var"])
+
+
+def test_options_are_those_of_recalibrate(tmp_path):
+    path = saved(seeded(SmallResNet).state_dict(), tmp_path)
+    data = [{"image": images(4, seed=seed)} for seed in range(5)]
+    done = recalibrate_checkpoint(
+        path, SmallResNet(), data, tmp_path / "new.pt", num_batches=2, forward=lambda model, batch: model(batch["image"])
+    )
+    assert done.recalibration.num_batches == 2
+
+
+def test_statistics_of_other_layers_keep_their_dtype_and_bits(tmp_path):
+    # A checkpoint in float64, recalibrated with a model in float32.
+    path = saved(fill_statistics(seeded(SmallResNet).double()).state_dict(), tmp_path)
+    recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt", modules="head")
+    assert all("head" in name for name in differences(read(path), read(tmp_path / "new.pt")))
+
+
+class Versioned(nn.Module):
+    """Its second version scales what its first one did not; states of the first are converted."""
+
+    _version = 2
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale, self.bn = nn.Parameter(torch.ones(1)), nn.BatchNorm2d(3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.bn(x * self.scale)
+
+    def _load_from_state_dict(self, state: Any, prefix: str, metadata: Any, *rest: Any) -> None:
+        if metadata.get("version", 1) < 2:
+            state[f"{prefix}scale"] = 100 * state[f"{prefix}scale"]
+        super()._load_from_state_dict(state, prefix, metadata, *rest)
+
+
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_module_that_migrates_old_states_is_given_the_version_of_the_file(tmp_path, prefix):
+    whole = nn.ModuleDict({"model": Versioned()}) if prefix else Versioned()
+    path = saved(whole.state_dict(), tmp_path)
+    model = Versioned()
+    recalibrate_checkpoint(path, model, [images(8)], tmp_path / "new.pt", prefix=prefix)
+    assert model.scale.item() == 1
+
+
+# Refusals
+
+
+def test_file_that_exists_is_not_overwritten_unless_told_to(tmp_path):
+    path = saved(fill_statistics(seeded(SmallResNet)).state_dict(), tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(FileExistsError, match="overwrite=True"):
+        recalibrate_checkpoint(path, SmallResNet(), [images(8)], path)
+    assert path.read_bytes() == before
+    done = recalibrate_checkpoint(path, SmallResNet(), [images(8)], path, overwrite=True)
+    assert done.path == path
+    assert path.read_bytes() != before
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_wrong_prefix_is_an_error_that_names_the_right_one(lightning_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"lacks.*prefix='net\.'"):
+        recalibrate_checkpoint(lightning_checkpoint, Net(), batches(), tmp_path / "new.ckpt")
+    with pytest.raises(ValueError, match=r"prefix='model\.'.*prefix='net\.'"):
+        recalibrate_checkpoint(lightning_checkpoint, Net(), batches(), tmp_path / "new.ckpt", prefix="model.")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_model_that_is_another_one_is_an_error_that_names_what_is_missing(lightning_checkpoint, tmp_path):
+    with pytest.raises(ValueError, match=r"SmallResNet.*lacks.*bn1"):
+        recalibrate_checkpoint(lightning_checkpoint, SmallResNet(), batches(), tmp_path / "new.ckpt", prefix="net.")
+    assert list(tmp_path.iterdir()) == []
+
+
+class Hostile:
+    """Writes a file when it is unpickled."""
+
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> Any:
+        return os.mkdir, (str(self.marker),)
+
+
+def test_file_with_pickled_objects_is_refused_and_nothing_in_it_is_executed(tmp_path):
+    marker = tmp_path / "executed"
+    state = {"state_dict": seeded(SmallResNet).state_dict(), "hyper_parameters": Hostile(marker)}
+    path = saved(state, tmp_path)
+    with pytest.raises(pickle.UnpicklingError, match=r"old\.pt holds objects besides tensors"):
+        recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt")
+    assert list(tmp_path.iterdir()) == [path]
+    torch.load(path, weights_only=False)
+    assert marker.exists(), "the file is not hostile"
+
+
+@pytest.mark.parametrize("content", [{}, {"epoch": 3}, [1, 2], {"state_dict": {"a": 1}}], ids=str)
+def test_file_without_a_state_dict_is_an_error_that_says_so(tmp_path, content):
+    path = saved(content, tmp_path)
+    with pytest.raises(ValueError, match="holds no state dict"):
+        recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt")
+
+
+def failing(error: BaseException):
+    yield images(8)
+    raise error
+
+
+@pytest.mark.parametrize(
+    ("data", "error"),
+    [
+        (lambda: failing(OSError("disk gone")), OSError),
+        (lambda: failing(KeyboardInterrupt()), KeyboardInterrupt),
+        (list, RecalibrationError),
+        (lambda: [torch.full((4, 3, 6, 6), torch.nan)], RecalibrationError),
+    ],
+    ids=["loader fails", "interrupted", "no batch", "not finite"],
+)
+def test_recalibration_that_fails_leaves_no_file(tmp_path, data, error):
+    path = saved(seeded(SmallResNet).state_dict(), tmp_path)
+    before = path.read_bytes()
+    with pytest.raises(error):
+        recalibrate_checkpoint(path, SmallResNet(), data(), tmp_path / "folder" / "new.pt")
+    with pytest.raises(error):
+        recalibrate_checkpoint(path, SmallResNet(), data(), path, overwrite=True)
+    assert list(tmp_path.rglob("*")) == [path]
+    assert path.read_bytes() == before
+
+
+def test_file_that_cannot_be_written_leaves_nothing_half_written(tmp_path):
+    path = saved(seeded(SmallResNet).state_dict(), tmp_path)
+    (tmp_path / "taken").mkdir()
+    (tmp_path / "taken" / "something").touch()
+    with pytest.raises(OSError, match="taken"):
+        recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "taken", overwrite=True)
+    assert sorted(tmp_path.iterdir()) == [path, tmp_path / "taken"]
+
+
+def test_new_file_can_be_read_by_whoever_can_read_any_new_file(tmp_path):
+    path = saved(seeded(SmallResNet).state_dict(), tmp_path)
+    recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt")
+    assert (tmp_path / "new.pt").stat().st_mode == path.stat().st_mode
+
+
+def test_folder_of_the_new_file_is_made(tmp_path):
+    path = saved(seeded(SmallResNet).state_dict(), tmp_path)
+    recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "a" / "b" / "new.pt")
+    assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["new.pt"]
