@@ -1,4 +1,4 @@
-"""Fits that take turns step by step: each in a thread of its own, of which one runs at a time."""
+"""Fits that take turns of a few steps: each in a thread of its own, of which one runs at a time."""
 
 import contextlib
 import io
@@ -38,12 +38,12 @@ class TurnTaking:
 
     Args:
         names: Of the fits.
-        warm_up: Steps that do not count.
+        steps: How many a turn has. The first one is not counted: it finds the processor's caches full of the others'.
     """
 
-    def __init__(self, names: Sequence[str], warm_up: int = 3) -> None:
+    def __init__(self, names: Sequence[str], steps: int) -> None:
         self._names = list(names)
-        self._warm_up = warm_up
+        self._steps = steps
         self._turn = 0
         self._finished: set[str] = set()
         self._changed = threading.Condition()
@@ -65,14 +65,19 @@ class TurnTaking:
                     break
             self._changed.notify_all()
 
-    def batches(self, name: str, batch: Tensor, steps: int) -> Iterator[Tensor]:
-        """A loader that gives the turn away before each batch: a step is what lies between two of them."""
-        started: float | None = None
-        for number in range(steps + self._warm_up + 1):
-            if started is not None and number > self._warm_up:
+    def batches(self, name: str, batch: Tensor, turns: int) -> Iterator[Tensor]:
+        """A loader that gives the turn away now and then: a step is what lies between two of its batches.
+
+        The first turn is not counted, the Trainer warms up in it.
+        """
+        started = now()
+        for number in range((turns + 1) * self._steps + 1):
+            turn, step = divmod(number - 1, self._steps)
+            if turn > 0 and step > 0:
                 self.seconds[name].append(now() - started)
-            self.pass_on(name)
-            self.wait(name)
+            if number % self._steps == 0:
+                self.pass_on(name)
+                self.wait(name)
             started = now()
             yield batch
 
@@ -85,13 +90,20 @@ class _Loader(torch.utils.data.IterableDataset[Tensor]):
         return self._make()
 
 
-def fit_in_turns(rivals: dict[str, Rival], batch: Tensor, steps: int) -> dict[str, list[float]]:
-    """Processor seconds of each step of each fit, everything between two batches included."""
-    turns = TurnTaking(list(rivals))
+def fit_in_turns(rivals: dict[str, Rival], batch: Tensor, turns: int, steps: int) -> dict[str, list[float]]:
+    """Processor seconds of each step of each fit, everything between two batches included.
+
+    Args:
+        rivals: What makes the network and the callbacks of each fit.
+        batch: Given to all of them again and again.
+        turns: How many each fit has.
+        steps: How many a turn has, the first of which is not counted.
+    """
+    order = TurnTaking(list(rivals), steps)
     failures: list[BaseException] = []
 
     def run(name: str, rival: Rival, folder: str) -> None:
-        turns.wait(name)
+        order.wait(name)
         try:
             torch.set_num_threads(1)
             network, callbacks = rival()
@@ -104,11 +116,11 @@ def fit_in_turns(rivals: dict[str, Rival], batch: Tensor, steps: int) -> dict[st
                 enable_model_summary=False,
                 enable_checkpointing=False,
             )
-            trainer.fit(Training(network), _Loader(lambda: turns.batches(name, batch, steps)))
+            trainer.fit(Training(network), _Loader(lambda: order.batches(name, batch, turns)))
         except BaseException as failure:
             failures.append(failure)
         finally:
-            turns.pass_on(name, finished=True)
+            order.pass_on(name, finished=True)
 
     for logger in ("pytorch_lightning", "lightning.pytorch"):
         for part in ("", ".utilities.rank_zero"):
@@ -127,7 +139,7 @@ def fit_in_turns(rivals: dict[str, Rival], batch: Tensor, steps: int) -> dict[st
             thread.join()
     if failures:
         raise failures[0]
-    return turns.seconds
+    return order.seconds
 
 
 def timed(callback: pl.Callback, hooks: Sequence[str]) -> dict[str, list[float]]:

@@ -62,8 +62,8 @@ def main() -> None:
         "Root mean square error",
         rows,
         f"Over {DRAWS} draws and 16 channels; the mean's in percent of the channel's standard deviation, the "
-        "variance's relative. That of pooled falls with the root of the number of samples; mean_of_batches misses the variance "
-        "between batches however many there are.",
+        "variance's relative. That of pooled falls with the root of the number of samples; mean_of_batches misses "
+        "the variance between batches however many there are.",
     )
     results.write()
 

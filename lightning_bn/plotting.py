@@ -7,7 +7,12 @@ from typing import Any
 
 from lightning_bn.functional.history import DriftHistory
 
-_COLOURS = {"frozen": "tab:blue", "unfrozen": "tab:cyan", "recalibrated": "tab:green", "reset": "tab:purple"}
+_MARKS = {
+    "frozen": ("s", "white"),
+    "unfrozen": ("o", "white"),
+    "recalibrated": ("^", "lime"),
+    "reset": ("X", "magenta"),
+}
 
 
 def drift_figure(history: DriftHistory, measure: str, threshold: float | None = None) -> Any:
@@ -25,31 +30,35 @@ def drift_figure(history: DriftHistory, measure: str, threshold: float | None = 
         ValueError: If the history is empty.
         ImportError: If matplotlib is not installed (``pip install lightning-bn[plot]``).
     """
+    from matplotlib import colormaps
     from matplotlib.colors import TwoSlopeNorm
     from matplotlib.figure import Figure
+    from numpy import ma
 
     if not len(history):
         raise ValueError("the history has no sample to draw")
-    values = history.values().nan_to_num(nan=float("inf"))
     middle = threshold or 0.1
-    finite = values[values.isfinite()]
-    most = max(10 * middle, float(finite.max()) if finite.numel() else 0.0)
+    # Fixed, so that one layer that explodes does not make all others look alike; beyond it is one colour.
+    most = 10 * middle
+    values = history.values()
+    unmeasured = values.isnan()
+    values = values.nan_to_num(nan=most, posinf=most).clamp(max=most)
     longest, layers = max(map(len, history.names)), len(history.names)
-    height = min(max(2.8, 1.6 + 0.24 * layers), 16)
+    height = min(max(3.4, 2.2 + 0.24 * layers), 16)
     figure = Figure(figsize=(8 + 0.07 * min(longest, 60), height), layout="constrained")
     axes = figure.add_subplot()
     edges = _edges(history.steps)
     mesh = axes.pcolormesh(
         edges,
         [index - 0.5 for index in range(layers + 1)],
-        values.clamp(max=most).T.numpy(),
-        cmap="RdYlBu_r",
+        ma.masked_array(values.T.numpy(), unmeasured.T.numpy()),
+        cmap=colormaps["RdYlBu_r"].with_extremes(bad="black"),
         norm=TwoSlopeNorm(middle, 0.0, most),
     )
     bar = figure.colorbar(mesh, ax=axes, extend="max", ticks=[0.0, middle / 2, middle, most / 2, most])
     bar.ax.set_yticklabels([f"{value:.2g}" for value in (0.0, middle / 2, middle, most / 2, most)])
-    bar.set_label(f"{measure}, largest channel of the layer")
-    _mark(axes, history)
+    bar.set_label(f"{measure}\n(largest channel)", fontsize=8)
+    _mark(figure, axes, history, bool(unmeasured.any()))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("BatchNorm layer, first one on top")
     axes.set_title("How far running statistics are from their reference")
@@ -68,13 +77,19 @@ def _edges(steps: list[int]) -> list[float]:
     return [steps[0] - (middles[0] - steps[0]), *middles, steps[-1] + (steps[-1] - middles[-1])]
 
 
-def _mark(axes: Any, history: DriftHistory) -> None:
+def _mark(figure: Any, axes: Any, history: DriftHistory, unmeasured: bool) -> None:
+    from matplotlib.patches import Patch
+
     rows = {name: index for index, name in enumerate(history.names)}
     shown = [mark for mark in history.marks if mark[1] in rows]
-    for event, colour in _COLOURS.items():
+    for event, (shape, colour) in _MARKS.items():
         at = [(step, rows[name]) for step, name, what in shown if what == event]
         if at:
             steps, layers = zip(*at, strict=True)
-            axes.plot(steps, layers, "|", color=colour, markersize=9, markeredgewidth=1.6, label=event, clip_on=False)
-    if shown:
-        axes.legend(loc="upper left", bbox_to_anchor=(0, -0.12), ncols=4, fontsize=8, frameon=False)
+            outlined = {"markeredgecolor": "black", "markeredgewidth": 0.6, "markersize": 6, "clip_on": False}
+            axes.plot(steps, layers, shape, color=colour, label=event, **outlined)
+    handles, labels = axes.get_legend_handles_labels()
+    if unmeasured:
+        handles, labels = [*handles, Patch(color="black")], [*labels, "not a number"]
+    if handles:
+        figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)

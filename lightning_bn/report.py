@@ -165,12 +165,13 @@ def drift_table(
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
-    table.add_column("layer and kind", overflow="fold", min_width=_widest([layers[name] for name in order[:most]]))
+    widest = _widest([layers[name] for name in order[:most]])
+    table.add_column("layer and kind", overflow="fold", min_width=min(widest, 14))
     for heading in ("trains with", "evaluates with", "frozen by"):
-        table.add_column(heading, min_width=max(map(len, heading.split())))
+        table.add_column(heading, min_width=max(map(len, heading.split())), overflow="fold")
     for heading in ("updates per batch", "mean shift, sigma", "variance"):
         table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
-    table.add_column("history", no_wrap=True, min_width=12)
+    table.add_column("history", no_wrap=True, min_width=8)
     curves = dict(zip(history.names, history.values().T.tolist(), strict=True)) if len(history) else {}
     for name in order[:most]:
         layer, at = layers[name], worst[name]
@@ -185,7 +186,7 @@ def drift_table(
             "-" if math.isnan(rates[name]) else f"{rates[name]:.2g}",
             moved[1].removeprefix("mean ").removesuffix(" sigma"),
             moved[0].removeprefix("variance "),
-            sparkline(curves.get(name, [])),
+            sparkline(curves.get(name, []), width=8),
         )
     return table
 

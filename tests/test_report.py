@@ -4,12 +4,14 @@ import re
 from typing import Any
 
 import pytest
+import torch
 from rich.console import Console
 from torch import nn
 
-from lightning_bn.functional import FreezeSchedule, SelectionError, describe, freeze_batch_norm, plan
-from lightning_bn.functional.status import status_by_name
-from lightning_bn.report import behaviour_table, print_behaviour, print_plan
+from lightning_bn.functional import FreezeSchedule, SelectionError, describe, freeze_batch_norm, plan, take_snapshot
+from lightning_bn.functional.history import DriftHistory
+from lightning_bn.functional.status import LayerStatus, status_by_name
+from lightning_bn.report import behaviour_table, drift_table, print_behaviour, print_plan, sparkline
 from tests.models import SMALL_RESNET_NAMES, Holder, SmallResNet, fill_statistics, seeded
 
 
@@ -167,3 +169,108 @@ def test_a_plan_loses_nothing_on_a_narrow_terminal(width: int) -> None:
     assert max(map(len, text.splitlines())) <= width
     for name in SMALL_RESNET_NAMES:
         assert re.search(rf"(^|\s){re.escape(name)}(\s|$)", text, re.MULTILINE), name
+
+
+# drift
+
+
+LONG = "backbone_2d.blocks.residual_stage.deformable_convolution.batch_normalisation"
+
+
+def drifted(count: int = 3, *, bad: float | None = None, long: bool = False) -> tuple[Any, ...]:
+    """What a monitor has of ``count`` layers of which the k-th moved by k sigma, its variance by 1 + k."""
+    names = [f"stage{index}" for index in range(count)]
+    if long:
+        names[-1] = LONG.replace(".", "-")
+    net = fill_statistics(nn.ModuleDict({name: nn.BatchNorm2d(4) for name in names})).train()
+    reference = take_snapshot(net)
+    history = DriftHistory()
+    history.append(1, 0, tuple(names), torch.zeros(count, dtype=torch.float64))
+    for index, layer in enumerate(net.children()):
+        sigma = (layer.running_var + layer.eps).sqrt()  # type: ignore[union-attr, operator]
+        layer.running_mean[0] += index * sigma[0]  # type: ignore[index, operator]
+        layer.running_var.mul_(1 + index)  # type: ignore[union-attr, operator]
+    if bad is not None:
+        net[names[0]].running_mean[2] = bad  # type: ignore[index, operator]
+    history.append(2, 0, tuple(names), torch.arange(count, dtype=torch.float64))
+    return describe(net), reference, take_snapshot(net), history, [1.0] * count, "jeffreys", status_by_name(net)
+
+
+def drift_text(width: int, *arguments: Any, **options: Any) -> str:
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(drift_table(*arguments, **options))
+    return capture.get()
+
+
+def rows_of(text: str) -> list[list[str]]:
+    return [line.split() for line in text.splitlines() if re.search(r" BatchNorm\dd ", line)]
+
+
+def test_drift_is_shown_layer_by_layer_the_worst_first_in_plain_units() -> None:
+    text = drift_text(160, *drifted())
+    assert "Running statistics of 3 BatchNorm layers, the worst first (jeffreys)" in " ".join(text.split())
+    assert rows_of(text) == [
+        ["stage2", "BatchNorm2d", "batch", "running", "-", "1", "+2.0", "x3.0", "▁█"],
+        ["stage1", "BatchNorm2d", "batch", "running", "-", "1", "+1.0", "x2.0", "▁█"],
+        ["stage0", "BatchNorm2d", "batch", "running", "-", "1", "+0.0", "x1.0", "▁▁"],
+    ]
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_layer_that_is_not_finite_is_the_worst(bad: float) -> None:
+    assert rows_of(drift_text(160, *drifted(bad=bad)))[0][0] == "stage0"
+
+
+def test_only_the_worst_are_shown_and_the_others_counted() -> None:
+    text = drift_text(160, *drifted(14))
+    assert [row[0] for row in rows_of(text)] == [f"stage{index}" for index in range(13, 3, -1)]
+    assert "4 more" in text
+    assert "more" not in drift_text(160, *drifted(10))
+
+
+@pytest.mark.parametrize("width", [80, 160])
+@pytest.mark.parametrize("long", [True, False])
+def test_drift_is_not_cut_off_and_headings_are_whole_words(width: int, long: bool) -> None:
+    text = drift_text(width, *drifted(long=long))
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= width
+    words = text.replace(",", "").split()
+    for word in ("layer", "kind", "trains", "evaluates", "with", "frozen", "updates", "shift", "variance", "history"):
+        assert word in words, word
+    if long:
+        # Folded it may be, in a column of its own.
+        assert LONG.replace(".", "-") in "".join(line.split()[0] for line in text.splitlines() if line.strip())
+
+
+def test_a_frozen_layer_says_by_whom_and_an_unknown_rate_is_a_dash() -> None:
+    behaviours, reference, current, history, _, measure, statuses = drifted()
+    statuses = {**statuses, "stage1": LayerStatus(stats_frozen_by=("BatchNormFreezer",))}
+    text = drift_text(160, behaviours, reference, current, history, [1.0, float("nan"), 0.5], measure, statuses)
+    rows = {row[0]: row[2:] for row in rows_of(text)}
+    assert rows["stage1"][:4] == ["running", "running", "BatchNormFreezer", "-"]
+    assert rows["stage2"][3] == "0.5"
+
+
+@pytest.mark.parametrize(
+    ("values", "line"),
+    [
+        ([], ""),
+        ([0.0], "▁"),
+        ([0.0, 0.0, 0.0], "▁▁▁"),
+        ([3.0], "█"),
+        ([0.0, 1.0, 2.0, 4.0], "▁▃▅█"),
+        ([float("nan"), 1.0], "!█"),
+        ([float("inf"), float("nan")], "!!"),
+        ([-1.0, 1.0], "▁█"),
+    ],
+)
+def test_a_sparkline_has_a_bar_a_value(values: list[float], line: str) -> None:
+    assert sparkline(values) == line
+
+
+@pytest.mark.parametrize("count", [12, 13, 100, 1000])
+def test_a_sparkline_is_no_wider_than_asked_and_ends_with_the_newest(count: int) -> None:
+    line = sparkline([0.0] * (count - 1) + [1.0])
+    assert len(line) == 12
+    assert line[-1] == "█"

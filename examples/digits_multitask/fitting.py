@@ -46,6 +46,8 @@ def be_quiet() -> None:
     """Keeps what Lightning says about every fit off the terminal; what goes wrong is still said."""
     for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
+    # What the monitor says of a backbone that is not frozen is what the first table shows.
+    warnings.filterwarnings("ignore", "BatchNormMonitor")
     # In-memory batches are faster without worker processes, and Lightning reads its own pytree through an old name.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")

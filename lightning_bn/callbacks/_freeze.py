@@ -45,12 +45,14 @@ class FreezeReport:
         moved: What was found changed and was put back, the first time for each value; empty where all stayed
             bit-identical without help.
         task_layers: Names of those frozen during the batches of some tasks only; in those they did not move either.
+        was_on: Whether the freeze was ever on.
     """
 
     layers: tuple[str, ...]
     steps: int
     moved: tuple[Trip, ...]
     task_layers: tuple[str, ...] = ()
+    was_on: bool = True
 
     @property
     def identical(self) -> bool:
@@ -58,7 +60,7 @@ class FreezeReport:
         return not self.moved
 
     def __str__(self) -> str:
-        if not self.steps:
+        if not self.was_on:
             return "the freeze was never on"
         steps = counted(self.steps, "step")
         said = [f"{counted(len(self.layers), 'frozen layer')} bit-identical over {steps}"] if self.layers else []
@@ -68,9 +70,8 @@ class FreezeReport:
             )
         if self.identical:
             return "; ".join(said)
-        shown = "; ".join(map(str, self.moved[:3])) + (f"; {len(self.moved) - 3} more" if len(self.moved) > 3 else "")
         frozen = counted(len(self.layers) + len(self.task_layers), "frozen layer")
-        return f"{frozen} over {steps}; moved by others and put back: {shown}"
+        return f"{frozen} over {steps}; moved by others and put back: {in_words(self.moved)}"
 
     def state_dict(self) -> dict[str, Any]:
         """Strings, numbers, lists and dicts only."""
@@ -78,6 +79,7 @@ class FreezeReport:
         return {
             "layers": list(self.layers),
             "task_layers": list(self.task_layers),
+            "was_on": self.was_on,
             "steps": self.steps,
             "moved": moved,
         }
@@ -90,7 +92,20 @@ class FreezeReport:
             values = dict(entry)
             step = values.pop("step")
             moved.append(Trip(Moved(**values), step))
-        return cls(tuple(state["layers"]), state["steps"], tuple(moved), tuple(state["task_layers"]))
+        return cls(tuple(state["layers"]), state["steps"], tuple(moved), tuple(state["task_layers"]), state["was_on"])
+
+
+def in_words(trips: Sequence[Trip], most: int = 3) -> str:
+    """What moved, layer by layer, the first few of them."""
+    by_layer: dict[str, list[Trip]] = {}
+    for trip in trips:
+        by_layer.setdefault(trip.moved.layer, []).append(trip)
+    said = [
+        f"step {found[0].step:,}: {layer} ({', '.join(trip.moved.without_layer() for trip in found)})"
+        for layer, found in list(by_layer.items())[:most]
+    ]
+    more = len(by_layer) - most
+    return "; ".join(said) + (f"; {counted(more, 'more layer')}" if more > 0 else "")
 
 
 class Freeze:
@@ -120,12 +135,13 @@ class Freeze:
         affine_cause: str = "",
     ) -> None:
         layers = batch_norm_layers(model)
+        self._model = model
         self._always = {name: layers[name] for name in always}
         self._by_task = {task: {name: layers[name] for name in names} for task, names in by_task.items()}
         self._task_layers = {name: layer for members in self._by_task.values() for name, layer in members.items()}
         self._stats, self._affine, self._by = stats, affine, by
         self._affine_cause = affine_cause
-        self._on = False
+        self._on = self._was_on = False
         self._task: str | None = None
         self._kept: KeptValues | None = None
         self._lent: LentStatistics | None = None
@@ -138,7 +154,7 @@ class Freeze:
         self._steps = 0
         self._since: int | None = None
         if before is not None:
-            self._steps = before.steps
+            self._steps, self._was_on = before.steps, before.was_on
             self._trips = {(trip.moved.layer, trip.moved.value): trip for trip in before.moved}
 
     @property
@@ -146,16 +162,17 @@ class Freeze:
         """Whether it is switched on."""
         return self._on
 
-    def switch(self, on: bool, step: int) -> list[Trip]:
+    def switch(self, on: bool, step: int, warn: bool = True) -> list[Trip]:
         """Switches all layers on or off together; what moved until then is compared a last time."""
         if on == self._on:
             return []
         trips = [] if on else self.check(step)
         self.check_copies()
         self._on = on
+        self._was_on = self._was_on or on
         every = {**self._always, **self._task_layers}
         if on:
-            if self._stats:
+            if self._stats and warn:
                 warn_of_initial_statistics(every)
             self._since = step
             # Layers of a task too: recalibrating them from batches of all tasks would undo what the freeze is for.
@@ -238,12 +255,28 @@ class Freeze:
         """Compares all frozen values bit by bit and puts back what moved; what was not known before."""
         if self._kept is None:
             return []
-        moved = self._kept.moved()
+        replaced = self._look_again()
+        moved = replaced + self._kept.moved()
         if moved:
             self._kept.put_back()
         else:
             self._kept.rearm()
         return self._new(moved, step)
+
+    def _look_again(self) -> list[Moved]:
+        """Layers that were replaced by others of the same name are held from here on, with the kept values."""
+        now = batch_norm_layers(self._model)
+        replaced = [name for name, layer in self._always.items() if now.get(name, layer) is not layer]
+        if not replaced or self._kept is None:
+            return []
+        for name in replaced:
+            self._always[name] = now[name]
+        new = {name: now[name] for name in replaced}
+        declare_frozen(new, stats=self._stats, affine=self._affine, by=self._by)
+        self._hold(new.values())
+        self._own_parameters = _affine(self._always)
+        self._kept = self._kept.of_others(self._always)
+        return [Moved(name, "layer", float("nan"), "replaced by another one") for name in replaced]
 
     def _new(self, moved: Iterable[Moved], step: int) -> list[Trip]:
         """Of what moved, that which is told for the first time."""
@@ -283,7 +316,8 @@ class Freeze:
     def report(self, step: int) -> FreezeReport:
         """What became of the frozen values so far."""
         steps = self._steps + (0 if self._since is None else step - self._since)
-        return FreezeReport(tuple(self._always), steps, tuple(self._trips.values()), tuple(self._task_layers))
+        trips = tuple(self._trips.values())
+        return FreezeReport(tuple(self._always), steps, trips, tuple(self._task_layers), self._was_on)
 
     def forget_values(self) -> None:
         """Gives up what was kept: averages stand in the place of the weights, and nothing can be said of either."""

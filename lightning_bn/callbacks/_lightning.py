@@ -44,13 +44,14 @@ else:
 
 
 def _of_both_namespaces() -> tuple[type, ...]:
-    kinds: tuple[type, ...] = (pl.Trainer, pl.LightningDataModule, Logger)
+    kinds: tuple[type, ...] = (pl.Trainer, pl.LightningDataModule, pl.Callback, Logger)
     if _HAS_LIGHTNING:
+        from lightning.pytorch import Callback as LightningCallback
         from lightning.pytorch import LightningDataModule
         from lightning.pytorch import Trainer as LightningTrainer
         from lightning.pytorch.loggers import Logger as LightningLogger
 
-        kinds += (LightningTrainer, LightningDataModule, LightningLogger)
+        kinds += (LightningTrainer, LightningDataModule, LightningCallback, LightningLogger)
     return kinds
 
 
@@ -190,12 +191,40 @@ def combined(loaders: Any, mode: str) -> Iterator[Iterator[Any]]:
         loader.reset()
 
 
+class _SilentLogger(DummyLogger):
+    """Drops what it is given and says of itself what the logger says in whose place it stands."""
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    def save_dir(self) -> Any:
+        return self._logger.save_dir
+
+    @property
+    def log_dir(self) -> Any:
+        return self._logger.log_dir
+
+    @property
+    def root_dir(self) -> Any:
+        return self._logger.root_dir
+
+    @property
+    def name(self) -> Any:
+        return self._logger.name
+
+    @property
+    def version(self) -> Any:
+        return self._logger.version
+
+
 @contextmanager
 def training_stage(trainer: Trainer) -> Iterator[None]:
     """The Trainer says that it is training, what is logged goes nowhere, and nobody stops it for good."""
     stage, loggers, should_stop = trainer.state.stage, trainer.loggers, trainer.should_stop
     trainer.training = True
-    trainer.loggers = [DummyLogger() for _ in loggers]
+    trainer.loggers = [_SilentLogger(logger) for logger in loggers]
     try:
         yield
     finally:
@@ -207,6 +236,12 @@ def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
     batch = trainer.precision_plugin.convert_input(batch)
     batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
     return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def schedules(trainer: Trainer) -> list[Any]:
+    """What a step could turn on optimizers and schedulers: hyperparameters by group, and the schedulers."""
+    groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
+    return [*groups, *(config.scheduler for config in trainer.lr_scheduler_configs)]
 
 
 def in_step_context(trainer: Trainer, step: Callable[[Any], Any], batch: Any) -> Any:
@@ -236,6 +271,7 @@ __all__ = [
     "rank_zero_info",
     "rank_zero_warn",
     "same_kind_before",
+    "schedules",
     "several_loaders",
     "train_loaders",
     "training_stage",

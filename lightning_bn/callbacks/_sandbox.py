@@ -8,7 +8,8 @@ from contextlib import ExitStack, contextmanager
 from inspect import Parameter
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from lightning_bn.callbacks._lightning import (
     NOT_THE_MODULES_OWN,
@@ -17,9 +18,11 @@ from lightning_bn.callbacks._lightning import (
     Trainer,
     in_step_context,
     prepare_batch,
+    schedules,
     training_stage,
 )
 from lightning_bn.functional.batches import default_forward
+from lightning_bn.functional.flat import same_bits
 from lightning_bn.functional.remembering import remembered
 
 _MOST_BYTES = 1 << 26
@@ -29,17 +32,22 @@ Step = Callable[[Any, Any], Any]
 
 
 @contextmanager
-def sandbox(trainer: Trainer, module: LightningModule, step: str) -> Iterator[tuple[Step, Callable[[Any], Any]]]:
+def sandbox(
+    trainer: Trainer, module: LightningModule, step: str, weights: Weights
+) -> Iterator[tuple[Step, Callable[[Any], Any]]]:
     """Yields the step as ``forward(model, batch)`` and the function that prepares a batch for it.
 
     Inside, ``log`` and ``log_dict`` are silent, the Trainer says that it is training and its loggers write nothing;
     afterwards torchmetrics' states and the modules' own attributes (counters, lists that steps append to) are as they
-    were. What the caller has to see to: gradients off, modes, buffers and random number generators.
+    were, and so are weights that the step moves itself. What the caller has to see to: gradients off, modes, buffers
+    and random number generators.
     """
     with ExitStack() as stack:
         stack.enter_context(training_stage(trainer))
         stack.enter_context(_silent(module))
         stack.enter_context(preserved_attributes(module))
+        stack.enter_context(remembered(schedules(trainer), leave=(Optimizer, nn.Parameter)))
+        stack.enter_context(weights.preserved(module))
         run = _step_function(module, step)
         batch_idx = -1
 
@@ -47,7 +55,9 @@ def sandbox(trainer: Trainer, module: LightningModule, step: str) -> Iterator[tu
             nonlocal batch_idx
             batch_idx += 1
             try:
-                return in_step_context(trainer, lambda prepared: run(prepared, batch_idx), batch)
+                output = in_step_context(trainer, lambda prepared: run(prepared, batch_idx), batch)
+                weights.after_batch(step)
+                return output
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11
                     error.add_note(
@@ -58,6 +68,55 @@ def sandbox(trainer: Trainer, module: LightningModule, step: str) -> Iterator[tu
                 raise
 
         yield forward, lambda batch: prepare_batch(trainer, module, batch)
+
+
+class Weights:
+    """Weights that a step moves itself: those that are trained are refused, a teacher's are put back.
+
+    Looked for in the first batch of the first pass, with copies of all weights that live as long as that batch.
+
+    Attributes:
+        teachers: Names of weights that are not trained and that the step moves.
+    """
+
+    def __init__(self) -> None:
+        self.teachers: set[str] | None = None
+        self._kept: list[tuple[str, nn.Parameter, Tensor]] = []
+
+    @contextmanager
+    def preserved(self, module: LightningModule) -> Iterator[None]:
+        """For one pass."""
+        self._kept = [
+            (name, weight, weight.detach().clone())
+            for name, weight in module.named_parameters()
+            if self.teachers is None or name in self.teachers
+        ]
+        try:
+            yield
+        finally:
+            for _, weight, kept in self._kept:
+                if not same_bits(weight, kept):
+                    weight.data.copy_(kept)
+            self._kept = []
+
+    def after_batch(self, step: str) -> None:
+        """After the first batch it is known which weights the step moves.
+
+        Raises:
+            MisconfigurationException: If one of them is trained; it has been put back.
+        """
+        if self.teachers is not None:
+            return
+        moved = [entry for entry in self._kept if not same_bits(entry[1], entry[2])]
+        trained = [name for name, weight, _ in moved if weight.requires_grad]
+        if trained:
+            raise MisconfigurationException(
+                f"PreciseBatchNorm(step={step!r}): {step} writes to the trained weight {trained[0]!r} itself, which "
+                f"would change the training. Choose step='forward', 'predict_step' or a method of your own that only "
+                f"runs the network on a batch."
+            )
+        self.teachers = {name for name, _, _ in moved}
+        self._kept = moved
 
 
 def check_step(module: LightningModule, step: str) -> None:
@@ -111,10 +170,7 @@ def _silent(module: LightningModule) -> Iterator[None]:
 
 @contextmanager
 def preserved_attributes(module: LightningModule) -> Iterator[None]:
-    """What the module and its submodules keep besides parameters and buffers is afterwards as it was, metrics included.
-
-    So are parameters that are not trained: a step may move them itself, as the teacher of a student.
-    """
+    """What the module and its submodules keep is afterwards as it was, metrics included; besides weights, buffers."""
     internal = set(nn.Module().__dict__)
     own = [
         {name: value for name, value in submodule.__dict__.items() if name not in internal}
@@ -123,8 +179,10 @@ def preserved_attributes(module: LightningModule) -> Iterator[None]:
     with ExitStack() as stack:
         for submodule, attributes in zip(module.modules(), own, strict=True):
             stack.callback(_put_attributes, submodule, attributes, internal)
-        untrained = [parameter for parameter in module.parameters() if not parameter.requires_grad]
-        stack.enter_context(remembered([*own, untrained], leave=NOT_THE_MODULES_OWN, most_bytes=_MOST_BYTES))
+        # Modules, parameters and buffers are seen to elsewhere; above all, statistics are written meanwhile.
+        known = [*module.modules(), *module.parameters(), *module.buffers()]
+        known += [found for part in module.modules() for found in (part.__dict__, part._parameters, part._buffers)]
+        stack.enter_context(remembered(own, leave=NOT_THE_MODULES_OWN, most_bytes=_MOST_BYTES, known=known))
         yield
 
 

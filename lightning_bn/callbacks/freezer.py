@@ -9,7 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import LBFGS
 
-from lightning_bn.callbacks._freeze import Freeze, FreezeReport, Trip
+from lightning_bn.callbacks._freeze import Freeze, FreezeReport, Trip, in_words
 from lightning_bn.callbacks._lightning import (
     Callback,
     LightningModule,
@@ -169,6 +169,22 @@ class BatchNormFreezer(Callback):
                 f"max_steps={trainer.max_steps}: nothing will be frozen in this fit"
             )
 
+    def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A module that goes into train mode in there would move pre-trained statistics before anything is frozen.
+        if self._is_on(trainer):
+            always, by_task = self._select(pl_module)
+            every = (*always, *dict.fromkeys(name for names in by_task.values() for name in names))
+            self._freeze = Freeze(pl_module, every, {}, stats=self.stats, affine=False, by=self.state_key)
+            if self.stats:
+                self._freeze.switch(True, 0, warn=False)
+                self._freeze.keep([])
+
+    def on_sanity_check_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._freeze is not None:
+            # Not held on: Lightning would warn of modules in eval mode.
+            self._say(self._freeze.switch(False, 0))
+            self._freeze = None
+
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Here and not earlier: before the sanity check Lightning would warn of modules in eval mode, and layers may
         # have been replaced since on_fit_start.
@@ -225,12 +241,16 @@ class BatchNormFreezer(Callback):
         self._warn_of_unseen_tasks(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         self._end_batch()
         self._mend(trainer.global_step)
         # From here to the end averages may stand in the place of the weights: nothing is compared or put back.
         self._swapped = self._freeze is not None
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.sanity_checking:
+            return
         self._swapped = False
         self._mend(trainer.global_step)
 
@@ -263,7 +283,8 @@ class BatchNormFreezer(Callback):
         return {"settings": self._settings(), "report": None if report is None else report.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        if state_dict["report"] is not None:
+        # Under another plan other layers were frozen: what became of those says nothing of these.
+        if state_dict["report"] is not None and state_dict["settings"] == self._settings():
             self._resumed = FreezeReport.from_state_dict(state_dict["report"])
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
@@ -325,8 +346,7 @@ class BatchNormFreezer(Callback):
     def _say(self, trips: list[Trip]) -> None:
         if not trips:
             return
-        said = "; ".join(map(str, trips[:3])) + (f"; {len(trips) - 3} more" if len(trips) > 3 else "")
-        rank_zero_warn(f"BatchNormFreezer: a frozen value was moved and has been put back: {said}")
+        rank_zero_warn(f"BatchNormFreezer: a frozen value was moved and has been put back: {in_words(trips)}")
 
     def _warn_of_unseen_tasks(self, trainer: Trainer) -> None:
         """After the first epoch in which the freeze was on, not only at the end of days of training."""

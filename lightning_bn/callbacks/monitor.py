@@ -128,8 +128,14 @@ class BatchNormMonitor(Callback):
         self._watch: Watch | None = None
         self._resumed: tuple[Snapshot, set[str]] | None = None
         self._warned = False
+        self._acted = False
         self._above_before = False
+        self._ended: tuple[Snapshot, set[str]] | None = None
         self._told: set[tuple[str, str]] = set()
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__name__}[{self.prefix}/{self.measure}]"
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         layers = tracked_layers(pl_module, self.modules, self.exclude, self.root)
@@ -141,7 +147,7 @@ class BatchNormMonitor(Callback):
         if self._resumed is None:
             self.history, self._warned, self._told = DriftHistory(self.history.most), False, set()
         self._above_before = False
-        self._watch = Watch(layers, self.measure, self.history, _mean_over_ranks(trainer))
+        self._watch = Watch(layers, self.measure, self.history, *_over_ranks(trainer))
         if self.reference not in _REFERENCES:
             self._watch.refer_to(snapshot_of_checkpoint(self.reference, self._watch.reference))
         elif self._resumed is not None and self._resumed[0].names == tuple(layers):
@@ -156,7 +162,8 @@ class BatchNormMonitor(Callback):
             self._watching.refer_to_now()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if (trainer.global_step + 1) % self.every_n_steps == 0:
+        # Two batches in a row: sources that take turns would otherwise always show the same one of them.
+        if (trainer.global_step + 1) % self.every_n_steps in (0, 1):
             self._watching.before_batch()
 
     def on_train_batch_end(
@@ -203,16 +210,22 @@ class BatchNormMonitor(Callback):
             rank_zero_info(f"BatchNormMonitor: step {last.step:,}: {self._in_words(last.summary)}")
             if self.report and trainer.is_global_zero:
                 self._show(trainer, pl_module, last)
-        self._watch = None
+        self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._end()
+
+    def _end(self) -> None:
+        if self._watch is not None:
+            # For a checkpoint that is saved afterwards.
+            self._ended = (self._watch.reference, self._watch.unsettled)
         self._watch = None
 
     def state_dict(self) -> dict[str, Any]:
-        watch = self._watch
+        now = self._ended if self._watch is None else (self._watch.reference, self._watch.unsettled)
         return {
-            "reference": None if watch is None else watch.reference.state_dict(),
-            "unsettled": [] if watch is None else sorted(watch.unsettled),
+            "reference": None if now is None else now[0].state_dict(),
+            "unsettled": [] if now is None else sorted(now[1]),
             "warned": self._warned,
             "told": [list(pair) for pair in sorted(self._told)],
             "history": self.history.state_dict(),
@@ -260,16 +273,20 @@ class BatchNormMonitor(Callback):
         largest = _largest_over_ranks(trainer, summary.max)
         above, before = _above(largest, self.act_above), self._above_before
         self._above_before = above
+        if largest < self.act_above * _REARMED_BELOW:
+            self._acted = False
         if not (above and before):
             return
+        if not _above(summary.max, self.act_above):
+            said = f"step {sample.step:,}: statistics of another rank moved most"
         said = f"{said}; {self.measure} {largest:.3g} is above act_above={self.act_above:g}"
         if self.action == "raise":
             raise BatchNormDriftError(f"BatchNormMonitor: {said}")
         if self.action == "stop" and not trainer.should_stop:
             trainer.should_stop = True
             rank_zero_warn(f"BatchNormMonitor: {said}: training stops")
-        elif self.action == "warn" and not self._warned:
-            self._warned = True
+        elif self.action == "warn" and not self._acted:
+            self._acted = True
             rank_zero_warn(f"BatchNormMonitor: {said}")
 
     def _log_monitorable(self, trainer: Trainer) -> None:
@@ -342,14 +359,20 @@ def _largest_over_ranks(trainer: Trainer, value: float) -> float:
     return float(trainer.strategy.reduce(tensor, reduce_op="max"))
 
 
-def _mean_over_ranks(trainer: Trainer) -> Any:
+def _over_ranks(trainer: Trainer) -> tuple[Any, Any]:
+    """The mean and the largest over all ranks, as functions; None in one process."""
     if trainer.world_size == 1:
-        return None
+        return None, None
 
-    def mean(values: Tensor) -> Any:
-        return trainer.strategy.reduce(values.to(trainer.strategy.root_device), reduce_op="mean").to(values.device)
+    def over_ranks(operation: str) -> Any:
+        def reduced(values: Tensor) -> Any:
+            # A copy: some strategies reduce in place.
+            there = values.to(trainer.strategy.root_device, copy=True)
+            return trainer.strategy.reduce(there, reduce_op=operation).to(values.device)
 
-    return mean
+        return reduced
+
+    return over_ranks("mean"), over_ranks("max")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

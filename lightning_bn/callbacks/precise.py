@@ -24,7 +24,7 @@ from lightning_bn.callbacks._lightning import (
     rank_zero_warn,
     several_loaders,
 )
-from lightning_bn.callbacks._sandbox import check_step, sandbox
+from lightning_bn.callbacks._sandbox import Weights, check_step, sandbox
 from lightning_bn.callbacks._sources import (
     RecentBatches,
     Source,
@@ -34,7 +34,7 @@ from lightning_bn.callbacks._sources import (
 )
 from lightning_bn.functional.budget import Budget
 from lightning_bn.functional.drift import summarize
-from lightning_bn.functional.layers import tracked_layers
+from lightning_bn.functional.layers import batch_norm_layers, tracked_layers
 from lightning_bn.functional.population import Estimator
 from lightning_bn.functional.recalibrated import Recalibration, RecalibrationError
 from lightning_bn.functional.recalibration import recalibrate
@@ -82,6 +82,7 @@ class PreciseBatchNorm(Callback):
         modules: Which BatchNorm layers, as for :func:`~lightning_bn.functional.batch_norm_layers`; None for all.
         exclude: Which of them not.
         root: Put before every path, for instance ``"model"`` where the network is in ``self.model``.
+        name: Tells this callback from another one in the same Trainer, which refuses two of one name.
 
     Attributes:
         last: What the last recalibration did, None before the first.
@@ -111,6 +112,7 @@ class PreciseBatchNorm(Callback):
         modules: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         root: str = "",
+        name: str | None = None,
     ) -> None:
         super().__init__()
         try:
@@ -149,6 +151,7 @@ class PreciseBatchNorm(Callback):
         self.modules = modules
         self.exclude = exclude
         self.root = root
+        self.name = name
         self.last: Recalibration | None = None
         self._validations = 0
         self._due = False
@@ -159,6 +162,11 @@ class PreciseBatchNorm(Callback):
         self._modes: list[bool] = []
         self._validation_began: float | None = None
         self._said_mixture = False
+        self._weights = Weights()
+
+    @property
+    def state_key(self) -> str:
+        return f"{type(self).__name__}[{self.name}]" if self.name else type(self).__name__
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         # Behind WeightAveraging, whose on_train_end puts the average in the place of the weights.
@@ -178,8 +186,13 @@ class PreciseBatchNorm(Callback):
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._replaced is not None:
-            # Only where the precise statistics still are: averages may have taken them along.
-            restore_where_unchanged(pl_module, *self._replaced)
+            # Only where the precise statistics still are: averages may have taken them along. And not where they have
+            # just been frozen, which is to start from the precise ones.
+            before, after = self._replaced
+            free = [name for name, layer in batch_norm_layers(pl_module).items() if not is_frozen(layer)]
+            kept = [name for name in after.names if name in free]
+            if kept:
+                restore_where_unchanged(pl_module, before.only(kept), after.only(kept))
             self._replaced = None
 
     def on_train_batch_end(
@@ -276,6 +289,9 @@ class PreciseBatchNorm(Callback):
         try:
             self._recalibrate_now(trainer, module)
         except RecalibrationError as error:
+            if error.__cause__ is not None:
+                # The other ranks could: they cannot go on alone.
+                raise
             # A run that diverged goes on as it would have without this callback.
             rank_zero_warn(f"PreciseBatchNorm: {error}")
 
@@ -288,7 +304,7 @@ class PreciseBatchNorm(Callback):
                 rank_zero_info(f"PreciseBatchNorm: all {len(layers)} layers are frozen, nothing to recalibrate")
                 return
             with ExitStack() as stack:
-                forward, prepare = stack.enter_context(sandbox(trainer, module, self.step))
+                forward, prepare = stack.enter_context(sandbox(trainer, module, self.step, self._weights))
                 self.last = recalibrate(
                     module,
                     stack.enter_context(closing(self._batches(trainer, module, prepare))),

@@ -145,7 +145,7 @@ def single_values_refused(layers: Mapping[str, _BatchNorm]) -> Iterator[None]:
 
 def _input_and_count(name: str, channels: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, int]:
     """What a layer was called with, and how many values per channel that is."""
-    batch: Tensor = args[0] if args else kwargs["input"]
+    batch: Tensor = args[0] if args else next(iter(kwargs.values()))
     count = batch.numel() // channels
     if count == 1:
         raise OneValuePerChannelError(name)
@@ -236,7 +236,8 @@ class _Arena:
         # torch's own forward does without the counter; counting costs a kernel.
         uncounted = None if type(layer).forward is _BatchNorm.forward else counter
 
-        def counted_forward(input: Tensor, *args: Any, **kwargs: Any) -> Any:
+        def counted_forward(*args: Any, **kwargs: Any) -> Any:
+            input: Tensor = args[0] if args else next(iter(kwargs.values()))
             count = input.numel() // channels
             if count == 1:
                 raise OneValuePerChannelError(name)
@@ -250,7 +251,7 @@ class _Arena:
             counts[index] = count
             buffers["num_batches_tracked"] = uncounted
             try:
-                return forward(input, *args, **kwargs)
+                return forward(*args, **kwargs)
             finally:
                 buffers["num_batches_tracked"] = counter
 

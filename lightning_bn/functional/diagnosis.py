@@ -6,10 +6,14 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
+from lightning_bn.functional.wording import counted
+
 Disease: TypeAlias = Literal[
     "not finite", "stalled", "updated twice", "frozen but moves", "lagging", "alternating", "ranks differ"
 ]
 
+JUDGED_BY_BATCHES: tuple[Disease, ...] = ("lagging", "alternating", "ranks differ")
+"""What cannot be told of a layer whose statistics are still mostly those of construction."""
 LAGGING = 0.75
 """Mean distance of a batch's mean from the moving average, in standard deviations, that says it lags."""
 ALTERNATING = 0.7
@@ -45,7 +49,8 @@ class Symptoms:
         frozen_by: Who froze its statistics; empty if nobody.
         nonfinite: Channels with statistics that are not finite.
         updates: Updates per training batch; NaN where it is not known.
-        batches: Over how many training batches.
+        changed: Whether any value differs from the last sample's.
+        idle: Training batches since the last update.
         samples: In a training batch; None if that is not known.
         judged: How many batches the next three rest on.
         bias: Mean distance of batch means from the moving average, in standard deviations.
@@ -58,7 +63,8 @@ class Symptoms:
     frozen_by: Sequence[str]
     nonfinite: Sequence[float]
     updates: Sequence[float]
-    batches: int
+    changed: Sequence[bool]
+    idle: Sequence[int]
     samples: int | None
     judged: int
     bias: Sequence[float]
@@ -72,28 +78,31 @@ def diagnose(symptoms: Symptoms) -> list[Diagnosis]:
 
 
 def _of_counters(s: Symptoms) -> Iterator[Diagnosis]:
+    bad = [i for i, count in enumerate(s.nonfinite) if count]
+    if bad:
+        name = s.names[bad[0]]
+        channels = counted(int(s.nonfinite[bad[0]]), "channel")
+        yield Diagnosis(
+            name,
+            "not finite",
+            f"{name}{_and_more(bad)} has {channels} whose running statistics are not finite, and a moving average "
+            f"never recovers from that: find the inf or NaN in its input, then recalibrate.",
+        )
     for index, name in enumerate(s.names):
         updates = s.updates[index]
-        if s.nonfinite[index]:
-            yield Diagnosis(
-                name,
-                "not finite",
-                f"{name} has {int(s.nonfinite[index])} channels whose running statistics are not finite, and a moving "
-                f"average never recovers from that: find the inf or NaN in its input, then recalibrate the layer.",
-            )
-        if s.frozen_by[index] and updates > 0:
+        if s.frozen_by[index] and (updates > 0 or s.changed[index]):
+            how = "updated: something put it into train mode" if updates > 0 else "written to"
             yield Diagnosis(
                 name,
                 "frozen but moves",
-                f"{name} is frozen by {s.frozen_by[index]} but its statistics were updated: something put it into "
-                f"train mode.",
+                f"{name} is frozen by {s.frozen_by[index]} but its statistics were {how}.",
             )
-        elif s.training[index] and not s.frozen_by[index] and updates == 0 and s.batches >= FEWEST_BATCHES:
+        elif s.training[index] and not s.frozen_by[index] and s.idle[index] >= FEWEST_BATCHES:
             yield Diagnosis(
                 name,
                 "stalled",
-                f"{name} is in train mode but was not updated in {s.batches} batches: no forward reaches it, or its "
-                f"tracking was switched off; evaluation uses statistics that no longer follow.",
+                f"{name} is in train mode but was not updated in {s.idle[index]} batches: no forward reaches it, or "
+                f"its tracking was switched off; evaluation uses statistics that no longer follow.",
             )
         elif updates > 1.5:
             yield Diagnosis(
@@ -115,13 +124,13 @@ def _of_batches(s: Symptoms) -> Iterator[Diagnosis]:
         yield Diagnosis(
             name,
             "ranks differ",
-            f"{name} sees data on this rank that is {s.gap[differ[0]]:.1f} sigma from that of all ranks, and "
+            f"{name} sees data on one rank that is {s.gap[differ[0]]:.1f} sigma from that of all ranks, and "
             f"evaluation uses rank 0's moving average alone: shuffle the data over the ranks, use SyncBatchNorm, or "
             f"recalibrate before validation.",
         )
     if alternate:
         name = s.names[alternate[0]]
-        more = f" (and {len(alternate) - 1} more layers)" if len(alternate) > 1 else ""
+        more = _and_more(alternate)
         yield Diagnosis(
             name,
             "alternating",
@@ -131,10 +140,15 @@ def _of_batches(s: Symptoms) -> Iterator[Diagnosis]:
         )
     if lag:
         name = s.names[lag[0]]
-        more = f" (and {len(lag) - 1} more layers)" if len(lag) > 1 else ""
+        more = _and_more(lag)
         yield Diagnosis(
             name,
             "lagging",
             f"{name}{more} has a moving average that lags {s.bias[lag[0]]:.1f} sigma behind its batches, so that "
             f"validation uses stale statistics: recalibrate before it (PreciseBatchNorm), or lower the learning rate.",
         )
+
+
+def _and_more(layers: Sequence[int]) -> str:
+    """One cause shows in many layers."""
+    return f" (and {counted(len(layers) - 1, 'more layer')})" if len(layers) > 1 else ""

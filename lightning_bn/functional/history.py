@@ -12,7 +12,8 @@ from torch import Tensor
 class DriftHistory:
     """Samples of drift, each the largest of every layer's channels.
 
-    When it is full every second sample is dropped, so that it covers the whole run at half the resolution.
+    When it is full every second sample is dropped, and from then on only every second one of those that come stays, so
+    that it covers the whole run evenly; the newest one is always there.
 
     Args:
         most: How many samples to keep at most.
@@ -31,6 +32,9 @@ class DriftHistory:
         self.epochs: list[int] = []
         self.marks: list[tuple[int, str, str]] = []
         self._rows: list[Tensor] = []
+        self._stride = 1
+        self._seen = 0
+        self._provisional = False
 
     def __len__(self) -> int:
         return len(self.steps)
@@ -46,11 +50,26 @@ class DriftHistory:
         """
         if self.names != names:
             self.names, self.steps, self.epochs, self._rows = names, [], [], []
+            self._stride, self._seen, self._provisional = 1, 0, False
+        if self._provisional:
+            self._keep(slice(0, -1))
         self.steps.append(step)
         self.epochs.append(epoch)
         self._rows.append(largest)
+        self._provisional = bool(self._seen % self._stride)
+        self._seen += 1
         if len(self) > self.most:
-            self.steps, self.epochs, self._rows = self.steps[::2], self.epochs[::2], self._rows[::2]
+            stays = (len(self) - self._provisional) % 2 and not self._provisional
+            self._keep(slice(0, len(self) - self._provisional, 2))
+            self._stride *= 2
+            if not stays:
+                self.steps.append(step)
+                self.epochs.append(epoch)
+                self._rows.append(largest)
+            self._provisional = not stays
+
+    def _keep(self, which: slice) -> None:
+        self.steps, self.epochs, self._rows = self.steps[which], self.epochs[which], self._rows[which]
 
     def mark(self, step: int, layer: str, event: str) -> None:
         """Notes that something happened to a layer: frozen, unfrozen, recalibrated, reset."""
@@ -70,6 +89,9 @@ class DriftHistory:
             "steps": list(self.steps),
             "epochs": list(self.epochs),
             "marks": [list(mark) for mark in self.marks],
+            "stride": self._stride,
+            "seen": self._seen,
+            "provisional": self._provisional,
             "values": self.values(),
         }
 
@@ -80,5 +102,7 @@ class DriftHistory:
         history.names = tuple(state["names"])
         history.steps, history.epochs = list(state["steps"]), list(state["epochs"])
         history.marks = [(int(step), str(layer), str(event)) for step, layer, event in state["marks"]]
+        history._stride, history._seen = state["stride"], state["seen"]
+        history._provisional = state["provisional"]
         history._rows = list(state["values"])
         return history

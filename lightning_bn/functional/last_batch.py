@@ -36,6 +36,25 @@ def surprise(before: Snapshot, after: Snapshot, momentum: Tensor) -> Tensor:
     return (after.mean.to(torch.float64) - before.mean.to(torch.float64)) / weight / sigma
 
 
+def gap(everywhere: Snapshot, here: Snapshot, momentum: Tensor) -> Tensor:
+    """How far the last batch here was from those everywhere, ``(C,)``, in standard deviations.
+
+    Args:
+        everywhere: Means over all processes right after a batch that all began with the same statistics.
+        here: Of this process.
+        momentum: Of the layers, as :func:`momenta` gives it.
+    """
+    layer_of = here.layer_of()
+    eps = torch.tensor(here.eps, dtype=torch.float64, device=momentum.device)[layer_of]
+    sigma = (here.var.to(torch.float64) + eps).sqrt()
+    weight = torch.where(momentum > 0, momentum, torch.nan)[layer_of]
+    return (here.mean.to(torch.float64) - everywhere.mean.to(torch.float64)) / weight / sigma
+
+
+_MOST = 2.0
+"""Standard deviations that a single batch can add to a judgement on several."""
+
+
 @dataclass(frozen=True)
 class Surprises:
     """The surprises of several batches, summed up by channel.
@@ -59,7 +78,8 @@ class Surprises:
     def with_batch(self, values: Tensor) -> Surprises:
         """With one batch more; channels that are not finite are left out."""
         there = values.isfinite()
-        taken = torch.where(there, values, 0)
+        # One batch that is far off is one batch, not two sources.
+        taken = torch.where(there, values, 0).clamp(-_MOST, _MOST)
         return Surprises(self.count + there, self.total + taken, self.squares + taken.square())
 
     def bias(self, snapshot: Snapshot) -> Tensor:

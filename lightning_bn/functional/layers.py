@@ -106,7 +106,7 @@ def refuse_lazy(layers: Mapping[str, _BatchNorm]) -> None:
         SelectionError: If a lazy layer is still uninitialised.
     """
     for name, layer in layers.items():
-        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():  # type: ignore[misc]
+        if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
             raise SelectionError(
                 f"BatchNorm layer {name!r} is a {type(layer).__name__} that has not seen a batch yet, so it has no "
                 f"channels: run one forward pass of the model first."

@@ -110,10 +110,15 @@ def plan(
         1 of 2 layers frozen (statistics) by 2: 1; 4 other weights below these paths still train
     """
     base, tasks = select_by_task(model, modules, exclude, root, stats=stats, affine=affine, by_task=by_task)
-    rules = {name: _rule(model, name, modules, root) for name in base}
+    layers_by_name = batch_norm_layers(model)
+    paths: dict[int, list[str]] = {id(layer): [] for layer in layers_by_name.values()}
+    for path, module in named_paths(model):
+        if id(module) in paths:
+            paths[id(module)].append(path)
+    rules = {name: _rule(paths[id(layers_by_name[name])], modules, root) for name in base}
     for task, names in tasks.items():
         for name in names:
-            rules.setdefault(name, _rule(model, name, (by_task or {})[task], root))
+            rules.setdefault(name, _rule(paths[id(layers_by_name[name])], (by_task or {})[task], root))
     layers = tuple(
         PlannedLayer(
             name=name,
@@ -123,7 +128,7 @@ def plan(
             affine=name in rules and affine and bool(affine_parameters(layer)),
             tasks=() if name in base else tuple(task for task, names in tasks.items() if name in names),
         )
-        for name, layer in batch_norm_layers(model).items()
+        for name, layer in layers_by_name.items()
     )
     return FreezePlan(layers, schedule or FreezeSchedule(), _others(model, layers, modules, by_task, root))
 
@@ -155,17 +160,12 @@ def select_by_task(
     return base, tasks
 
 
-def _rule(model: nn.Module, name: str, patterns: Patterns, root: str) -> str:
-    """The first pattern that means the layer, under any of its names."""
+def _rule(paths: Sequence[str], patterns: Patterns, root: str) -> str:
+    """The first pattern that means a layer, under any of its names."""
     if patterns is None:
         return root or "every layer"
-    layer = batch_norm_layers(model)[name]
-    names = [path for path, module in named_paths(model) if module is layer]
-    return next(
-        pattern.text
-        for pattern in as_patterns(patterns, "modules")
-        if any(pattern.matches(path, root) for path in names)
-    )
+    listed = as_patterns(patterns, "modules")
+    return next(pattern.text for pattern in listed if any(pattern.matches(path, root) for path in paths))
 
 
 def _others(

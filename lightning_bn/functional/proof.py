@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import math
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -33,9 +34,13 @@ class Moved:
     cause: str = ""
 
     def __str__(self) -> str:
-        return f"{self.layer}.{self.value} by up to {self.largest_change:.3g}" + (
-            f" ({self.cause})" if self.cause else ""
-        )
+        return f"{self.layer}.{self.without_layer()}"
+
+    def without_layer(self) -> str:
+        """What moved, by how much and why, where the layer has been named."""
+        how_far = "" if math.isnan(self.largest_change) else f" by up to {self.largest_change:.3g}"
+        cause = f" ({self.cause})" if self.cause else ""
+        return f"{self.value}{how_far}{cause}"
 
 
 @dataclass(frozen=True)
@@ -45,6 +50,7 @@ class _Watched:
     layer: str
     value: str
     home: dict[str, Tensor | None]
+    key: str
     tensor: Tensor
     version: int
 
@@ -73,7 +79,7 @@ class KeptValues:
     def touched(self) -> bool:
         """Whether any value was written to or replaced since it was last compared; costs no look at the device."""
         return any(
-            watched.home.get(watched.value) is not watched.tensor or watched.tensor._version != watched.version
+            watched.home.get(watched.key) is not watched.tensor or watched.tensor._version != watched.version
             for watched in self._watched
         )
 
@@ -89,10 +95,10 @@ class KeptValues:
         """Writes what was kept wherever it differs, in place; a tensor taken away or reshaped comes back."""
         with torch.no_grad():
             for watched, part in zip(self._watched, self._kept.parts(), strict=True):
-                now = watched.home.get(watched.value)
+                now = watched.home.get(watched.key)
                 if now is None or now.shape != watched.tensor.shape or now.dtype != watched.tensor.dtype:
                     # The tensor it was: optimizers and others may still hold it.
-                    watched.home[watched.value] = now = watched.tensor
+                    watched.home[watched.key] = now = watched.tensor
                 if not same_bits(now.reshape(-1), part):
                     now.copy_(part.view_as(now))
         self.rearm()
@@ -100,11 +106,25 @@ class KeptValues:
     def rearm(self) -> None:
         """Takes what is there now as untouched."""
         self._watched = [
-            _Watched(name, value, home, tensor, tensor._version)
+            _Watched(name, value, home, key, tensor, tensor._version)
             for name, layer in self._layers.items()
-            for value in self._names
-            if (tensor := (home := _home(layer, value)).get(value)) is not None
+            for value, home, key in _homes(layer, self._names)
+            if (tensor := home.get(key)) is not None
         ]
+
+    def of_others(self, layers: Mapping[str, _BatchNorm]) -> KeptValues:
+        """What is kept of these layers, expected of others of the same names instead.
+
+        A layer of another size has nothing to be compared with: what it holds now is kept.
+        """
+        others = KeptValues(layers, stats="running_mean" in self._names, affine="weight" in self._names)
+        mine = dict(zip(self._keys, self._kept.parts(), strict=True))
+        expected = []
+        for key, now in zip(others._keys, others._kept.parts(), strict=True):
+            kept = mine.get(key, now)
+            expected.append(kept if kept.shape == now.shape and kept.dtype == now.dtype else now)
+        others._kept = Flat(expected)
+        return others
 
     def expect(self, other: KeptValues) -> None:
         """Keeps what ``other`` kept of the layers of the same names, instead of what these layers held."""
@@ -114,8 +134,8 @@ class KeptValues:
 
     def _values(self) -> Iterator[tuple[tuple[str, str], Tensor]]:
         for name, layer in self._layers.items():
-            for value in self._names:
-                tensor = _home(layer, value).get(value)
+            for value, home, key in _homes(layer, self._names):
+                tensor = home.get(key)
                 if tensor is not None:
                     yield (name, value), tensor
 
@@ -127,9 +147,21 @@ def what_moved(key: tuple[str, str], kept: Tensor, now: Tensor | None) -> list[M
     return [Moved(*key, _largest_change(kept.reshape(-1), now), _cause(key[1], now))]
 
 
-def _home(layer: nn.Module, value: str) -> dict[str, Tensor | None]:
-    """The dictionary in which a layer keeps a value; read directly, attribute look-up on a module is slow."""
-    return layer._parameters if value in _AFFINE else layer._buffers  # type: ignore[return-value]
+def _homes(layer: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Tensor | None], str]]:
+    """Where a layer keeps its values: what it is called, the dictionary and the key in it.
+
+    Read directly, since attribute look-up on a module is slow. A parametrized weight is computed from others, which are
+    kept below it.
+    """
+    parametrizations = layer._modules.get("parametrizations")
+    for value in names:
+        if value in _STATS:
+            yield value, layer._buffers, value
+        elif isinstance(parametrizations, nn.ModuleDict) and value in parametrizations:
+            for key in parametrizations[value]._parameters:
+                yield f"{value}.{key}", parametrizations[value]._parameters, key  # type: ignore[misc]
+        else:
+            yield value, layer._parameters, value  # type: ignore[misc]
 
 
 def _largest_change(kept: Tensor, now: Tensor | None) -> float:

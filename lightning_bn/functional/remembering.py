@@ -39,12 +39,19 @@ _MACHINERY = (
     types.CoroutineType,
 )
 """What runs or is connected to something that does: it has no state that could be put back."""
+_MOST_OBJECTS = 50_000
+"""That are looked at: what has more is data."""
 _LONG = 1000
 """Of longer containers the order and the members are remembered, not what is inside these: they are data."""
 
 
 @contextmanager
-def remembered(roots: Iterable[Any], leave: tuple[type, ...] = (), most_bytes: int | None = None) -> Iterator[None]:
+def remembered(
+    roots: Iterable[Any],
+    leave: tuple[type, ...] = (),
+    most_bytes: int | None = None,
+    known: Iterable[Any] = (),
+) -> Iterator[None]:
     """Whatever is reachable from ``roots`` holds afterwards what it held before.
 
     Followed are attributes and slots, lists, tuples, dicts, sets and deques of any class, bound methods, partials and
@@ -55,9 +62,10 @@ def remembered(roots: Iterable[Any], leave: tuple[type, ...] = (), most_bytes: i
     Args:
         roots: Where to begin.
         leave: Instances of these are not looked into.
+        known: Objects that somebody else sees to: neither remembered nor looked into.
         most_bytes: Tensors and arrays larger than this are taken to be data, which nobody writes to; None for no limit.
     """
-    memory = _Memory(leave, most_bytes)
+    memory = _Memory(leave, most_bytes, known)
     for root in roots:
         memory.add(root)
     try:
@@ -67,18 +75,25 @@ def remembered(roots: Iterable[Any], leave: tuple[type, ...] = (), most_bytes: i
 
 
 class _Memory:
-    def __init__(self, leave: tuple[type, ...], most_bytes: int | None) -> None:
+    def __init__(self, leave: tuple[type, ...], most_bytes: int | None, known: Iterable[Any]) -> None:
         self._leave = (*_ATOMS, *leave)
         self._most_bytes = most_bytes
-        self._seen: dict[int, Any] = {}  # the objects themselves too, so that no id is used twice
+        # The objects themselves too, so that no id is used twice.
+        self._seen: dict[int, Any] = {id(value): value for value in known}
+        # Aliases of known tensors are known too: a state dict that somebody keeps.
+        self._memory = {_address(value) for value in self._seen.values() if isinstance(value, Tensor)} - {0}
+        self._looked_at = 0
         self._put_back: list[Callable[[], None]] = []
 
     def add(self, root: Any) -> None:
         stack = [root]
         while stack:
             value = stack.pop()
+            if self._looked_at >= _MOST_OBJECTS:
+                return
             if id(value) not in self._seen and not isinstance(value, self._leave) and not _is_machinery(value):
                 self._seen[id(value)] = value
+                self._looked_at += 1
                 stack.extend(self._look_at(value))
 
     def put_back(self) -> None:
@@ -103,7 +118,7 @@ class _Memory:
             self._remember(value.set_state, value.get_state())
         elif isinstance(value, Tensor):
             small = self._most_bytes is None or value.numel() * value.element_size() <= self._most_bytes
-            if is_plain(value) and small:
+            if is_plain(value) and small and _address(value) not in self._memory:
                 self._remember(functools.partial(_put_values, value), value.detach().clone())
         elif numpy is not None and isinstance(value, numpy.random.Generator):
             # The state's dictionary is made anew at each look.
@@ -162,6 +177,10 @@ class _Memory:
         self._put_back.append(lambda: void(put_back(state)))
 
 
+def _address(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr() if is_plain(tensor) else 0
+
+
 def _is_machinery(value: Any) -> bool:
     if isinstance(value, _MACHINERY) or (hasattr(type(value), "__next__") and not isinstance(value, Dataset)):
         return True
@@ -202,6 +221,10 @@ def _put_values(tensor: Tensor, values: Tensor) -> None:
 
 def _put_items(mapping: dict[Any, Any], items: list[tuple[Any, Any]]) -> None:
     # Past what a subclass may make of it (Counter.update adds); an OrderedDict keeps a list of its own.
+    if len(mapping) == len(items) and all(
+        now == key and found is value for (now, found), (key, value) in zip(mapping.items(), items, strict=True)
+    ):
+        return
     kind = OrderedDict if isinstance(mapping, OrderedDict) else dict
     kind.clear(mapping)
     for key, value in items:

@@ -19,12 +19,14 @@ class Vitals:
         dead: Channels whose variance is below ``eps``: the layer puts out little but its bias there.
         updates: Updates of the running statistics per training batch since the earlier snapshot; NaN where there is no
             counter or it was reset.
+        changed: Whether any value of the statistics differs.
         reset: Whether the counter went back, or the statistics to their initial values, since the earlier snapshot.
     """
 
     nonfinite: Tensor
     dead: Tensor
     updates: Tensor
+    changed: Tensor
     reset: Tensor
 
 
@@ -50,6 +52,7 @@ def vitals(current: Snapshot, earlier: Snapshot, batches: int) -> Vitals:
         return empty.index_add_(0, layer_of, channels.to(torch.float64))
 
     then, now = earlier.num_batches_tracked.to(mean.device), current.num_batches_tracked
+    moved = _differs(current.mean, earlier.mean) | _differs(current.var, earlier.var)
     initial = per_layer((mean != 0) | (var != 1)) == 0
     was_initial = per_layer((earlier.mean.to(mean.device) != 0) | (earlier.var.to(mean.device) != 1)) == 0
     reset = ((now >= 0) & (now < then)) | (initial & ~was_initial)
@@ -59,5 +62,12 @@ def vitals(current: Snapshot, earlier: Snapshot, batches: int) -> Vitals:
         nonfinite=per_layer(~(mean + var).isfinite()),
         dead=per_layer(var < eps),
         updates=updates,
+        changed=per_layer(moved) > 0,
         reset=reset,
     )
+
+
+def _differs(now: Tensor, then: Tensor) -> Tensor:
+    """Where two tensors differ; a NaN that stays one does not."""
+    then = then.to(now.device)
+    return (now != then) & ~(now.isnan() & then.isnan())

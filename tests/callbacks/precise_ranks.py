@@ -78,11 +78,11 @@ class Raising(Module):
 
 
 class FrozenOnOne(Module):
-    """One rank freezes all of its layers in the middle of training."""
+    """One rank freezes the statistics of all of its layers in the middle of training."""
 
     def on_train_batch_end(self, *_: Any) -> None:
         if self.global_rank == 1:
-            freeze_batch_norm(self)
+            freeze_batch_norm(self, affine=False)
 
 
 def precise(**kwargs: Any) -> PreciseBatchNorm:
@@ -131,7 +131,7 @@ def train_loader(rank: int) -> DataLoader[Any]:
     return DataLoader(data, batch_size=8, sampler=sampler)
 
 
-def fitted(scenario: Scenario, folder: Path) -> tuple[pl.Trainer, Module, list[Any], Recorder, Callable[[], None]]:
+def fitted(scenario: Scenario, folder: Path) -> tuple[Module, list[Any], Recorder, Callable[[], None]]:
     """All there is to a fit, and what starts it."""
     build, callbacks, options, ddp = scenario
     rank = dist.get_rank()
@@ -147,19 +147,16 @@ def fitted(scenario: Scenario, folder: Path) -> tuple[pl.Trainer, Module, list[A
         **options,
     )
     val = DataLoader(samples(8, seed=9), batch_size=4)
-    return trainer, module, used, recorder, lambda: trainer.fit(module, train_loader(rank), val)
+    return module, used, recorder, lambda: trainer.fit(module, train_loader(rank), val)
 
 
 def run_fit(name: str, folder: Path) -> dict[str, Any]:
     own = folder / name.replace(" ", "_").replace(",", "")
-    trainer, module, used, recorder, fit = fitted(SCENARIOS[name], own)
+    module, used, recorder, fit = fitted(SCENARIOS[name], own)
     fit()
     last = next((callback.last for callback in used if isinstance(callback, PreciseBatchNorm)), None)
     dist.barrier()
-    saved = {
-        path.name: {key: value for key, value in torch.load(path, weights_only=True)["state_dict"].items()}
-        for path in sorted(own.glob("*.ckpt"))
-    }
+    saved = {path.name: dict(torch.load(path, weights_only=True)["state_dict"]) for path in sorted(own.glob("*.ckpt"))}
     return {
         "trace": [(list(seen), loss) for seen, loss in recorder.trace],
         "parameters": {key: value.detach().clone() for key, value in module.named_parameters()},
@@ -178,7 +175,7 @@ def run_fit(name: str, folder: Path) -> dict[str, Any]:
 
 
 def run_failure(name: str, folder: Path) -> dict[str, Any]:
-    trainer, module, _, _, fit = fitted({**FAILURES, **STRANDING}[name], folder / name.replace(" ", "_"))
+    module, _, _, fit = fitted({**FAILURES, **STRANDING}[name], folder / name.replace(" ", "_"))
     told, started = "", time.monotonic()
     try:
         fit()

@@ -766,7 +766,7 @@ def test_weights_loaded_in_the_modules_own_on_train_start_are_the_frozen_ones() 
 
 
 def test_statistics_that_are_still_those_of_construction_are_warned_of() -> None:
-    with pytest.warns(UserWarning, match=r"still those of construction.*'net\.body\.1'"):
+    with pytest.warns(UserWarning, match=r"statistics of construction.*'net\.body\.1'"):
         fit(Classifier(seeded(Net)), freezer())
 
 

@@ -82,7 +82,7 @@ def test_the_report_says_what_moved_when_and_by_how_much() -> None:
     assert trip.moved.largest_change == pytest.approx(2)
     assert trip.step == 4
     assert not frozen.report.identical
-    text = "step 4: net.body.1.running_mean by up to 2"
+    text = "step 4: net.body.1 (running_mean by up to 2)"
     assert text in str(frozen.report)
     assert any(text in str(warning.message) for warning in caught)
 

@@ -52,8 +52,8 @@ def test_a_changed_input_moves_the_variance_that_is_named_by_its_factor() -> Non
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_one_bad_batch_is_named_at_its_step_before_validation(bad: float) -> None:
     said = fit(Module(pretrained(), lambda x, step: x * bad if step == 20 else x), monitor(), max_epochs=1)
-    assert said[0].startswith(f"BatchNormMonitor: step 21: {FIRST} has 4 channels whose running statistics are not")
-    assert all("not finite" in line for line in said)
+    assert said[0].startswith(f"BatchNormMonitor: step 21: {FIRST} ")
+    assert all("4 channels whose running statistics are not finite" in line for line in said)
 
 
 def test_one_bad_batch_is_one_line_whatever_lies_behind_it() -> None:
@@ -254,16 +254,16 @@ def digits(batch_size: int, seed: int) -> tuple[Any, Any]:
     x = torch.tensor(data.images, dtype=torch.float32)[:, None] / 8 - 1
     y = torch.tensor(data.target)
     shuffled = torch.Generator().manual_seed(seed)
-    train = DataLoader(
-        TensorDataset(x[:1400], y[:1400]), batch_size, shuffle=True, drop_last=True, generator=shuffled
-    )
+    train = DataLoader(TensorDataset(x[:1400], y[:1400]), batch_size, shuffle=True, drop_last=True, generator=shuffled)
     return train, DataLoader(TensorDataset(x[1400:], y[1400:]), 128)
 
 
-@pytest.mark.parametrize("every_n_steps", [1, 10])
-@pytest.mark.parametrize("seed", range(5))
-def test_a_healthy_run_on_digits_raises_no_alarm_from_scratch_nor_in_fine_tuning(seed: int, every_n_steps: int) -> None:
-    batch_size = (32, 64)[seed % 2]
+@pytest.mark.parametrize(
+    ("seed", "batch_size", "every_n_steps"), [(0, 32, 1), (1, 64, 1), (2, 32, 10), (3, 64, 10), (4, 32, 1)]
+)
+def test_a_healthy_run_on_digits_raises_no_alarm_from_scratch_nor_in_fine_tuning(
+    seed: int, batch_size: int, every_n_steps: int
+) -> None:
     pl.seed_everything(seed, verbose=False)
     net = Digits()
 
@@ -334,7 +334,7 @@ def test_a_rank_with_other_data_is_named_once_with_the_first_layer(ranks: Result
     said = [line for line in ranks[0]["other data"]["said"] if "rank 0" in line]
     assert len(said) == 1, ranks[0]["other data"]["said"]
     assert FIRST in said[0]
-    assert "sees data on this rank" in said[0]
+    assert "sees data on one rank" in said[0]
     assert "evaluation uses rank 0's moving average alone" in said[0]
 
 

@@ -1,4 +1,4 @@
-"""PreciseBatchNorm on two real processes: the same statistics on both, of the batches of both, and training as without."""
+"""PreciseBatchNorm on two real processes: statistics of the batches of both, training as without it."""
 
 from typing import Any
 

@@ -13,6 +13,9 @@ from lightning_bn import PreciseBatchNorm
 from tests.callbacks.fits import Classifier, Recorder, quiet, samples, trajectory, val_loader
 from tests.models import bits
 
+# torchdata's own use of what torch deprecates.
+pytestmark = pytest.mark.filterwarnings("ignore:'set_vital' is deprecated")
+
 
 def loader(workers: int = 0, count: int = 44, **kwargs: Any) -> StatefulDataLoader:
     return StatefulDataLoader(samples(count), batch_size=8, shuffle=True, num_workers=workers, **kwargs)

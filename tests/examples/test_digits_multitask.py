@@ -14,6 +14,9 @@ ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "digits_multitask"
 CALLBACKS = ("BatchNormFreezer", "BatchNormMonitor", "PreciseBatchNorm")
 
+# What the monitor says of a backbone that is not frozen is what the example is about.
+pytestmark = pytest.mark.filterwarnings("ignore:BatchNormMonitor")
+
 
 def callback_named(trainer, name):
     return next(callback for callback in trainer.callbacks if type(callback).__name__ == name)

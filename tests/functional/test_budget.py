@@ -114,8 +114,13 @@ def test_data_that_ended_before_the_samples_asked_for_are_said():
 
 @pytest.mark.parametrize(
     "limits",
-    [{"num_samples": 0}, {"num_samples": -3}, {"max_standard_error": 0.0}, {"max_standard_error": -1.0}]
-    + [{"max_standard_error": math.nan}],
+    [
+        {"num_samples": 0},
+        {"num_samples": -3},
+        {"max_standard_error": 0.0},
+        {"max_standard_error": -1.0},
+        {"max_standard_error": math.nan},
+    ],
     ids=str,
 )
 def test_budget_that_asks_for_nothing_is_refused_and_nothing_is_changed(limits):

@@ -76,9 +76,13 @@ def differences(one: Any, other: Any, path: str = "") -> list[str]:
     if isinstance(one, list | tuple):
         if len(one) != len(other):
             return [f"{path}: length {len(one)} became {len(other)}"]
-        return [p for index, pair in enumerate(zip(one, other, strict=True)) for p in differences(*pair, f"{path}/{index}")]
+        return [
+            p for index, pair in enumerate(zip(one, other, strict=True)) for p in differences(*pair, f"{path}/{index}")
+        ]
     if isinstance(one, Tensor):
-        same = (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device) and bits(one) == bits(other)
+        same = (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device) and bits(one) == bits(
+            other
+        )
         return [] if same else [path]
     return [] if one == other or (one != one and other != other) else [path]
 
@@ -207,7 +211,12 @@ def test_options_are_those_of_recalibrate(tmp_path):
     path = saved(seeded(SmallResNet).state_dict(), tmp_path)
     data = [{"image": images(4, seed=seed)} for seed in range(5)]
     done = recalibrate_checkpoint(
-        path, SmallResNet(), data, tmp_path / "new.pt", num_batches=2, forward=lambda model, batch: model(batch["image"])
+        path,
+        SmallResNet(),
+        data,
+        tmp_path / "new.pt",
+        num_batches=2,
+        forward=lambda model, batch: model(batch["image"]),
     )
     assert done.recalibration.num_batches == 2
 

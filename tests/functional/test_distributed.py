@@ -158,7 +158,7 @@ def test_error_asked_for_is_reached_by_all_ranks_together(ranks: Results) -> Non
 def test_standard_error_is_the_same_on_every_rank_and_neither_none_nor_made_up(ranks: Results, scenario: str) -> None:
     errors = {rank[scenario]["standard_error"] for rank in ranks}
     assert len(errors) == 1
-    assert 0 < errors.pop()
+    assert errors.pop() > 0
 
 
 def test_standard_error_of_one_batch_on_each_rank_is_not_taken_for_none(ranks: Results) -> None:
@@ -211,7 +211,8 @@ def test_ranks_that_mean_different_layers_all_name_them(ranks: Results, scenario
 
 
 @pytest.mark.parametrize(
-    ("scenario", "own"), [("all frozen", "ValueError: nothing to recalibrate"), ("nothing selected", "SelectionError")]
+    ("scenario", "own"),
+    [("all frozen", "RecalibrationError: nothing to recalibrate"), ("nothing selected", "SelectionError")],
 )
 def test_rank_that_cannot_begin_tells_why_and_the_others_do_not_wait(ranks: Results, scenario: str, own: str) -> None:
     for index, rank in enumerate(ranks):

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from lightning_bn.functional.drift import MEASURES, DriftSummary, drift, summarize
+from lightning_bn.functional.drift import MEASURES, DriftSummary, drift, layer_maxima, summarize
 from lightning_bn.functional.snapshots import Snapshot, take_snapshot
 from tests.models import SMALL_RESNET_NAMES, SmallResNet, fill_statistics
 
@@ -403,3 +403,24 @@ def test_a_channel_that_is_not_finite_is_the_worst() -> None:
     summary = summarize(a, b, threshold=1.0)
     assert (summary.worst_layer, summary.worst_channel) == ("layer1", 1)
     assert not math.isfinite(summary.max)
+
+
+# --- the largest of each layer -----------------------------------------------------------------------------------
+
+
+def test_layer_maxima_are_those_of_each_layers_channels() -> None:
+    snapshot = of(layer_with(MEANS, VARS), layer_with([0.0], [1.0]), layer_with([0.0, 1.0], [1.0, 2.0]))
+    values = torch.tensor([3.0, -1.0, 2.0, 0.0, 1.0, -7.0, 5.0, 6.0], dtype=torch.float64)
+    assert layer_maxima(values, snapshot).tolist() == [3.0, -7.0, 6.0]
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("at", [0, 1, 2])
+def test_what_is_not_finite_is_the_largest_of_its_layer_and_of_no_other(bad: float, at: int) -> None:
+    snapshot = of(layer_with([0.0, 1.0], [1.0, 2.0]), layer_with([0.0], [1.0]))
+    values = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
+    values[at] = bad
+    largest = layer_maxima(values, snapshot)
+    layer = (0, 0, 1)[at]
+    assert repr(float(largest[layer])) == repr(bad)
+    assert float(largest[1 - layer]) == (2.0, 1.0)[layer]

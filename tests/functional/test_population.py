@@ -99,9 +99,7 @@ class Mixed(nn.Module):
         super().__init__()
         dtypes = (torch.float32, torch.float64, torch.bfloat16) * 2
         widths = (3, 5, 2, 4, 3, 6)
-        self.norms = nn.ModuleList(
-            nn.BatchNorm2d(width).to(dtype) for width, dtype in zip(widths, dtypes, strict=True)
-        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width).to(dtype) for width, dtype in zip(widths, dtypes, strict=True))
 
     def forward(self, x: Tensor) -> Tensor:
         out = x.new_zeros(())

@@ -79,9 +79,14 @@ def test_containers_hold_what_they_held_and_are_the_same_objects(kind, hold):
 
 def test_after_an_exception_too():
     value = [1]
-    with pytest.raises(RuntimeError, match="inside"), remembered([value]):
-        value.append(2)
-        raise RuntimeError("inside")
+
+    def fail() -> None:
+        with remembered([value]):
+            value.append(2)
+            raise RuntimeError("inside")
+
+    with pytest.raises(RuntimeError, match="inside"):
+        fail()
     assert value == [1]
 
 
@@ -299,7 +304,7 @@ def test_what_is_larger_than_most_bytes_is_taken_to_be_data():
     small_array, large_array = np.zeros(2), np.zeros(3)
     with remembered([[small, large, small_array, large_array]], most_bytes=16):
         for value in (small, large, small_array, large_array):
-            value += 1
+            value.__iadd__(1)
     assert [float(value[0]) for value in (small, large, small_array, large_array)] == [0, 1, 0, 1]
 
 

@@ -25,7 +25,7 @@ class Errors(NamedTuple):
 
 
 def errors_of(batches: list[Tensor], eps: float = 1e-5) -> Errors:
-    """Over clusters of values, each (C, n): from their definition, with the pooled mean and variance known beforehand."""
+    """Over clusters of values, each (C, n): from their definition, about the pooled statistics."""
     clusters = [batch.double() for batch in batches]
     everything = torch.cat(clusters, 1)
     count, mean = everything.shape[1], everything.mean(1, keepdim=True)

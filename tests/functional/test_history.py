@@ -1,0 +1,105 @@
+"""Drift over time: bounded, whole, and the same after a checkpoint."""
+
+import io
+
+import pytest
+import torch
+from torch import Tensor
+
+from lightning_bn.functional.history import DriftHistory
+
+NAMES = ("a", "b")
+
+
+def row(value: float) -> Tensor:
+    return torch.tensor([value, -value], dtype=torch.float64)
+
+
+def filled(count: int, most: int = 1000) -> DriftHistory:
+    history = DriftHistory(most)
+    for step in range(count):
+        history.append(step, step // 10, NAMES, row(step))
+    return history
+
+
+def test_an_empty_history_has_no_samples() -> None:
+    history = DriftHistory()
+    assert len(history) == 0
+    assert history.values().shape == (0, 0)
+
+
+def test_samples_are_rows_and_layers_columns() -> None:
+    history = filled(3)
+    assert history.names == NAMES
+    assert history.steps == [0, 1, 2]
+    assert history.epochs == [0, 0, 0]
+    assert history.values().tolist() == [[0.0, -0.0], [1.0, -1.0], [2.0, -2.0]]
+    assert history.values().dtype == torch.float64
+
+
+@pytest.mark.parametrize("most", [2, 3, 10, 11, 100])
+@pytest.mark.parametrize("count", [1, 2, 9, 10, 11, 12, 57, 500])
+def test_it_never_keeps_more_than_asked_nor_loses_the_newest(most: int, count: int) -> None:
+    history = filled(count, most)
+    assert len(history) <= most
+    assert len(history) >= min(count, most // 2)
+    assert history.steps[-1] == count - 1
+    assert history.steps == sorted(set(history.steps))
+    # Rows, steps and epochs are still of each other.
+    assert history.values()[:, 0].tolist() == history.steps
+    assert history.epochs == [step // 10 for step in history.steps]
+
+
+def test_a_full_history_still_covers_the_whole_run() -> None:
+    history = filled(10_000, 100)
+    assert history.steps[0] <= 200
+    gaps = torch.tensor(history.steps).diff()
+    assert int(gaps.max()) <= 256
+
+
+def test_other_layers_start_a_new_history() -> None:
+    history = filled(5)
+    history.append(7, 0, ("c",), torch.tensor([1.0], dtype=torch.float64))
+    assert history.names == ("c",)
+    assert history.steps == [7]
+    assert history.values().tolist() == [[1.0]]
+
+
+def test_marks_are_bounded_too() -> None:
+    history = DriftHistory(10)
+    for step in range(1000):
+        history.mark(step, "a", "reset")
+    assert 0 < len(history.marks) <= 100
+    assert history.marks[0][1:] == ("a", "reset")
+    assert all(isinstance(mark, tuple) for mark in history.marks)
+
+
+@pytest.mark.parametrize("count", [0, 1, 25])
+def test_a_checkpoint_read_without_executing_anything_gives_it_back(count: int) -> None:
+    history = filled(count, 20)
+    history.mark(3, "b", "frozen")
+    file = io.BytesIO()
+    torch.save(history.state_dict(), file)
+    file.seek(0)
+    back = DriftHistory.from_state_dict(torch.load(file, weights_only=True))
+    assert (back.most, back.names, back.steps, back.epochs, back.marks) == (
+        history.most,
+        history.names,
+        history.steps,
+        history.epochs,
+        history.marks,
+    )
+    assert torch.equal(back.values(), history.values())
+    back.append(count, 0, NAMES, row(count))
+    assert len(back) <= 20
+    assert back.steps[-1] == count
+
+
+def test_a_state_dict_does_not_change_with_the_history() -> None:
+    history = filled(3)
+    state = history.state_dict()
+    history.append(9, 0, NAMES, row(9))
+    history.mark(9, "a", "reset")
+    assert state["steps"] == [0, 1, 2]
+    assert state["marks"] == []
+    assert state["values"].shape == (3, 2)

@@ -1,0 +1,172 @@
+"""The figure: everything is inside, in words, and its colours turn at the threshold."""
+
+from typing import Any
+
+import matplotlib as mpl
+import pytest
+import torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.collections import QuadMesh
+from torch import Tensor
+
+from lightning_bn.functional.history import DriftHistory
+from lightning_bn.plotting import drift_figure
+
+FEW = ("net.features.1", "net.bn", "net.head.1")
+MANY = tuple(
+    f"model.backbone_2d.blocks.{i // 4}.residual_stage.deformable_convolution.{i % 4}.batch_normalisation"
+    for i in range(200)
+)
+
+
+def history(names: tuple[str, ...] = FEW, samples: int = 12, scale: float = 0.05, marks: bool = False) -> DriftHistory:
+    generator = torch.Generator().manual_seed(0)
+    built = DriftHistory()
+    for index in range(samples):
+        values = scale * torch.rand(len(names), generator=generator, dtype=torch.float64)
+        built.append(50 * (index + 1), index // 4, names, values)
+    if marks:
+        for step, event in ((100, "frozen"), (200, "recalibrated"), (300, "reset"), (400, "unfrozen")):
+            built.mark(step, names[-1], event)
+    return built
+
+
+def drawn(*arguments: Any, **options: Any) -> Any:
+    figure = drift_figure(*arguments, **options)
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+def mesh(figure: Any) -> QuadMesh:
+    [found] = [one for one in figure.axes[0].collections if isinstance(one, QuadMesh)]
+    return found
+
+
+def texts(figure: Any) -> list[Any]:
+    axes, bar = figure.axes
+    legends = [*figure.legends, *(one for one in [axes.get_legend()] if one)]
+    return [
+        *(text for legend in legends for text in legend.get_texts()),
+        *axes.texts,
+        axes.title,
+        axes.xaxis.label,
+        axes.yaxis.label,
+        bar.yaxis.label,
+        *axes.get_yticklabels(),
+        *bar.get_yticklabels(),
+    ]
+
+
+@pytest.mark.parametrize("marks", [True, False])
+@pytest.mark.parametrize("names", [FEW, MANY, FEW[:1]], ids=["3", "200", "1"])
+def test_no_text_is_cut_off_or_lies_on_another(names: tuple[str, ...], marks: bool) -> None:
+    figure = drawn(history(names, marks=marks), "jeffreys")
+    renderer = figure.canvas.get_renderer()
+    width, height = figure.canvas.get_width_height()
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in texts(figure) if text.get_text()]
+    for said, box in boxes:
+        assert box.x0 >= -1, said
+        assert box.y0 >= -1, said
+        assert box.x1 <= width + 1, said
+        assert box.y1 <= height + 1, said
+    for index, (said, box) in enumerate(boxes):
+        for other, of_other in boxes[:index]:
+            apart = box.x0 >= of_other.x1 - 1 or of_other.x0 >= box.x1 - 1
+            apart = apart or box.y0 >= of_other.y1 - 1 or of_other.y0 >= box.y1 - 1
+            assert apart, (said, other)
+
+
+@pytest.mark.parametrize("measure", ["jeffreys", "log_variance_ratio"])
+def test_the_label_of_the_colour_bar_is_no_longer_than_the_figure(measure: str) -> None:
+    figure = drawn(history(), measure)
+    label = figure.axes[1].yaxis.label
+    assert measure in label.get_text()
+    box = label.get_window_extent(figure.canvas.get_renderer())
+    assert box.y0 >= 0
+    assert box.y1 <= figure.canvas.get_width_height()[1]
+
+
+def test_axes_have_titles_and_units_and_whole_names() -> None:
+    axes = drawn(history(), "jeffreys").axes[0]
+    assert "reference" in axes.get_title()
+    assert "step" in axes.get_xlabel()
+    assert "layer" in axes.get_ylabel()
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(FEW)
+
+
+def test_the_first_layer_is_on_top() -> None:
+    axes = drawn(history(), "jeffreys").axes[0]
+    bottom, top = axes.get_ylim()
+    assert top < bottom
+
+
+def test_at_200_layers_names_are_fewer_and_whole() -> None:
+    axes = drawn(history(MANY), "jeffreys").axes[0]
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert 20 <= len(labels) <= 70
+    assert set(labels) <= set(MANY)
+    ticks = [int(tick) for tick in axes.get_yticks()]
+    assert labels == [MANY[tick] for tick in ticks]
+
+
+@pytest.mark.parametrize("threshold", [None, 0.25, 10.0])
+def test_colours_turn_at_the_threshold(threshold: float | None) -> None:
+    figure = drawn(history(), "jeffreys", threshold=threshold)
+    colours = mesh(figure)
+    assert float(colours.norm(threshold or 0.1)) == pytest.approx(0.5)
+    assert float(colours.norm(0.0)) == 0
+    assert any(float(tick) == pytest.approx(threshold or 0.1) for tick in figure.axes[1].get_yticks())
+
+
+def test_one_exploding_layer_does_not_hide_ten_times_the_threshold() -> None:
+    built = history()
+    built.append(650, 3, FEW, torch.tensor([1e9, 1.0, 0.0], dtype=torch.float64))
+    colours = mesh(drawn(built, "jeffreys"))
+    assert float(colours.norm(1.0)) > 0.75
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_what_is_not_finite_is_drawn_and_not_as_healthy(bad: float) -> None:
+    built = history()
+    built.append(650, 3, FEW, torch.tensor([bad, 0.0, 0.0], dtype=torch.float64))
+    figure = drawn(built, "jeffreys")
+    colours = mesh(figure)
+    red, _, blue, _ = colours.to_rgba(colours.get_array())[0, -1]
+    assert not blue > red
+
+
+def column(figure: Any) -> Tensor:
+    return torch.as_tensor(mesh(figure).get_array()).T
+
+
+def test_every_sample_is_in_its_place() -> None:
+    built = history()
+    assert torch.allclose(column(drawn(built, "jeffreys")).double(), built.values())
+
+
+def test_one_sample_is_enough_and_none_is_an_error() -> None:
+    drawn(history(samples=1), "jeffreys")
+    with pytest.raises(ValueError, match="no sample"):
+        drift_figure(DriftHistory(), "jeffreys")
+
+
+def test_what_happened_to_layers_is_in_the_legend_by_name() -> None:
+    figure = drawn(history(marks=True), "jeffreys")
+    legends = [*figure.legends, *(one for one in [figure.axes[0].get_legend()] if one)]
+    said = {text.get_text() for legend in legends for text in legend.get_texts()}
+    assert {"frozen", "unfrozen", "recalibrated", "reset"} <= said
+
+
+def test_marks_of_layers_that_are_gone_are_left_out() -> None:
+    built = history()
+    built.mark(100, "another.layer", "frozen")
+    figure = drawn(built, "jeffreys")
+    assert not figure.legends
+    assert figure.axes[0].get_legend() is None
+
+
+def test_no_window_is_opened_and_no_setting_changed() -> None:
+    before = dict(mpl.rcParams)
+    drawn(history(), "jeffreys")
+    assert dict(mpl.rcParams) == before
+    assert mpl._pylab_helpers.Gcf.get_num_fig_managers() == 0
