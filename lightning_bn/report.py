@@ -163,7 +163,7 @@ def drift_table(
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-        padding=(0, 1, 0, 0),
+        padding=0,
     )
     widest = _widest([layers[name] for name in order[:most]])
     table.add_column("layer and kind", overflow="fold", min_width=min(widest, 14))
