@@ -166,12 +166,12 @@ def drift_table(
         padding=0,
     )
     widest = _widest([layers[name] for name in order[:most]])
-    table.add_column("layer and kind", overflow="fold", min_width=min(widest, 14))
+    table.add_column("layer and kind", overflow="fold", min_width=min(widest, 10))
     for heading in ("trains with", "evaluates with", "frozen by"):
         table.add_column(heading, min_width=max(map(len, heading.split())), overflow="fold")
-    for heading in ("updates per batch", "mean shift, sigma", "variance"):
-        table.add_column(heading, justify="right", min_width=max(map(len, heading.split())))
-    table.add_column("history", no_wrap=True, min_width=8)
+    for heading in ("updates per\nbatch", "mean shift, sigma", "variance"):
+        table.add_column(heading, justify="right", width=max(map(len, heading.split())))
+    table.add_column("history", no_wrap=True, width=8)
     curves = dict(zip(history.names, history.values().T.tolist(), strict=True)) if len(history) else {}
     for name in order[:most]:
         layer, at = layers[name], worst[name]
