@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import Any, get_args
 
@@ -41,6 +41,9 @@ from lightning_bn.functional.recalibration import recalibrate
 from lightning_bn.functional.snapshots import Snapshot, restore_where_unchanged
 from lightning_bn.functional.status import is_frozen, update_status
 from lightning_bn.functional.undisturbed import preserved_modes
+
+_LONG = 3.0
+"""Seconds after which a pass says that it is under way."""
 
 
 class PreciseBatchNorm(Callback):
@@ -307,7 +310,7 @@ class PreciseBatchNorm(Callback):
                 forward, prepare = stack.enter_context(sandbox(trainer, module, self.step, self._weights))
                 self.last = recalibrate(
                     module,
-                    stack.enter_context(closing(self._batches(trainer, module, prepare))),
+                    _told_when_long(stack.enter_context(closing(self._batches(trainer, module, prepare)))),
                     modules=self.modules,
                     exclude=self.exclude,
                     root=self.root,
@@ -368,3 +371,16 @@ class PreciseBatchNorm(Callback):
         if not is_barebones(trainer):
             for logger in trainer.loggers:
                 logger.log_metrics(metrics, step=trainer.global_step)
+
+
+def _told_when_long(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches, with a line if they take longer than somebody who watches a progress bar stand still expects.
+
+    The Trainer's progress bar has no public place for what happens inside a hook.
+    """
+    began, told = time.monotonic(), False
+    for number, batch in enumerate(batches):
+        if not told and time.monotonic() - began > _LONG:
+            told = True
+            rank_zero_info(f"PreciseBatchNorm: recalibrating, {number:,} batches in {_LONG:.0f} s so far")
+        yield batch
