@@ -65,7 +65,7 @@ def in_training_fit(trainer: Trainer) -> bool:
     return fitting and not trainer.sanity_checking and not trainer.barebones
 
 
-def same_kind_before(trainer: Trainer, callback: Callback) -> list[Any]:
+def same_kind_beside(trainer: Trainer, callback: Callback) -> list[Any]:
     """Other callbacks of the same class in the Trainer."""
     others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
     return [other for other in others if type(other) is type(callback) and other is not callback]
@@ -270,7 +270,7 @@ __all__ = [
     "put_first",
     "rank_zero_info",
     "rank_zero_warn",
-    "same_kind_before",
+    "same_kind_beside",
     "schedules",
     "several_loaders",
     "train_loaders",

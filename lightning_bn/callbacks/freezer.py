@@ -19,7 +19,7 @@ from lightning_bn.callbacks._lightning import (
     put_first,
     rank_zero_info,
     rank_zero_warn,
-    same_kind_before,
+    same_kind_beside,
 )
 from lightning_bn.callbacks._task_of import TaskOf, listen, stop_listening
 from lightning_bn.functional.plan import FreezePlan, plan, select_by_task
@@ -146,7 +146,7 @@ class BatchNormFreezer(Callback):
                 yield
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        if any(other.state_key == self.state_key for other in same_kind_before(trainer, self)):
+        if any(other.state_key == self.state_key for other in same_kind_beside(trainer, self)):
             raise MisconfigurationException(
                 f"two BatchNormFreezers have the name {self.name!r}: give each its own name=, so that their states "
                 f"are told apart in checkpoints."

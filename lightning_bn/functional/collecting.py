@@ -128,7 +128,7 @@ def single_values_refused(layers: Mapping[str, _BatchNorm]) -> Iterator[None]:
 
     def hook(name: str, channels: int) -> Any:
         def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            _input_and_count(name, channels, args, kwargs)
+            _count(name, channels, args, kwargs)
 
         return before_forward
 
@@ -143,13 +143,17 @@ def single_values_refused(layers: Mapping[str, _BatchNorm]) -> Iterator[None]:
             handle.remove()
 
 
-def _input_and_count(name: str, channels: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Tensor, int]:
-    """What a layer was called with, and how many values per channel that is."""
+def _count(name: str, channels: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+    """Values per channel in what a layer was called with.
+
+    Raises:
+        OneValuePerChannelError: If it is one.
+    """
     batch: Tensor = args[0] if args else next(iter(kwargs.values()))
     count = batch.numel() // channels
     if count == 1:
         raise OneValuePerChannelError(name)
-    return batch, count
+    return count
 
 
 class _Batch:
@@ -237,15 +241,13 @@ class _Arena:
         uncounted = None if type(layer).forward is _BatchNorm.forward else counter
 
         def counted_forward(*args: Any, **kwargs: Any) -> Any:
-            input: Tensor = args[0] if args else next(iter(kwargs.values()))
-            count = input.numel() // channels
-            if count == 1:
-                raise OneValuePerChannelError(name)
+            count = _count(name, channels, args, kwargs)
             if counts[index]:
                 # A second use in this forward would overwrite the first.
                 self.merge()
             if not layer.track_running_stats:
                 # Switched off after construction: the layer would not write, so that its statistics are computed here.
+                input: Tensor = args[0] if args else next(iter(kwargs.values()))
                 var, mean = torch.var_mean(input.detach().movedim(1, 0).flatten(1).to(self._exact), 1)
                 self._flat[0, part], self._flat[1, part] = mean, var
             counts[index] = count

@@ -20,7 +20,7 @@ from lightning_bn.functional.layers import (
 )
 from lightning_bn.functional.patterns import Patterns, SelectionError
 from lightning_bn.functional.semantics import has_initial_statistics
-from lightning_bn.functional.status import is_frozen, layer_status, update_status
+from lightning_bn.functional.status import layer_status, update_status
 from lightning_bn.functional.wording import counted, quoted
 
 _OWNER = "freeze_batch_norm"
@@ -290,6 +290,3 @@ class _State:
         for parameter, requires_grad, gradient in self._gradients:
             parameter.requires_grad_(requires_grad)
             parameter.grad = gradient
-
-
-__all__ = ["freeze_batch_norm", "frozen_batch_norm", "is_frozen", "unfreeze_batch_norm"]

@@ -78,10 +78,11 @@ class KeptValues:
 
     def touched(self) -> bool:
         """Whether any value was written to or replaced since it was last compared; costs no look at the device."""
-        return any(
-            watched.home.get(watched.key) is not watched.tensor or watched.tensor._version != watched.version
-            for watched in self._watched
-        )
+        # Plain tuples in a plain loop: this runs in every training step.
+        for home, key, tensor, version in self._sentinels:
+            if home.get(key) is not tensor or tensor._version != version:
+                return True
+        return False
 
     def moved(self) -> list[Moved]:
         """What differs in any bit from what was kept; a few vector operations where nothing does."""
@@ -111,6 +112,7 @@ class KeptValues:
             for value, home, key in _homes(layer, self._names)
             if (tensor := home.get(key)) is not None
         ]
+        self._sentinels = [(one.home, one.key, one.tensor, one.version) for one in self._watched]
 
     def of_others(self, layers: Mapping[str, _BatchNorm]) -> KeptValues:
         """What is kept of these layers, expected of others of the same names instead.

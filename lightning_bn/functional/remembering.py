@@ -83,7 +83,7 @@ class _Memory:
         # Aliases of known tensors are known too: a state dict that somebody keeps.
         self._memory = {_address(value) for value in self._seen.values() if isinstance(value, Tensor)} - {0}
         self._looked_at = 0
-        self._put_back: list[Callable[[], None]] = []
+        self._put_back: list[Callable[[], object]] = []
 
     def add(self, root: Any) -> None:
         stack = [root]

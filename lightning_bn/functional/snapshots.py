@@ -215,12 +215,13 @@ def write_snapshot(layers: Mapping[str, _BatchNorm], snapshot: Snapshot) -> None
             )
         for buffer, values in ((running, snapshot.mean), (layers[name].running_var, snapshot.var)):
             _check_dtype(name, buffer, values[parts[name]])
+    counters = snapshot.num_batches_tracked.tolist()
     with torch.no_grad():
         for index, (name, part) in enumerate(parts.items()):
             layer = layers[name]
             _tensor(layer.running_mean).copy_(snapshot.mean[part])
             _tensor(layer.running_var).copy_(snapshot.var[part])
-            if layer.num_batches_tracked is not None and int(snapshot.num_batches_tracked[index]) != _NO_COUNTER:
+            if layer.num_batches_tracked is not None and counters[index] != _NO_COUNTER:
                 layer.num_batches_tracked.copy_(snapshot.num_batches_tracked[index])
 
 

@@ -1,15 +1,18 @@
 """Steps that do more than run the network: what PreciseBatchNorm bears, and what it refuses by name."""
 
+import copy
 from typing import Any
 
 import pytest
 import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_bn import PreciseBatchNorm
 from lightning_bn.callbacks import precise as precise_module
+from lightning_bn.functional import recalibrate, take_snapshot
 from tests.callbacks.fits import Classifier, quiet, train_loader, trajectory, val_loader
 from tests.callbacks.freezing_fits import said
 
@@ -73,3 +76,45 @@ def test_two_of_them_in_one_trainer_have_names() -> None:
     assert first.last is not None
     assert second.last is not None
     assert first.state_key != second.state_key
+
+
+def data_in_order() -> dict[str, Any]:
+    return {"train_dataloaders": train_loader(shuffle=False), "val_dataloaders": val_loader()}
+
+
+@pytest.mark.parametrize("first", ["precise", "averaging"])
+def test_without_validation_the_checkpoint_of_an_average_is_precise(tmp_path, first: str) -> None:
+    precise, averaging = PreciseBatchNorm(num_batches=8), EMAWeightAveraging(decay=0.5)
+    callbacks = [precise, averaging] if first == "precise" else [averaging, precise]
+    saver = ModelCheckpoint(tmp_path, save_last=True)
+    module = Classifier(dropout=0.0)
+    quiet(callbacks=[*callbacks, saver], enable_checkpointing=True, limit_val_batches=0).fit(module, **data_in_order())
+    state = torch.load(tmp_path / "last.ckpt", weights_only=True)["state_dict"]
+    net = copy.deepcopy(module.net)
+    net.load_state_dict({name.removeprefix("net."): value for name, value in state.items()})
+    written = take_snapshot(net)
+    recalibrate(net.train(), train_loader(shuffle=False))
+    expected = take_snapshot(net)
+    assert torch.allclose(written.mean, expected.mean, atol=1e-5)
+    assert torch.allclose(written.var, expected.var, rtol=1e-4)
+
+
+def test_what_is_left_after_training_that_stopped_between_validations_is_precise() -> None:
+    precise = PreciseBatchNorm(num_batches=8)
+    module = Classifier(dropout=0.0)
+    loaders = {"train_dataloaders": train_loader(shuffle=False), "val_dataloaders": val_loader()}
+    quiet(callbacks=[EMAWeightAveraging(decay=0.5), precise], max_steps=6, val_check_interval=4).fit(module, **loaders)
+    left = take_snapshot(module)
+    recalibrate(module.net.train(), train_loader(shuffle=False))
+    expected = take_snapshot(module)
+    assert torch.allclose(left.mean, expected.mean, atol=1e-5)
+    assert torch.allclose(left.var, expected.var, rtol=1e-4)
+
+
+def test_one_callback_used_for_two_trainers_begins_anew() -> None:
+    precise = PreciseBatchNorm(num_batches=2, every_n_validations=2)
+    for _ in range(2):
+        precise.last = None
+        quiet(callbacks=[precise], max_epochs=3).fit(Classifier(), **data())
+        assert precise.state_dict()["validations"] == 3
+        assert precise.last is not None

@@ -20,11 +20,11 @@ from lightning_bn.functional.freezing import (
     freeze_batch_norm,
     freeze_layers,
     frozen_batch_norm,
-    is_frozen,
     unfreeze_batch_norm,
     unfreeze_layers,
 )
 from lightning_bn.functional.layers import SelectionError, batch_norm_layers
+from lightning_bn.functional.status import is_frozen
 from tests.models import (
     SMALL_RESNET_NAMES,
     BatchNormAct2d,
