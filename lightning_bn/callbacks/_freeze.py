@@ -46,6 +46,7 @@ class FreezeReport:
             bit-identical without help.
         task_layers: Names of those frozen during the batches of some tasks only; in those they did not move either.
         was_on: Whether the freeze was ever on.
+        task_batches: Batches, or parts of steps, during which layers were frozen for their task.
     """
 
     layers: tuple[str, ...]
@@ -53,6 +54,7 @@ class FreezeReport:
     moved: tuple[Trip, ...]
     task_layers: tuple[str, ...] = ()
     was_on: bool = True
+    task_batches: int = 0
 
     @property
     def identical(self) -> bool:
@@ -65,8 +67,12 @@ class FreezeReport:
         steps = counted(self.steps, "step")
         said = [f"{counted(len(self.layers), 'frozen layer')} bit-identical over {steps}"] if self.layers else []
         if self.task_layers:
+            layers = counted(len(self.task_layers), "layer")
+            batches = counted(self.task_batches, "batch of their tasks", "batches of their tasks")
             said.append(
-                f"{counted(len(self.task_layers), 'layer')} bit-identical in batches of their tasks over {steps}"
+                f"{layers} bit-identical in {batches}"
+                if self.task_batches
+                else f"{layers} never frozen, since no batch was of a task in by_task"
             )
         if self.identical:
             return "; ".join(said)
@@ -80,6 +86,7 @@ class FreezeReport:
             "layers": list(self.layers),
             "task_layers": list(self.task_layers),
             "was_on": self.was_on,
+            "task_batches": self.task_batches,
             "steps": self.steps,
             "moved": moved,
         }
@@ -92,7 +99,14 @@ class FreezeReport:
             values = dict(entry)
             step = values.pop("step")
             moved.append(Trip(Moved(**values), step))
-        return cls(tuple(state["layers"]), state["steps"], tuple(moved), tuple(state["task_layers"]), state["was_on"])
+        return cls(
+            tuple(state["layers"]),
+            state["steps"],
+            tuple(moved),
+            tuple(state["task_layers"]),
+            state["was_on"],
+            state["task_batches"],
+        )
 
 
 def in_words(trips: Sequence[Trip], most: int = 3) -> str:
@@ -142,6 +156,7 @@ class Freeze:
         self._stats, self._affine, self._by = stats, affine, by
         self._affine_cause = affine_cause
         self._on = self._was_on = False
+        self._task_batches = 0
         self._task: str | None = None
         self._kept: KeptValues | None = None
         self._lent: LentStatistics | None = None
@@ -154,7 +169,7 @@ class Freeze:
         self._steps = 0
         self._since: int | None = None
         if before is not None:
-            self._steps, self._was_on = before.steps, before.was_on
+            self._steps, self._was_on, self._task_batches = before.steps, before.was_on, before.task_batches
             self._trips = {(trip.moved.layer, trip.moved.value): trip for trip in before.moved}
 
     @property
@@ -204,6 +219,7 @@ class Freeze:
             let_go(layer, self._by, as_found=True)
         self._task = task
         members = self._by_task.get(task or "", {}) if self._on else {}
+        self._task_batches += bool(members)
         if members and self._stats:
             self._lent = LentStatistics(members)
         self._hold(members.values())
@@ -317,7 +333,9 @@ class Freeze:
         """What became of the frozen values so far."""
         steps = self._steps + (0 if self._since is None else step - self._since)
         trips = tuple(self._trips.values())
-        return FreezeReport(tuple(self._always), steps, trips, tuple(self._task_layers), self._was_on)
+        return FreezeReport(
+            tuple(self._always), steps, trips, tuple(self._task_layers), self._was_on, self._task_batches
+        )
 
     def forget_values(self) -> None:
         """Gives up what was kept: averages stand in the place of the weights, and nothing can be said of either."""

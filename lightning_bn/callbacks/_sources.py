@@ -84,9 +84,14 @@ def _method(trainer: Trainer, module: LightningModule, method: str) -> Callable[
     owners = {"datamodule": datamodule_of(trainer), "module": module}
     found = getattr(owners.get(owner), name, None) if name else None
     if not callable(found):
-        kind = type(owners[owner]).__name__ if owners.get(owner) is not None else f"no {owner}"
+        if owner not in owners:
+            why = "it begins with neither 'datamodule.' nor 'module.'"
+        elif owners[owner] is None:
+            why = "the Trainer has no datamodule"
+        else:
+            why = f"the {owner}, {type(owners[owner]).__name__}, has no method {name!r}"
         raise MisconfigurationException(
-            f"PreciseBatchNorm(source_method={method!r}): there is {kind} with a method {name!r}. Name "
-            f"'datamodule.' or 'module.' and a method that returns a loader."
+            f"PreciseBatchNorm(source_method={method!r}): {why}. Name 'datamodule.' or 'module.' and a method that "
+            f"returns a loader."
         )
     return found  # type: ignore[no-any-return]

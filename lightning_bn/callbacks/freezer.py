@@ -91,6 +91,14 @@ class BatchNormFreezer(Callback):
             raise MisconfigurationException(
                 f"BatchNormFreezer(by_task={by_task!r}) must say which modules for which task: {{'task': ['path']}}."
             )
+        for key, value in (
+            ("start_epoch", start_epoch),
+            ("stop_epoch", stop_epoch),
+            ("start_step", start_step),
+            ("stop_step", stop_step),
+        ):
+            if value is not None and not isinstance(value, int):
+                raise MisconfigurationException(f"BatchNormFreezer({key}={value!r}) must be a whole number, or None.")
         if task_key is not None and not by_task:
             raise MisconfigurationException(f"BatchNormFreezer(task_key={task_key!r}) means nothing without by_task.")
         try:
@@ -202,7 +210,8 @@ class BatchNormFreezer(Callback):
         self._resumed, self._tasks_seen, self._swapped, self._said_unseen = None, set(), False, False
         self._freeze.switch(self._is_on(trainer), trainer.global_step)
         listen(self._on_task)
-        rank_zero_info(f"BatchNormFreezer: {self.plan(pl_module)}")
+        if not self._schedule.never_on(trainer.max_epochs, trainer.max_steps):
+            rank_zero_info(f"BatchNormFreezer: {self.plan(pl_module)}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         freeze, step = self._frozen, trainer.global_step
@@ -354,7 +363,8 @@ class BatchNormFreezer(Callback):
         if unseen and self._frozen.on and not self._said_unseen:
             rank_zero_warn(
                 f"BatchNormFreezer: by_task names {quoted(unseen)}, but in epoch {trainer.current_epoch} no batch was "
-                f"of such a task; tasks seen: {quoted(sorted(self._tasks_seen)) or 'none'}."
+                f"of such a task; tasks seen: {quoted(sorted(self._tasks_seen)) or 'none'}. Set task_key= to the key "
+                f"of the batch that says it, or put `with lightning_bn.task(name):` around its part of the step."
             )
             self._said_unseen = True
 

@@ -103,15 +103,20 @@ class BatchNormMonitor(Callback):
                 f"BatchNormMonitor(reference={reference!r}) must be one of {', '.join(_REFERENCES)} or the path of a "
                 f"checkpoint, and there is no such file."
             )
-        if every_n_steps < 1:
-            raise MisconfigurationException(f"BatchNormMonitor(every_n_steps={every_n_steps}) must be at least 1.")
+        if not _is_whole(every_n_steps) or every_n_steps < 1:
+            raise MisconfigurationException(
+                f"BatchNormMonitor(every_n_steps={every_n_steps!r}) must be a whole number from 1 on; layers are given "
+                f"as modules=."
+            )
         if action != "warn" and act_above is None:
             raise MisconfigurationException(f"BatchNormMonitor(action={action!r}) needs act_above: above what?")
         if log_worst < 0:
             raise MisconfigurationException(f"BatchNormMonitor(log_worst={log_worst}) must not be negative.")
         for name, value in (("warn_above", warn_above), ("act_above", act_above)):
-            if value is not None and not value > 0:
-                raise MisconfigurationException(f"BatchNormMonitor({name}={value}) must be positive, or None.")
+            if value is not None and (not _is_number(value) or not value > 0):
+                raise MisconfigurationException(
+                    f"BatchNormMonitor({name}={value!r}) must be a positive number, or None."
+                )
         self.every_n_steps = every_n_steps
         self.measure = measure
         self.reference = reference
@@ -264,7 +269,11 @@ class BatchNormMonitor(Callback):
         if self.warn_above is not None:
             if _above(summary.max, self.warn_above) and not self._warned:
                 self._warned = True
-                rank_zero_warn(f"BatchNormMonitor: {said}. Freeze it or give it statistics of its own.")
+                rank_zero_warn(
+                    f"BatchNormMonitor: {said}; {self.measure} {summary.max:.3g} is above "
+                    f"warn_above={self.warn_above:g}. If it should not move, freeze it or give it statistics of its "
+                    f"own; if it is meant to, leave it out with exclude."
+                )
             elif summary.max < self.warn_above * _REARMED_BELOW:
                 self._warned = False
         if self.act_above is None:
@@ -344,6 +353,14 @@ class BatchNormMonitor(Callback):
             "recalibrated": "the last recalibration",
         }
         return words.get(self.reference, Path(self.reference).name)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float)
 
 
 def _above(value: float, threshold: float) -> bool:

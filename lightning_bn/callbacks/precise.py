@@ -122,19 +122,18 @@ class PreciseBatchNorm(Callback):
             Budget(num_batches, num_samples, max_standard_error)
         except ValueError as error:
             raise MisconfigurationException(f"PreciseBatchNorm: {error}") from error
-        if every_n_validations < 1:
-            raise MisconfigurationException(
-                f"PreciseBatchNorm(every_n_validations={every_n_validations}) must be at least 1."
-            )
+        least: int
+        value: Any  # whatever a user gives
+        for key, value, least in (("every_n_validations", every_n_validations, 1), ("start_epoch", start_epoch, 0)):
+            if not isinstance(value, int) or value < least:
+                raise MisconfigurationException(
+                    f"PreciseBatchNorm({key}={value!r}) must be a whole number from {least} on."
+                )
         if source not in ("train", "recent"):
             raise MisconfigurationException(f"PreciseBatchNorm(source={source!r}) must be 'train' or 'recent'.")
         if estimator not in get_args(Estimator):
             raise MisconfigurationException(
                 f"PreciseBatchNorm(estimator={estimator!r}) must be one of {', '.join(get_args(Estimator))}."
-            )
-        if start_epoch < 0:
-            raise MisconfigurationException(
-                f"PreciseBatchNorm(start_epoch={start_epoch}) must not be negative: it counts from the first epoch."
             )
         if source == "recent" and num_batches is None:
             raise MisconfigurationException(

@@ -73,7 +73,9 @@ class FreezePlan:
         when = "" if self.schedule.always else f" {self.schedule}"
         weights, verb = counted(self.others, "other weight"), "trains" if self.others == 1 else "train"
         rest = f"; {weights} below these paths still {verb}" if self.others else ""
-        return f"{len(frozen)} of {counted(len(self.layers), 'layer')} frozen{when} ({words}) by {rules}{rest}"
+        by_task = sum(bool(layer.tasks) for layer in frozen)
+        only = f", {by_task} of them in batches of their tasks only" if by_task else ""
+        return f"{len(frozen)} of {counted(len(self.layers), 'layer')} frozen{when} ({words}) by {rules}{only}{rest}"
 
 
 def plan(

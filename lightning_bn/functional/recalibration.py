@@ -101,6 +101,11 @@ def recalibrate(
         >>> result.num_batches, result.num_samples
         (3, 6)
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"recalibrate(model, batches): model is a {type(model).__name__}, not a torch.nn.Module; are the two "
+            f"swapped?"
+        )
     started = time.monotonic()
     processes = dist.get_world_size() if distributed else 1
     device = model_device(model)

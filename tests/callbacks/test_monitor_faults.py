@@ -31,7 +31,7 @@ def from_step(start: int, gain: float = 1.0, shift: float = 0.0) -> Any:
 @pytest.mark.parametrize("fault", [from_step(40, gain=2.0), from_step(40, shift=4.0)])
 def test_inputs_that_change_in_mid_run_are_warned_of_once_with_layer_and_step(fault: Any) -> None:
     said = fit(Module(pretrained(), fault, lr=1e-3), monitor(warn_above=0.8))
-    [line] = [line for line in said if "Freeze it or give it statistics of its own" in line]
+    [line] = [line for line in said if "freeze it or give it statistics of its own" in line]
     assert FIRST in line
     assert "since fit start" in line
     step = int(line.split("step ")[1].split(":")[0])
