@@ -67,14 +67,13 @@ def in_training_fit(trainer: Trainer) -> bool:
 
 def same_kind_beside(trainer: Trainer, callback: Callback) -> list[Any]:
     """Other callbacks of the same class in the Trainer."""
-    others: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    return [other for other in others if type(other) is type(callback) and other is not callback]
+    return [other for other in _callbacks(trainer) if type(other) is type(callback) and other is not callback]
 
 
 def averaged_copies(trainer: Trainer) -> list[tuple[nn.Module, bool]]:
     """Averages of the module that WeightAveraging callbacks keep beside it, and whether each has been updated yet."""
     copies = []
-    for callback in trainer.callbacks:  # type: ignore[attr-defined]
+    for callback in _callbacks(trainer):
         average = getattr(callback, "_average_model", None)
         if isinstance(average, AveragedModel):
             copies.append((average.module, bool(average.n_averaged)))
@@ -115,20 +114,27 @@ def is_barebones(trainer: Trainer) -> bool:
     return bool(trainer.barebones)
 
 
+def _callbacks(trainer: Trainer) -> list[Any]:
+    # Set by one of the Trainer's connectors, so that type checkers do not know it.
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
+
+
+def _set_callbacks(trainer: Trainer, callbacks: list[Any]) -> None:
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]
+
+
 def put_first(trainer: Trainer, callback: Callback) -> None:
     """Moves a callback in front of all others."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    trainer.callbacks = [callback, *(other for other in callbacks if other is not callback)]  # type: ignore[attr-defined]
+    _set_callbacks(trainer, [callback, *(other for other in _callbacks(trainer) if other is not callback)])
 
 
 def put_before_checkpoints(trainer: Trainer, callback: Callback) -> None:
     """Moves a callback behind all others but those that save checkpoints, which come last."""
-    callbacks: list[Any] = trainer.callbacks  # type: ignore[attr-defined]
-    others = [other for other in callbacks if other is not callback]
+    others = [other for other in _callbacks(trainer) if other is not callback]
     # By name: each of the two namespaces has its own class.
     saving = [other for other in others if any(base.__name__ == "Checkpoint" for base in type(other).__mro__)]
     rest = [other for other in others if other not in saving]
-    trainer.callbacks = [*rest, callback, *saving]  # type: ignore[attr-defined]
+    _set_callbacks(trainer, [*rest, callback, *saving])
 
 
 def log_figure(trainer: Trainer, draw: Callable[[], Any], name: str) -> None:

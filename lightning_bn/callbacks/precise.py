@@ -161,6 +161,7 @@ class PreciseBatchNorm(Callback):
         self._recent = RecentBatches(num_batches or 0)
         self._replaced: tuple[Snapshot, Snapshot] | None = None
         self._tree: list[nn.Module] = []
+        self._tree_is_old = True
         self._modes: list[bool] = []
         self._validation_began: float | None = None
         self._said_mixture = False
@@ -181,10 +182,13 @@ class PreciseBatchNorm(Callback):
         tracked_layers(pl_module, self.modules, self.exclude, self.root)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._tree = list(pl_module.modules())
-        self._remember_modes()
+        self._look_at(pl_module)
         if not trainer.global_step:
             self._validations, self._done_at_step, self._replaced = 0, -1, None
+
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The module's own hook comes after this one and may replace layers: looked at after the first batch.
+        self._tree_is_old = True
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._replaced is not None:
@@ -201,8 +205,11 @@ class PreciseBatchNorm(Callback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # At validation everything is in eval: which layers train, and which containers branch on it, is known here.
-        self._tree = list(pl_module.modules())
-        self._remember_modes()
+        if self._tree_is_old:
+            self._look_at(pl_module)
+            self._tree_is_old = False
+        else:
+            self._remember_modes()
         if self.source == "recent" and self.source_method is None:
             self._recent.add(batch)
 
@@ -262,12 +269,16 @@ class PreciseBatchNorm(Callback):
             before, after = (Snapshot.from_state_dict(state) for state in state_dict["replaced"])
             self._replaced = (before, after)
 
+    def _look_at(self, module: LightningModule) -> None:
+        self._tree = list(module.modules())
+        self._remember_modes()
+
     def _remember_modes(self) -> None:
         self._modes = [module.training for module in self._tree]
 
     def _forget(self) -> None:
         # Layers are named, never held: only for the duration of a fit.
-        self._tree, self._modes = [], []
+        self._tree, self._modes, self._tree_is_old = [], [], True
         self._recent.clear()
 
     def _is_fresh(self, trainer: Trainer) -> bool:

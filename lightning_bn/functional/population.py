@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 from typing import Literal, TypeAlias
@@ -48,22 +48,22 @@ class Population:
         places = {name: (part, where) for part in parts for name, where in part.slices().items()}
         device = parts[0].eps.device
 
-        def gather(pick: str) -> Tensor:
-            return torch.cat([getattr(part, pick)[..., where].to(device) for part, where in map(places.get, names)], -1)  # type: ignore[misc]
+        ordered = [places[name] for name in names]
 
-        moments = Moments(
-            *(
-                torch.cat([part.moments[index][where].to(device) for part, where in (places[name] for name in names)])
-                for index in range(3)
-            )
-        )
+        def gather(pick: Callable[[Population], Tensor]) -> Tensor:
+            return torch.cat([pick(part)[..., where].to(device) for part, where in ordered], -1)
+
         return cls(
             channels={name: places[name][0].channels[name] for name in names},
-            moments=moments,
-            mean_error=gather("mean_error"),
-            var_error=gather("var_error"),
-            averages=gather("averages"),
-            eps=gather("eps"),
+            moments=Moments(
+                gather(lambda part: part.moments.count),
+                gather(lambda part: part.moments.mean),
+                gather(lambda part: part.moments.m2),
+            ),
+            mean_error=gather(lambda part: part.mean_error),
+            var_error=gather(lambda part: part.var_error),
+            averages=gather(lambda part: part.averages),
+            eps=gather(lambda part: part.eps),
             uses={name: places[name][0].uses[name] for name in names},
             nonfinite={name: places[name][0].nonfinite[name] for name in names},
         )
