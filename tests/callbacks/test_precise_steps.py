@@ -99,11 +99,14 @@ def test_without_validation_the_checkpoint_of_an_average_is_precise(tmp_path, fi
     assert torch.allclose(written.var, expected.var, rtol=1e-4)
 
 
-def test_what_is_left_after_training_that_stopped_between_validations_is_precise() -> None:
+@pytest.mark.parametrize("first", ["precise", "averaging"])
+def test_what_is_left_after_training_that_stopped_between_validations_is_precise(first: str) -> None:
     precise = PreciseBatchNorm(num_batches=8)
     module = Classifier(dropout=0.0)
     loaders = {"train_dataloaders": train_loader(shuffle=False), "val_dataloaders": val_loader()}
-    quiet(callbacks=[EMAWeightAveraging(decay=0.5), precise], max_steps=6, val_check_interval=4).fit(module, **loaders)
+    callbacks = [precise, EMAWeightAveraging(decay=0.5)]
+    callbacks = callbacks if first == "precise" else callbacks[::-1]
+    quiet(callbacks=callbacks, max_steps=6, val_check_interval=4).fit(module, **loaders)
     left = take_snapshot(module)
     recalibrate(module.net.train(), train_loader(shuffle=False))
     expected = take_snapshot(module)
