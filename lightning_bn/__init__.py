@@ -1,6 +1,7 @@
 """PyTorch Lightning callbacks around BatchNorm, on top of plain functions (``lightning_bn.functional``).
 
-The callbacks are resolved when they are first asked for, so that ``import lightning_bn.functional`` loads no Lightning.
+Callbacks and the metric are resolved when they are first asked for, so that ``import lightning_bn.functional`` loads no
+Lightning.
 """
 
 import importlib
@@ -12,10 +13,12 @@ if TYPE_CHECKING:
     from lightning_bn.callbacks.freezer import BatchNormFreezer
     from lightning_bn.callbacks.monitor import BatchNormMonitor
     from lightning_bn.callbacks.precise import PreciseBatchNorm
+    from lightning_bn.metrics import BatchNormDrift
 
-__all__ = ["BatchNormFreezer", "BatchNormMonitor", "PreciseBatchNorm", "__version__", "task"]
+__all__ = ["BatchNormDrift", "BatchNormFreezer", "BatchNormMonitor", "PreciseBatchNorm", "__version__", "task"]
 
 _HOME = {
+    "BatchNormDrift": "lightning_bn.metrics",
     "BatchNormFreezer": "lightning_bn.callbacks.freezer",
     "BatchNormMonitor": "lightning_bn.callbacks.monitor",
     "PreciseBatchNorm": "lightning_bn.callbacks.precise",

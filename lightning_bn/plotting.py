@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
+from math import isfinite
 from typing import Any
 
 from lightning_bn.functional.history import DriftHistory
@@ -56,7 +58,7 @@ def drift_figure(history: DriftHistory, measure: str, threshold: float | None = 
         norm=TwoSlopeNorm(middle, 0.0, most),
     )
     bar = figure.colorbar(mesh, ax=axes, extend="max", ticks=[0.0, middle / 2, middle, most / 2, most])
-    bar.ax.set_yticklabels([f"{value:.2g}" for value in (0.0, middle / 2, middle, most / 2, most)])
+    bar.ax.set_yticklabels([f"{value:.3g}" for value in (0.0, middle / 2, middle, most / 2, most)])
     bar.set_label(f"{measure}\n(largest channel)", fontsize=8)
     _mark(figure, axes, history, bool(unmeasured.any()))
     axes.set_xlabel("optimizer step")
@@ -67,6 +69,91 @@ def drift_figure(history: DriftHistory, measure: str, threshold: float | None = 
     axes.set_ylim(layers - 0.5, -0.5)
     axes.set_xlim(edges[0], edges[-1])
     return figure
+
+
+def drift_bars(
+    layers: Mapping[str, float], measure: str, threshold: float | None = None, ax: Any = None, most: int = 30
+) -> tuple[Any, Any]:
+    """The drift of each layer as a bar, the first one on top.
+
+    Args:
+        layers: Drift by name, the worst first.
+        measure: Its name, for the axis.
+        threshold: Where a line is drawn; bars beyond it are red.
+        ax: The ``matplotlib.axes.Axes`` to draw into; None makes a figure that belongs to no window.
+        most: How many layers to draw at most.
+
+    Returns:
+        The figure and the axes.
+
+    Raises:
+        ImportError: If matplotlib is not installed (``pip install lightning-bn[plot]``).
+    """
+    shown = dict(list(layers.items())[:most])
+    longest = max(map(len, shown), default=0)
+    figure, axes = _figure_for(ax, (6 + 0.07 * min(longest, 60), max(2.2, 1.4 + 0.24 * len(shown))))
+    finite = [value for value in shown.values() if isfinite(value)]
+    beyond = 1.1 * max([*finite, threshold or 0.0]) or 1.0
+    for row, value in enumerate(shown.values()):
+        known = isfinite(value)
+        red = not known or (threshold is not None and value > threshold)
+        axes.barh(
+            row, value if known else beyond, color="firebrick" if red else "steelblue", hatch=None if known else "//"
+        )
+        if not known:
+            axes.annotate("not finite", (0, row), (4, 0), textcoords="offset points", va="center", color="white")
+    if threshold is not None:
+        axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
+        axes.legend(loc="lower right", fontsize=8)
+    axes.set_yticks(range(len(shown)), [name or "(the model itself)" for name in shown], fontsize=8)
+    axes.set_ylim(len(shown) - 0.5, -0.5)
+    axes.set_xlim(0, beyond)
+    axes.set_xlabel(f"{measure} (largest channel)")
+    rest = len(layers) - len(shown)
+    axes.set_title(
+        "How far running statistics are from their reference" + (f"\n{rest} more layers moved less" if rest else "")
+    )
+    return figure, axes
+
+
+def drift_curves(
+    curves: Mapping[str, Sequence[float]], measure: str, threshold: float | None = None, ax: Any = None
+) -> tuple[Any, Any]:
+    """Results over time, one line each.
+
+    Args:
+        curves: Values in order, by the name of the line.
+        measure: Its name, for the axis.
+        threshold: Where a line is drawn.
+        ax: The ``matplotlib.axes.Axes`` to draw into; None makes a figure that belongs to no window.
+
+    Returns:
+        The figure and the axes.
+
+    Raises:
+        ImportError: If matplotlib is not installed (``pip install lightning-bn[plot]``).
+    """
+    figure, axes = _figure_for(ax, (7, 4))
+    for name, values in curves.items():
+        axes.plot(range(1, len(values) + 1), values, marker="o", markersize=3, label=name)
+    if threshold is not None:
+        axes.axhline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("result")
+    axes.set_ylabel(measure)
+    axes.set_title("How far running statistics are from their reference")
+    axes.legend(fontsize=8)
+    return figure, axes
+
+
+def _figure_for(ax: Any, size: tuple[float, float]) -> tuple[Any, Any]:
+    from matplotlib.figure import Figure
+
+    if ax is not None:
+        return ax.get_figure(), ax
+    figure = Figure(figsize=size, layout="constrained")
+    return figure, figure.add_subplot()
 
 
 def _edges(steps: list[int]) -> list[float]:

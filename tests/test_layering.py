@@ -54,6 +54,7 @@ BANNED = [
     (FUNCTIONAL, "from lightning_bn import callbacks"),
     (FUNCTIONAL, "from lightning_bn import BatchNormFreezer"),
     (FUNCTIONAL, "from lightning_bn import BatchNormMonitor"),
+    (FUNCTIONAL, "from lightning_bn import BatchNormDrift"),
     (FUNCTIONAL, "from lightning_bn import PreciseBatchNorm"),
     (FUNCTIONAL, "from lightning_bn.report import behaviour_table"),
     (FUNCTIONAL, "from lightning_bn import plotting"),
@@ -192,6 +193,12 @@ def test_ground_floor_loads_no_framework():
     loaded = loaded_by("import lightning_bn.functional")
     assert {"lightning_bn", "torch"} <= loaded
     assert not loaded & HEAVY
+
+
+def test_the_metric_loads_no_lightning():
+    loaded = loaded_by("from lightning_bn import BatchNormDrift")
+    assert "torchmetrics" in loaded
+    assert not loaded & {"lightning", "lightning_fabric", "pytorch_lightning"}
 
 
 def test_package_alone_loads_neither_lightning_nor_torch():

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.diagnosis import JUDGED_BY_BATCHES, Diagnosis, Symptoms, diagnose
+from lightning_bn.functional.diagnosis import DIED_FROM, JUDGED_BY_BATCHES, Diagnosis, Symptoms, diagnose
 from lightning_bn.functional.drift import (
     DriftSummary,
     Measure,
     layer_maxima,
+    layer_means,
     of_standardised,
     read_summary,
     standardised,
@@ -21,10 +23,10 @@ from lightning_bn.functional.drift import (
 )
 from lightning_bn.functional.history import DriftHistory
 from lightning_bn.functional.last_batch import Surprises, gap, momenta, surprise
-from lightning_bn.functional.semantics import has_initial_statistics, initial_share
+from lightning_bn.functional.semantics import has_initial_statistics
 from lightning_bn.functional.snapshots import Snapshot, snapshot_of
 from lightning_bn.functional.status import LayerStatus, layer_status
-from lightning_bn.functional.vitals import Vitals, vitals
+from lightning_bn.functional.vitals import Vitals, died, initial_shares, vitals
 
 _SETTLED = 0.01
 _WINDOW = 8
@@ -42,7 +44,7 @@ class Sample:
         summary: Of the drift from the reference.
         largest: The largest drift of each layer.
         updates: Updates of each layer per training batch; NaN where it is not known.
-        dead: Dead channels of each layer.
+        dead: Channels whose variance is below ``eps``, of all layers.
         diagnoses: What is wrong.
     """
 
@@ -50,8 +52,45 @@ class Sample:
     summary: DriftSummary
     largest: tuple[float, ...]
     updates: tuple[float, ...]
-    dead: tuple[float, ...]
+    dead: int
     diagnoses: tuple[Diagnosis, ...]
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What is left to show and to save of layers that are or were watched.
+
+    Attributes:
+        reference: What is measured from.
+        unsettled: Layers that are not measured yet.
+        sampled: The statistics of the last sample.
+        sample: What it found; None before the first.
+        statuses: Who froze which layer then.
+    """
+
+    reference: Snapshot
+    unsettled: frozenset[str]
+    sampled: Snapshot
+    sample: Sample | None
+    statuses: dict[str, LayerStatus]
+
+
+class _Rows(NamedTuple):
+    """A number for each layer in each of them; first as tensors, then as lists."""
+
+    largest: Any
+    nonfinite: Any
+    nonfinite_here: Any
+    died: Any
+    explosion: Any
+    dead: Any
+    updates: Any
+    reset: Any
+    changed: Any
+    initial_share: Any
+    bias: Any
+    spread: Any
+    gap: Any
 
 
 class Watch:
@@ -61,6 +100,7 @@ class Watch:
         layers: By name; each with running statistics.
         measure: Of drift.
         history: Where samples and marks go.
+        threshold: Of drift; the share of channels above it is counted.
         mean_over_ranks: Gives the mean of a tensor over all processes; None in one process.
         max_over_ranks: Gives the largest over all processes; None in one process.
     """
@@ -70,12 +110,14 @@ class Watch:
         layers: dict[str, _BatchNorm],
         measure: Measure,
         history: DriftHistory,
+        threshold: float | None = None,
         mean_over_ranks: OverRanks | None = None,
         max_over_ranks: OverRanks | None = None,
     ) -> None:
         self._layers = layers
         self._measure = measure
         self._history = history
+        self._threshold = threshold
         self._mean_over_ranks = mean_over_ranks
         self._max_over_ranks = max_over_ranks
         self.reference = snapshot_of(layers)
@@ -88,6 +130,7 @@ class Watch:
         self._gaps = Surprises.none(self.reference.mean)
         self._judged = 0
         self._idle = [0] * len(layers)
+        self._replaced = False
         self._status = [layer_status(layer) for layer in layers.values()]
         self.last: Sample | None = None
 
@@ -100,23 +143,20 @@ class Watch:
         """Measures from the statistics of now from here on."""
         self.refer_to(snapshot_of(self._layers))
 
-    @property
-    def sampled(self) -> Snapshot:
-        """The statistics of the last sample."""
-        return self._earlier
-
-    @property
-    def statuses(self) -> dict[str, LayerStatus]:
-        """Who froze which layer at the last sample."""
-        return dict(zip(self._layers, self._status, strict=True))
+    def watched(self) -> Watched:
+        """What is known now."""
+        statuses = dict(zip(self._layers, self._status, strict=True))
+        return Watched(self.reference, frozenset(self.unsettled), self._earlier, self.last, statuses)
 
     def before_batch(self) -> None:
         """To be called right before a batch that is to be judged."""
-        self._before = snapshot_of(self._layers)
+        # What a recalibration wrote may be taken back right before this batch, after the monitor's turn.
+        self._before = None if self._replaced else snapshot_of(self._layers)
 
     def after_batch(self) -> None:
         """To be called after every training batch."""
         self._batches += 1
+        self._replaced = False
         if self._before is not None:
             before, after = self._before, snapshot_of(self._layers)
             seen = surprise(before, after, self._momenta)
@@ -140,6 +180,7 @@ class Watch:
             if bool(status.stats_frozen_by) != bool(then.stats_frozen_by):
                 self._history.mark(step, name, "frozen" if status.stats_frozen_by else "unfrozen")
         self._status = now
+        self._replaced |= found
         return found
 
     def sample(self, step: int, epoch: int, samples: int | None) -> Sample:
@@ -154,14 +195,20 @@ class Watch:
         replaced = self.recalibrated(step)
         current = snapshot_of(self._layers)
         found = vitals(current, self._earlier, self._batches)
-        self._follow_unsettled(current)
+        # Layers that started untrained have no drift yet: their reference follows them until they are settled.
+        self._copy_to_reference(self.unsettled, current)
         flat, rows = self._measured(current, found)
-        if any(rows[4]):
+        was_reset = {name for name, flag in zip(self._layers, rows.reset, strict=True) if flag}
+        if was_reset:
             # What another callback reset starts anew instead of alarming.
-            self._forget_reset(current, rows[4], step)
+            for name in was_reset:
+                self._history.mark(step, name, "reset")
+            self._copy_to_reference(was_reset, current)
+            self._momenta = momenta(list(self._layers.values()), current.mean.device)
             flat, rows = self._measured(current, found)
-        largest, nonfinite, dead, updates, _, changed, bias, spread, apart = rows
-        for index, count in enumerate(updates):
+        shares = dict(zip(self._layers, rows.initial_share, strict=True))
+        self.unsettled = {name for name in self.unsettled | was_reset if shares[name] >= _SETTLED}
+        for index, count in enumerate(rows.updates):
             self._idle[index] = self._idle[index] + self._batches if count == 0 else 0
         frozen_by = [
             ", ".join(status.stats_frozen_by) if was else ""
@@ -171,26 +218,29 @@ class Watch:
             names=tuple(self._layers),
             training=[layer.training for layer in self._layers.values()],
             frozen_by=frozen_by,
-            nonfinite=nonfinite,
-            updates=[float("nan")] * len(self._layers) if replaced else updates,
-            changed=[False] * len(self._layers) if replaced else [bool(one) for one in changed],
+            nonfinite=rows.nonfinite,
+            nonfinite_here=rows.nonfinite_here,
+            died=rows.died,
+            explosion=rows.explosion,
+            updates=[float("nan")] * len(self._layers) if replaced else rows.updates,
+            changed=[False] * len(self._layers) if replaced else [bool(one) for one in rows.changed],
             idle=self._idle,
             samples=samples,
             judged=self._judged,
-            bias=bias,
-            spread=spread,
-            gap=apart,
+            bias=rows.bias,
+            spread=rows.spread,
+            gap=rows.gap,
         )
         diagnoses = [
             one for one in diagnose(symptoms) if one.layer not in self.unsettled or one.disease not in JUDGED_BY_BATCHES
         ]
-        self._history.append(step, epoch, tuple(self._layers), torch.tensor(largest, dtype=torch.float64))
+        self._history.append(step, epoch, tuple(self._layers), torch.tensor(rows.largest, dtype=torch.float64))
         self.last = Sample(
             step=step,
-            summary=read_summary(current, flat),
-            largest=tuple(largest),
-            updates=tuple(updates),
-            dead=tuple(dead),
+            summary=read_summary(current, flat, self._threshold),
+            largest=tuple(rows.largest),
+            updates=tuple(rows.updates),
+            dead=int(sum(rows.dead)),
             diagnoses=tuple(diagnoses),
         )
         self._earlier, self._batches = current, 0
@@ -199,43 +249,33 @@ class Watch:
             self._judged = 0
         return self.last
 
-    def _measured(self, current: Snapshot, found: Vitals) -> tuple[list[float], list[list[float]]]:
+    def _measured(self, current: Snapshot, found: Vitals) -> tuple[list[float], _Rows]:
         """Scalars of the summary, and rows with a number for each layer; waits for the device once."""
         shift, ratio = standardised(self.reference, current)
         values = of_standardised(self._measure, shift, ratio, current.weight).abs()
-        scalars = torch.stack(summary_scalars(values, shift, ratio))
-        apart = self._gaps.bias(current)
-        by_layer = torch.stack(
-            (
-                layer_maxima(values, current),
-                found.nonfinite,
-                found.dead,
-                found.updates,
-                found.reset.to(torch.float64),
-                found.changed.to(torch.float64),
-                self._surprises.bias(current),
-                self._surprises.spread(current),
-                apart if self._max_over_ranks is None else self._max_over_ranks(apart),
-            )
+        scalars = torch.stack(summary_scalars(values, shift, ratio, self._threshold))
+        over_ranks = torch.stack((self._gaps.bias(current), found.nonfinite))
+        if self._max_over_ranks is not None:
+            over_ranks = self._max_over_ranks(over_ranks)
+        by_layer = _Rows(
+            largest=layer_maxima(values, current),
+            nonfinite=over_ranks[1],
+            nonfinite_here=found.nonfinite,
+            died=died(current, ratio, DIED_FROM),
+            explosion=layer_means(ratio.log(), current).exp(),
+            dead=found.dead,
+            updates=found.updates,
+            reset=found.reset.to(torch.float64),
+            changed=found.changed.to(torch.float64),
+            initial_share=initial_shares(current, self._momenta),
+            bias=self._surprises.bias(current),
+            spread=self._surprises.spread(current),
+            gap=over_ranks[0],
         )
-        flat = torch.cat((scalars, by_layer.flatten())).tolist()
+        flat = torch.cat((scalars, *by_layer)).tolist()
         size = len(self._layers)
         rows = [flat[start : start + size] for start in range(len(scalars), len(flat), size)]
-        return flat[: len(scalars)], rows
-
-    def _follow_unsettled(self, current: Snapshot) -> None:
-        """Layers that started untrained have no drift yet: their reference follows them until they are settled."""
-        self._copy_to_reference(self.unsettled, current)
-        self.unsettled = {name for name in self.unsettled if initial_share(self._layers[name]) >= _SETTLED}
-
-    def _forget_reset(self, current: Snapshot, reset: list[float], step: int) -> None:
-        """Layers that were reset are measured from now on, or from when they are settled again."""
-        names = {name for name, was_reset in zip(self._layers, reset, strict=True) if was_reset}
-        for name in names:
-            self._history.mark(step, name, "reset")
-        self._copy_to_reference(names, current)
-        self.unsettled |= {name for name in names if initial_share(self._layers[name]) >= _SETTLED}
-        self._momenta = momenta(list(self._layers.values()), current.mean.device)
+        return flat[: len(scalars)], _Rows(*rows)
 
     def _copy_to_reference(self, names: set[str], current: Snapshot) -> None:
         parts = self.reference.slices() if names else {}

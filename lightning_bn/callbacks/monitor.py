@@ -7,8 +7,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor, nn
 
+from lightning_bn.callbacks._cadence import Cadence
 from lightning_bn.callbacks._lightning import (
     Callback,
     LightningModule,
@@ -19,7 +22,7 @@ from lightning_bn.callbacks._lightning import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_bn.callbacks._watch import Sample, Watch
+from lightning_bn.callbacks._watch import Sample, Watch, Watched
 from lightning_bn.functional.batches import num_samples
 from lightning_bn.functional.checkpoints import snapshot_of_checkpoint
 from lightning_bn.functional.drift import MEASURES, DriftSummary, Measure
@@ -117,6 +120,11 @@ class BatchNormMonitor(Callback):
                 raise MisconfigurationException(
                     f"BatchNormMonitor({name}={value!r}) must be a positive number, or None."
                 )
+        if warn_above is not None and act_above is not None and warn_above > act_above:
+            raise MisconfigurationException(
+                f"BatchNormMonitor(warn_above={warn_above:g}) is above act_above={act_above:g}: it would act before it "
+                f"warns. Give a smaller warn_above, or none."
+            )
         self.every_n_steps = every_n_steps
         self.measure = measure
         self.reference = reference
@@ -131,11 +139,12 @@ class BatchNormMonitor(Callback):
         self.report = report
         self.history = DriftHistory()
         self._watch: Watch | None = None
+        self._cadence: Cadence | None = None
         self._resumed: tuple[Snapshot, set[str]] | None = None
         self._warned = False
         self._acted = False
         self._above_before = False
-        self._ended: tuple[Snapshot, set[str]] | None = None
+        self._ended: Watched | None = None
         self._told: set[tuple[str, str]] = set()
 
     @property
@@ -152,7 +161,8 @@ class BatchNormMonitor(Callback):
         if self._resumed is None:
             self.history, self._warned, self._told = DriftHistory(self.history.most), False, set()
         self._above_before = False
-        self._watch = Watch(layers, self.measure, self.history, *_over_ranks(trainer))
+        self._watch = Watch(layers, self.measure, self.history, self._threshold, *_over_ranks(trainer))
+        self._cadence = Cadence(self.every_n_steps, trainer.global_step)
         if self.reference not in _REFERENCES:
             self._watch.refer_to(snapshot_of_checkpoint(self.reference, self._watch.reference))
         elif self._resumed is not None and self._resumed[0].names == tuple(layers):
@@ -167,15 +177,14 @@ class BatchNormMonitor(Callback):
             self._watching.refer_to_now()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        # Two batches in a row: sources that take turns would otherwise always show the same one of them.
-        if (trainer.global_step + 1) % self.every_n_steps in (0, 1):
+        if self._cadence is not None and self._cadence.judges():
             self._watching.before_batch()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._watching.after_batch()
-        if trainer.global_step % self.every_n_steps == 0:
+        if self._cadence is not None and self._cadence.samples(trainer.global_step):
             self._sample(trainer, num_samples(batch))
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -214,7 +223,7 @@ class BatchNormMonitor(Callback):
         if last is not None and not trainer.barebones:
             rank_zero_info(f"BatchNormMonitor: step {last.step:,}: {self._in_words(last.summary)}")
             if self.report and trainer.is_global_zero:
-                self._show(trainer, pl_module, last)
+                self._show(trainer, pl_module)
         self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -223,14 +232,14 @@ class BatchNormMonitor(Callback):
     def _end(self) -> None:
         if self._watch is not None:
             # For a checkpoint that is saved afterwards.
-            self._ended = (self._watch.reference, self._watch.unsettled)
+            self._ended = self._watch.watched()
         self._watch = None
 
     def state_dict(self) -> dict[str, Any]:
-        now = self._ended if self._watch is None else (self._watch.reference, self._watch.unsettled)
+        now = self._watched
         return {
-            "reference": None if now is None else now[0].state_dict(),
-            "unsettled": [] if now is None else sorted(now[1]),
+            "reference": None if now is None else now.reference.state_dict(),
+            "unsettled": [] if now is None else sorted(now.unsettled),
             "warned": self._warned,
             "told": [list(pair) for pair in sorted(self._told)],
             "history": self.history.state_dict(),
@@ -242,6 +251,49 @@ class BatchNormMonitor(Callback):
         self._warned = state_dict["warned"]
         self._told = {(layer, disease) for layer, disease in state_dict["told"]}
         self.history = DriftHistory.from_state_dict(state_dict["history"])
+
+    def table(self, module: nn.Module, most: int = 10) -> Table:
+        """Layer by layer what the last sample found, the worst first, during a fit and after it.
+
+        Args:
+            module: The LightningModule of the fit.
+            most: How many layers to list.
+
+        Raises:
+            RuntimeError: If there is no sample yet.
+        """
+        watched = self._watched
+        if watched is None or watched.sample is None:
+            raise RuntimeError("BatchNormMonitor has no sample yet: there is a table from the first one of a fit on.")
+        return drift_table(
+            describe(module, self.modules, self.exclude, self.root),
+            watched.reference,
+            watched.sampled,
+            self.history,
+            watched.sample.updates,
+            self.measure,
+            watched.statuses,
+            most=most,
+        )
+
+    def figure(self) -> Any:
+        """The history as a ``matplotlib.figure.Figure``: layers by depth against steps, coloured by drift.
+
+        Raises:
+            ValueError: If there is no sample yet.
+            ImportError: If matplotlib is not installed.
+        """
+        from lightning_bn.plotting import drift_figure
+
+        return drift_figure(self.history, self.measure, threshold=self._threshold)
+
+    @property
+    def _threshold(self) -> float | None:
+        return self.warn_above or self.act_above
+
+    @property
+    def _watched(self) -> Watched | None:
+        return self._ended if self._watch is None else self._watch.watched()
 
     @property
     def _watching(self) -> Watch:
@@ -265,7 +317,7 @@ class BatchNormMonitor(Callback):
 
     def _judge(self, trainer: Trainer, sample: Sample) -> None:
         summary = sample.summary
-        said = f"step {sample.step:,}: {summary.in_words()} since {self._since()}"
+        said = f"step {sample.step:,}: {summary.in_words()} since {self._since()}{self._jump(summary.worst_layer)}"
         if self.warn_above is not None:
             if _above(summary.max, self.warn_above) and not self._warned:
                 self._warned = True
@@ -313,29 +365,19 @@ class BatchNormMonitor(Callback):
         key = f"{self.prefix}/{self.measure}"
         worst = sorted(sample.largest, reverse=True)[: self.log_worst]
         worst += [0.0] * (self.log_worst - len(worst))
+        share = sample.summary.share_above
         return {
+            f"{self.prefix}/dead_channels": float(sample.dead),
             f"{key}_mean": sample.summary.mean,
             f"{key}_p95": sample.summary.p95,
             f"{key}_max": sample.summary.max,
+            **({} if share is None else {f"{key}_share_above": share}),
             **{f"{key}_worst_{rank}": value for rank, value in enumerate(worst, 1)},
         }
 
-    def _show(self, trainer: Trainer, module: LightningModule, last: Sample) -> None:
-        from rich.console import Console
-
-        layers = describe(module, self.modules, self.exclude, self.root)
-        watch = self._watching
-        Console().print(
-            drift_table(
-                layers, watch.reference, watch.sampled, self.history, last.updates, self.measure, watch.statuses
-            )
-        )
-        log_figure(trainer, self._figure, f"{self.prefix}_drift")
-
-    def _figure(self) -> Any:
-        from lightning_bn.plotting import drift_figure
-
-        return drift_figure(self.history, self.measure, threshold=self.warn_above or self.act_above)
+    def _show(self, trainer: Trainer, module: LightningModule) -> None:
+        Console().print(self.table(module))
+        log_figure(trainer, self.figure, f"{self.prefix}_drift")
 
     def _in_words(self, summary: DriftSummary) -> str:
         layers = f"running statistics of {counted(len(self.history.names), 'layer')}"
@@ -346,11 +388,16 @@ class BatchNormMonitor(Callback):
             f"{self.measure} mean {summary.mean:.2g}, max {summary.max:.2g}"
         )
 
+    def _jump(self, layer: str) -> str:
+        step = self.history.jumped_at(layer)
+        return "" if step is None else f"; its inputs changed at about step {step:,}"
+
     def _since(self) -> str:
+        recalibrated = any(event == "recalibrated" for _, _, event in self.history.marks)
         words = {
             "fit_start": "fit start",
             "previous_epoch": "the start of the epoch",
-            "recalibrated": "the last recalibration",
+            "recalibrated": "the last recalibration" if recalibrated else "fit start, for want of a recalibration",
         }
         return words.get(self.reference, Path(self.reference).name)
 

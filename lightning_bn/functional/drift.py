@@ -65,7 +65,8 @@ def in_words(variance_ratio: float, mean_shift: float) -> str:
     def short(value: float, sign: str = "") -> str:
         return f"{value:{sign}.1f}" if value == 0 or 0.095 <= abs(value) < 10 else f"{value:{sign}.2g}"
 
-    return f"variance x{short(variance_ratio)}, mean {short(mean_shift, '+')} sigma"
+    shift = f"{mean_shift:+.2f}" if abs(mean_shift) < 0.095 and mean_shift else short(mean_shift, "+")
+    return f"variance x{short(variance_ratio)}, mean {shift} sigma"
 
 
 def drift(reference: Snapshot, current: Snapshot, measure: Measure = "jeffreys") -> dict[str, Tensor]:
@@ -185,6 +186,13 @@ def layer_maxima(values: Tensor, snapshot: Snapshot) -> Tensor:
     """The largest value of each layer, ``(L,)``; NaN where any channel's is."""
     most = torch.full((len(snapshot),), -torch.inf, dtype=values.dtype, device=values.device)
     return most.scatter_reduce_(0, snapshot.layer_of(), values, "amax")
+
+
+def layer_means(values: Tensor, snapshot: Snapshot) -> Tensor:
+    """The mean of each layer's channels, ``(L,)``."""
+    sums = torch.zeros(len(snapshot), dtype=values.dtype, device=values.device)
+    sizes = torch.tensor(snapshot.channels, dtype=values.dtype, device=values.device)
+    return sums.index_add_(0, snapshot.layer_of(), values) / sizes
 
 
 def _locate(snapshot: Snapshot, position: int) -> tuple[str, int]:

@@ -8,6 +8,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+_FEWEST_TO_JUMP = 5
+"""Samples that tell a jump from what came before it."""
+
 
 class DriftHistory:
     """Samples of drift, each the largest of every layer's channels.
@@ -76,6 +79,22 @@ class DriftHistory:
         self.marks.append((step, layer, event))
         if len(self.marks) > 10 * self.most:
             self.marks = self.marks[::2]
+
+    def jumped_at(self, layer: str) -> int | None:
+        """The step at about which a layer's drift jumped to where it is now; None if it did not, or grew slowly.
+
+        The last sample at which the drift was near its median, provided that the time before it was at least four
+        times as long as the jump took: a power of time as in fine-tuning does not grow that fast.
+        """
+        if len(self) < _FEWEST_TO_JUMP:
+            return None
+        curve = self.values()[:, self.names.index(layer)]
+        usual, now = float(curve[:-1].median()), float(curve[-1])
+        if not now > 2 * usual:
+            return None
+        near = (curve <= usual + 0.2 * (now - usual)).nonzero().flatten().tolist()
+        start = self.steps[near[-1]]
+        return start if start - self.steps[0] >= 4 * (self.steps[-1] - start) else None
 
     def values(self) -> Tensor:
         """The largest drift of each layer at each sample, shape ``(samples, layers)``, float64."""

@@ -152,17 +152,3 @@ def _nonfinite_channels(layer: _BatchNorm) -> int:
     if mean is None or var is None or is_lazy(mean):
         return 0
     return int((~(mean.isfinite() & var.isfinite())).sum())
-
-
-def initial_share(layer: _BatchNorm) -> float:
-    """Share of its initial values that is left in a layer's moving average, in [0, 1]; 0 where it is not known.
-
-    (1 - momentum)^n after n updates, 44 of which leave 1 % at torch's default momentum of 0.1; none after the first
-    update of a cumulative average.
-    """
-    if layer.num_batches_tracked is None:
-        return 0.0
-    updates = int(layer.num_batches_tracked)
-    if layer.momentum is None:
-        return float(updates == 0)
-    return float((1 - layer.momentum) ** updates)

@@ -67,6 +67,36 @@ def vitals(current: Snapshot, earlier: Snapshot, batches: int) -> Vitals:
     )
 
 
+def died(current: Snapshot, ratio: Tensor, below: float) -> Tensor:
+    """Channels of each layer that are dead now and were not at a reference, ``(L,)``.
+
+    Args:
+        current: The statistics now.
+        ratio: Variance over that of the reference, ``eps`` added to both, ``(C,)``.
+        below: Ratio from which on a dead channel counts as having been alive.
+    """
+    layer_of = current.layer_of()
+    eps = torch.tensor(current.eps, dtype=ratio.dtype, device=ratio.device)[layer_of]
+    channels = (current.var.to(ratio.dtype) < eps) & (ratio < below)
+    return torch.zeros(len(current), dtype=ratio.dtype, device=ratio.device).index_add_(0, layer_of, channels.to(ratio))
+
+
+def initial_shares(current: Snapshot, momentum: Tensor) -> Tensor:
+    """Share of their initial values that is left in the layers' moving averages, ``(L,)``, in [0, 1]; 0 if unknown.
+
+    (1 - momentum)^n after n updates, 44 of which leave 1 % at torch's default momentum of 0.1; none after the first
+    update of a cumulative average.
+
+    Args:
+        current: The statistics now.
+        momentum: Of the layers; NaN for a cumulative average.
+    """
+    updates = current.num_batches_tracked.to(momentum)
+    exponential = (1 - momentum) ** updates
+    share = torch.where(momentum.isnan(), (updates == 0).to(momentum), exponential)
+    return torch.where(updates < 0, 0.0, share)
+
+
 def _differs(now: Tensor, then: Tensor) -> Tensor:
     """Where two tensors differ; a NaN that stays one does not."""
     then = then.to(now.device)

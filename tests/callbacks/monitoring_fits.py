@@ -1,11 +1,14 @@
 """Small fits for the tests of the monitor: pre-trained networks, planted faults, and what was said of them."""
 
+import csv
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
+from pytorch_lightning.loggers import CSVLogger
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -81,3 +84,11 @@ def fit(
         quiet(callbacks=list(callbacks), **trainer).fit(module, *loaders, **options)
 
     return warned(run)
+
+
+def csv_rows(logger: CSVLogger) -> list[dict[str, str]]:
+    with open(Path(logger.log_dir) / "metrics.csv") as file:
+        return [row for row in csv.DictReader(file) if row.get("bn/jeffreys_max")]
+
+
+# --- arguments -----------------------------------------------------------------------------------------------------

@@ -1,28 +1,32 @@
 """The monitor in real fits: what is logged, what it refers to, when it acts, what a checkpoint keeps."""
 
-import csv
+import json
 import os
+import struct
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+import wandb
 from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
-from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger
+from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
 
 from lightning_bn import BatchNormMonitor, PreciseBatchNorm
 from lightning_bn.callbacks.monitor import BatchNormDriftError
 from lightning_bn.functional import take_snapshot
 from lightning_bn.functional.drift import drift
 from tests.callbacks.fits import Classifier, Net, quiet, samples, train_loader, trajectory, val_loader
-from tests.callbacks.monitoring_fits import Module, fit, monitor, norms, pretrained, warned
+from tests.callbacks.monitoring_fits import Module, csv_rows, fit, monitor, norms, pretrained, warned
 from tests.models import bits, seeded
 
 KEYS = {"bn/jeffreys_mean", "bn/jeffreys_max"}
-CURVES = {*KEYS, "bn/jeffreys_p95"}
+CURVES = {*KEYS, "bn/jeffreys_p95", "bn/dead_channels"}
 
 
 def module(lr: float = 0.01, fault: Any = None) -> Module:
@@ -51,18 +55,11 @@ class Seen(pl.Callback):
             self.at_validation_end.append({key for key in trainer.callback_metrics if key.startswith("bn/")})
 
 
-def csv_rows(logger: CSVLogger) -> list[dict[str, str]]:
-    with open(Path(logger.log_dir) / "metrics.csv") as file:
-        return [row for row in csv.DictReader(file) if row.get("bn/jeffreys_max")]
-
-
-# --- arguments -----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
         ({"every_n_steps": 0}, r"every_n_steps=0.*from 1 on"),
+        ({"warn_above": 2.0, "act_above": 1.0}, r"warn_above=2.*above act_above=1"),
         ({"log_worst": -1}, r"log_worst=-1"),
         ({"warn_above": 0.0}, r"warn_above=0.0.*positive"),
         ({"act_above": float("nan")}, r"act_above=nan.*positive"),
@@ -240,6 +237,64 @@ def test_curves_and_the_figure_are_in_tensorboard(tmp_path: Path) -> None:
     assert (Path(logger.log_dir) / "bn_drift.png").stat().st_size > 1000
 
 
+def test_curves_and_the_figure_are_in_weights_and_biases(tmp_path: Path) -> None:
+    logger = WandbLogger(save_dir=str(tmp_path), offline=True, project="test", settings=wandb.Settings(silent=True))
+    watching = monitor(report=True, warn_above=100.0, log_worst=1)
+    try:
+        fit(module(), watching, logger=logger, max_epochs=1, count=32)
+    finally:
+        logger.experiment.finish()
+        wandb.teardown()
+    rows = [row for row in wandb_rows(tmp_path) if "bn/jeffreys_max" in row]
+    assert [row["trainer/global_step"] for row in rows] == [1, 2, 3, 4]
+    assert all({*CURVES, "bn/jeffreys_share_above", "bn/jeffreys_worst_1"} <= set(row) for row in rows)
+    for row, values in zip(rows, watching.history.values(), strict=True):
+        assert row["bn/jeffreys_max"] == row["bn/jeffreys_worst_1"] == pytest.approx(float(values.max()))
+    [image] = [row for row in wandb_rows(tmp_path) if "bn_drift/_type" in row]
+    assert (image["bn_drift/_type"], image["trainer/global_step"]) == ("images/separated", 4)
+    [file] = tmp_path.rglob("media/images/bn_drift_*.png")
+    assert file.read_bytes() == (tmp_path / "bn_drift.png").read_bytes()
+
+
+def leveldb_records(log: bytes) -> Iterator[bytes]:
+    """Records of a LevelDB log: blocks of 32 KiB; checksum, length and kind before each piece."""
+    log, at, whole = b"\0" * 7 + log, 7, b""
+    while at + 7 <= len(log):
+        if 32768 - at % 32768 < 7:
+            at += 32768 - at % 32768
+            continue
+        _, length, kind = struct.unpack("<IHB", log[at : at + 7])
+        whole += log[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # whole, or the last piece
+            yield whole
+            whole = b""
+
+
+def wandb_rows(folder: Path) -> list[dict[str, Any]]:
+    """What an offline run wrote, one dict for each time something was logged."""
+    [path] = folder.rglob("*.wandb")
+    rows = []
+    for data in leveldb_records(path.read_bytes()[7:]):
+        record = wandb_internal_pb2.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = record.history.item
+            rows.append({item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in items})
+    return rows
+
+
+def test_the_share_above_the_threshold_is_a_curve_where_there_is_one(tmp_path: Path) -> None:
+    logger = CSVLogger(tmp_path)
+    watching, seen = monitor(act_above=0.01), Seen()
+    fit(module(), watching, seen, logger=logger, max_epochs=1, count=64)
+    shares = [float(row["bn/jeffreys_share_above"]) for row in csv_rows(logger)]
+    for share, step in zip(shares, watching.history.steps, strict=True):
+        values = torch.cat(list(drift(seen.snapshots[0], seen.snapshots[step]).values()))
+        assert share == pytest.approx(float((values > 0.01).double().mean()))
+    assert min(shares) < max(shares)
+
+
 def test_more_worst_layers_than_there_are_keep_the_keys(tmp_path: Path) -> None:
     logger = CSVLogger(tmp_path)
     fit(module(), monitor(log_worst=5), logger=logger, max_epochs=1, count=16)
@@ -288,6 +343,19 @@ def test_early_stopping_with_a_divergence_threshold_stops_on_drift() -> None:
     assert trainer.current_epoch < 8
 
 
+def test_early_stopping_by_its_defaults_ends_a_run_whose_drift_rises() -> None:
+    epochs = []
+    for stop in (
+        EarlyStopping("bn/jeffreys_max"),
+        EarlyStopping("bn/jeffreys_max", divergence_threshold=50.0, patience=1_000_000),
+    ):
+        watching = monitor()
+        trainer = quiet(callbacks=[watching, stop], max_epochs=8)
+        trainer.fit(module(lr=0.02), train_loader(), val_loader())
+        epochs.append(trainer.current_epoch)
+    assert epochs == [4, 8]
+
+
 def test_several_validation_loaders_change_nothing() -> None:
     trainer = quiet(callbacks=[monitor()], max_epochs=1)
     trainer.fit(module(), train_loader(), [val_loader(), val_loader()])
@@ -326,6 +394,31 @@ def test_fast_dev_run_passes() -> None:
     watching = monitor()
     fit(module(), watching, fast_dev_run=True)
     assert watching.history.steps == [1]
+
+
+def test_table_and_figure_can_be_had_during_a_fit_and_after_it() -> None:
+    watching = monitor()
+    seen: list[list[Any]] = []
+
+    class Asking(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
+            seen.append([list(watching.table(pl_module).columns[0].cells), watching.figure()])
+
+    net = module()
+    fit(net, watching, Asking(), max_epochs=1, count=32)
+    assert len(seen) == 4
+    assert sorted(seen[0][0]) == [
+        "net.bn BatchNorm2d",
+        "net.features.1 BatchNorm2d",
+        "net.head.1 BatchNorm1d",
+    ]
+    assert list(watching.table(net, most=1).columns[0].cells) == [seen[-1][0][0]]
+    assert len(watching.figure().axes[0].get_yticklabels()) == 3
+
+
+def test_without_a_sample_there_is_no_table() -> None:
+    with pytest.raises(RuntimeError, match="no sample yet"):
+        monitor().table(module())
 
 
 def test_the_table_is_printed_once_at_the_end(capsys: pytest.CaptureFixture[str]) -> None:

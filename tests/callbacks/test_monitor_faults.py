@@ -6,6 +6,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.callbacks import StochasticWeightAveraging
+from pytorch_lightning.loggers import CSVLogger
 from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -14,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_bn import BatchNormFreezer, PreciseBatchNorm
 from lightning_bn.functional import freeze_batch_norm
 from tests.callbacks.fits import Net, quiet
-from tests.callbacks.monitoring_fits import Module, fit, monitor, norms, pretrained, warned
+from tests.callbacks.monitoring_fits import Module, csv_rows, fit, monitor, norms, pretrained, warned
 from tests.models import SharedNorm, seeded
 from tests.ranks import Results, results_of
 
@@ -44,6 +45,71 @@ def test_a_changed_input_moves_the_variance_that_is_named_by_its_factor() -> Non
     # Means of 1.5 to 2.5 and standard deviations of 2 double: variance x4 in every channel.
     layer = watching.history.names.index(FIRST)
     assert float(watching.history.values()[-1, layer]) > 1.0
+
+
+@pytest.mark.parametrize("every_n_steps", [1, 10])
+def test_the_warning_says_since_when_inputs_are_others(every_n_steps: int) -> None:
+    fault, watching = from_step(200, shift=4.0), monitor(warn_above=2.0, every_n_steps=every_n_steps)
+    said = fit(Module(pretrained(), fault, lr=1e-4), watching, max_epochs=10)
+    [line] = [line for line in said if "above warn_above" in line]
+    since = int(line.split("its inputs changed at about step ")[1].split(";")[0])
+    assert 200 - every_n_steps <= since <= 205
+
+
+def test_a_change_of_task_on_digits_is_named_with_layer_and_step() -> None:
+    pl.seed_everything(0, verbose=False)
+    net = Digits()
+
+    class Tasks(DigitsModule):
+        changes_at = 10_000
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            # The other task has negatives: the same digits, dark on light.
+            x, y = batch
+            return super().training_step((-x if self.trainer.global_step >= self.changes_at else x, y), batch_idx)
+
+    train, val = digits(32, 0)
+    first, second = Tasks(net, 0.02), Tasks(net, 0.002)
+    second.changes_at = 100
+    quiet(max_epochs=3).fit(first, train, val)
+    watching = monitor(every_n_steps=5, warn_above=1.0)
+    said = warned(lambda: quiet(callbacks=[watching], max_epochs=5).fit(second, train, val))
+    [line] = [line for line in said if "above warn_above" in line]
+    step, since = (int(line.split(word)[1].split(end)[0]) for word, end in (("step ", ":"), ("about step ", ";")))
+    assert 100 < step <= 120
+    assert 95 <= since <= 110
+    assert line.split(": ")[2].startswith("net.")
+
+
+# --- channels that die, variances that explode ---------------------------------------------------------------------
+
+
+class Zeroed(pl.Callback):
+    """Before every batch from a step on, half of the channels that reach `net.bn` are made constant."""
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        if trainer.global_step >= 20:
+            with torch.no_grad():
+                pl_module.net.features[4].weight[:2] = 0
+
+
+def test_channels_that_die_are_named_once_and_counted_in_a_curve(tmp_path: Any) -> None:
+    logger = CSVLogger(tmp_path)
+    watching = monitor(every_n_steps=5)
+    said = fit(Module(pretrained(), lr=1e-3), Zeroed(), watching, max_epochs=6, logger=logger)
+    [line] = said
+    # The first of the two to fall.
+    assert "net.bn has 1 channel whose variance fell below eps" in line
+    assert float(csv_rows(logger)[0]["bn/dead_channels"]) == 0
+    assert float(csv_rows(logger)[-1]["bn/dead_channels"]) == 2
+
+
+def test_inputs_on_another_scale_explode_in_the_first_layer() -> None:
+    said = fit(Module(pretrained(), from_step(40, gain=255.0), lr=1e-4), monitor(), max_epochs=3)
+    [line] = [line for line in said if "running variances x" in line]
+    assert f": {FIRST} has" in line
+    assert "0 to 255" in line
+    assert not [line for line in said if "alternate" in line]
 
 
 # --- what is not finite --------------------------------------------------------------------------------------------
@@ -336,6 +402,11 @@ def test_a_rank_with_other_data_is_named_once_with_the_first_layer(ranks: Result
     assert FIRST in said[0]
     assert "sees data on one rank" in said[0]
     assert "evaluation uses rank 0's moving average alone" in said[0]
+
+
+def test_what_is_not_finite_on_another_rank_alone_is_said(ranks: Results) -> None:
+    [line] = [line for line in ranks[0]["other not finite"]["said"] if "not finite" in line]
+    assert f"{FIRST} (and 2 more layers) has 4 channels whose running statistics are not finite on another rank" in line
 
 
 def test_ranks_with_data_alike_are_no_fault(ranks: Results) -> None:

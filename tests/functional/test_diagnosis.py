@@ -16,6 +16,9 @@ def symptoms(**changed: Any) -> Symptoms:
         "training": [True] * 3,
         "frozen_by": [""] * 3,
         "nonfinite": [0.0] * 3,
+        "nonfinite_here": [0.0] * 3,
+        "died": [0.0] * 3,
+        "explosion": [1.0] * 3,
         "updates": [1.0] * 3,
         "changed": [True] * 3,
         "idle": [0] * 3,
@@ -39,8 +42,16 @@ def test_a_healthy_model_has_nothing() -> None:
 @pytest.mark.parametrize(
     ("changed", "layer", "disease", "words"),
     [
-        ({"nonfinite": [0, 2, 0]}, "body.bn", "not finite", ["2 channels", "recalibrate"]),
-        ({"nonfinite": [0, 1, 0]}, "body.bn", "not finite", ["1 channel whose"]),
+        (
+            {"nonfinite": [0, 2, 0], "nonfinite_here": [0, 2, 0]},
+            "body.bn",
+            "not finite",
+            ["2 channels", "finite, and a"],
+        ),
+        ({"nonfinite": [0, 1, 0]}, "body.bn", "not finite", ["1 channel whose", "not finite on another rank"]),
+        ({"died": [0, 2, 1]}, "body.bn", "died", ["(and 1 more layer)", "2 channels whose variance fell below eps"]),
+        ({"explosion": [2, 101, 99]}, "body.bn", "exploding", ["variances x1e+02 those", "0 to 255"]),
+        ({"spread": [0.1, 1.5, 0.1], "bias": [0.1, 1.4, 0.1]}, "body.bn", "lagging", ["lags 1.4 sigma"]),
         (
             {"updates": [1, 0, 1], "idle": [0, 20, 0], "changed": [True, False, True]},
             "body.bn",
@@ -91,7 +102,7 @@ def test_one_cause_in_many_layers_is_one_line_with_the_first_of_them(row: str, d
 
 
 def test_a_layer_fed_by_alternating_sources_is_not_also_called_lagging() -> None:
-    assert found(spread=[3.0, 0.1, 0.1], bias=[2.0, 0.1, 0.1]) == [("stem.bn", "alternating")]
+    assert found(spread=[3.0, 0.1, 0.1], bias=[1.4, 0.1, 0.1]) == [("stem.bn", "alternating")]
 
 
 def test_nothing_is_said_of_batches_before_enough_of_them_were_judged() -> None:

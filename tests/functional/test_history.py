@@ -103,3 +103,33 @@ def test_a_state_dict_does_not_change_with_the_history() -> None:
     assert state["steps"] == [0, 1, 2]
     assert state["marks"] == []
     assert state["values"].shape == (3, 2)
+
+
+def grown(curve: list[float], every: int = 50) -> DriftHistory:
+    history = DriftHistory()
+    for index, value in enumerate(curve, 1):
+        history.append(every * index, 0, NAMES, torch.tensor([value, 0.01], dtype=torch.float64))
+    return history
+
+
+def test_a_jump_is_found_at_the_last_sample_before_it() -> None:
+    noise = [0.05, 0.08, 0.06, 0.07, 0.05, 0.06]
+    assert grown([*noise, 3.0]).jumped_at("a") == 300
+    assert grown([*noise * 3, 0.9, 2.0, 3.0]).jumped_at("a") == 900
+    assert grown([*noise, 3.0]).jumped_at("b") is None
+
+
+@pytest.mark.parametrize("power", [0.5, 1, 2, 4])
+def test_drift_that_grows_as_in_fine_tuning_is_no_jump(power: float) -> None:
+    curve = [(index / 100) ** power for index in range(1, 101)]
+    assert all(grown(curve[:count]).jumped_at("a") is None for count in range(1, 101))
+
+
+def test_a_level_that_stays_or_falls_is_no_jump() -> None:
+    assert grown([0.5] * 20).jumped_at("a") is None
+    assert grown([3.0, *[0.05] * 20]).jumped_at("a") is None
+    assert grown([0.1] * 3 + [3.0]).jumped_at("a") is None, "too few samples before it"
+
+
+def test_drift_that_is_not_a_number_is_no_jump() -> None:
+    assert grown([0.05] * 10 + [float("nan")]).jumped_at("a") is None

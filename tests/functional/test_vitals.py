@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bn.functional.snapshots import take_snapshot
-from lightning_bn.functional.vitals import vitals
+from lightning_bn.functional.drift import standardised
+from lightning_bn.functional.last_batch import momenta
+from lightning_bn.functional.snapshots import snapshot_of, take_snapshot
+from lightning_bn.functional.vitals import died, initial_shares, vitals
 from tests.models import SharedNorm, SmallResNet, fill_statistics, images, seeded, warmed
 
 
@@ -134,3 +136,34 @@ def test_everything_is_one_number_a_layer_in_registration_order() -> None:
 def test_snapshots_of_other_layers_are_an_error() -> None:
     with pytest.raises(ValueError, match="same layers"):
         vitals(take_snapshot(two()), take_snapshot(nn.BatchNorm1d(3)), 1)
+
+
+def test_channels_that_died_were_alive_at_the_reference() -> None:
+    net = two()
+    for name in ("a", "b"):
+        net[name].running_var.fill_(1.0)  # type: ignore[union-attr, operator]
+    net["b"].running_var[0] = 2e-5  # type: ignore[index, operator]
+    before = take_snapshot(net)
+    # From 1 to nothing; from hardly more than eps to nothing; to what is little and not nothing.
+    net["a"].running_var[:2] = 1e-7  # type: ignore[index, operator]
+    net["b"].running_var[0] = 1e-7  # type: ignore[index, operator]
+    net["b"].running_var[1] = 2e-5  # type: ignore[index, operator]
+    after = take_snapshot(net)
+    assert died(after, standardised(before, after)[1], 0.02).tolist() == [2, 0]
+
+
+def test_the_share_of_initial_values_is_what_the_moving_average_has_left() -> None:
+    layers = {name: nn.BatchNorm1d(2, momentum=momentum) for name, momentum in (("a", 0.1), ("b", 0.5), ("c", None))}
+    layers["d"] = nn.BatchNorm1d(2)
+    layers["d"].num_batches_tracked = None
+    weights = momenta(list(layers.values()), torch.device("cpu"))
+    assert initial_shares(snapshot_of(layers), weights).tolist() == [1, 1, 1, 0]
+    # A batch of zeros leaves of the initial variance, 1, exactly that share.
+    for _ in range(3):
+        for layer in layers.values():
+            layer(torch.zeros(4, 2))
+    shares = initial_shares(snapshot_of(layers), weights).tolist()
+    left = [float(layer.running_var[0]) for layer in layers.values()]
+    assert shares[:3] == pytest.approx([0.9**3, 0.5**3, 0.0])
+    assert left[:3] == pytest.approx(shares[:3])
+    assert shares[3] == 0

@@ -1,0 +1,153 @@
+"""Drift of running statistics as a torchmetrics Metric: for loops of one's own, and for ``self.log``."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torchmetrics import Metric
+
+from lightning_bn.functional.drift import MEASURES, Measure, layer_maxima, of_standardised, standardised
+from lightning_bn.functional.patterns import Patterns
+from lightning_bn.functional.snapshots import Snapshot, take_snapshot
+
+_TOTAL, _LARGEST, _COUNT = 0, 1, 2
+
+
+class BatchNormDrift(Metric):
+    """How far running statistics are from a reference, over any number of updates and processes.
+
+    ``compute`` gives a dict of 0-dimensional float64 tensors: ``<measure>_mean``, ``<measure>_p95`` and, with a
+    ``threshold``, ``<measure>_share_above``, all three over the channels, each with its mean over updates and
+    processes; and ``<measure>_max``, the largest of any channel at any update on any process. NaN if any is.
+
+    The three sums behind it lie in one state of shape ``(3, C)``, C channels of all layers, so that processes exchange
+    a single tensor. The model is not held: only names and copies of its statistics.
+
+    Args:
+        reference: What to measure from: a module with its statistics of this moment, or a snapshot.
+        measure: As for :func:`~lightning_bn.functional.drift`; of signed measures the absolute value counts.
+        threshold: If given, the share of channels above it is counted; also the line in the plot.
+        modules: Which layers of a module, as for :func:`~lightning_bn.functional.batch_norm_layers`; None for all that
+            keep running statistics.
+        exclude: Which of them not.
+        root: Put before every path.
+        **kwargs: Of ``torchmetrics.Metric``: ``sync_on_compute``, ``process_group`` and so on.
+
+    Attributes:
+        reference: The snapshot that is measured from. It is not in checkpoints.
+
+    Raises:
+        SelectionError: If the selection means no layer with running statistics.
+        ValueError: If the measure is unknown, or the threshold not positive.
+
+    Example:
+        >>> from torch import nn
+        >>> layer = nn.BatchNorm1d(2)
+        >>> drift = BatchNormDrift(layer, threshold=0.1)
+        >>> layer.running_var.fill_(2.0)
+        tensor([2., 2.])
+        >>> drift.update(layer)
+        >>> {name: round(float(value), 3) for name, value in drift.compute().items()}
+        {'jeffreys_mean': 0.25, 'jeffreys_p95': 0.25, 'jeffreys_max': 0.25, 'jeffreys_share_above': 1.0}
+    """
+
+    is_differentiable = False
+    higher_is_better = False
+    full_state_update = False
+    plot_lower_bound = 0.0
+
+    sums: Tensor
+
+    def __init__(
+        self,
+        reference: nn.Module | Snapshot,
+        measure: Measure = "jeffreys",
+        threshold: float | None = None,
+        modules: Patterns = None,
+        exclude: Patterns = None,
+        root: str = "",
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(**kwargs)
+        if measure not in MEASURES:
+            raise ValueError(f"BatchNormDrift(measure={measure!r}) must be one of {', '.join(MEASURES)}.")
+        if threshold is not None and not threshold > 0:
+            raise ValueError(f"BatchNormDrift(threshold={threshold!r}) must be a positive number, or None.")
+        self.measure: Measure = measure
+        self.threshold = threshold
+        self._selection: dict[str, Any] = {"modules": modules, "exclude": exclude, "root": root}
+        # Neither state nor buffer: `.half()` of a module that holds the metric would round it.
+        self.reference = self._snapshot(reference)
+        channels = sum(self.reference.channels)
+        self.add_state("sums", torch.zeros(3, channels, dtype=torch.float64), dist_reduce_fx=_merged)
+
+    def update(self, model: nn.Module | Snapshot) -> None:
+        """Measures the statistics of this moment.
+
+        Args:
+            model: The module, or a snapshot, with the layers of the reference.
+
+        Raises:
+            SelectionError: As for the constructor.
+            ValueError: If its layers are not those of the reference; the layers that differ are named.
+        """
+        current = self._snapshot(model)
+        self.reference = self.reference.to(current.mean.device)
+        shift, ratio = standardised(self.reference, current)
+        values = of_standardised(self.measure, shift, ratio, current.weight).abs().to(self.sums)
+        largest = torch.maximum(self.sums[_LARGEST], values)
+        self.sums = torch.stack((self.sums[_TOTAL] + values, largest, self.sums[_COUNT] + 1))
+
+    def compute(self) -> dict[str, Tensor]:
+        """The measure over all channels as described above; NaN before the first update."""
+        count = self.sums[_COUNT]
+        values = self.sums[_TOTAL] / count
+        largest = torch.where(count > 0, self.sums[_LARGEST], torch.nan)
+        found = {"mean": values.mean(), "p95": values.quantile(0.95), "max": largest.max()}
+        if self.threshold is not None:
+            found["share_above"] = (~(values <= self.threshold)).double().mean()
+        return {f"{self.measure}_{name}": value for name, value in found.items()}
+
+    def layers(self) -> dict[str, float]:
+        """The largest drift of each layer's channels on this process, by name, the worst first."""
+        largest = layer_maxima(self.sums[_LARGEST], self.reference.to(self.sums.device)).tolist()
+        pairs = list(zip(self.reference.names, largest, strict=True))
+        # NaN first: a layer that cannot be measured is the worst there is.
+        return dict(sorted(pairs, key=lambda pair: (pair[1] == pair[1], -pair[1] if pair[1] == pair[1] else 0.0)))
+
+    def plot(
+        self, val: Mapping[str, Tensor] | Sequence[Mapping[str, Tensor]] | None = None, ax: Any | None = None
+    ) -> tuple[Any, Any]:
+        """A figure that a person can read.
+
+        Args:
+            val: None draws the largest drift of each layer as bars, the worst on top, at most 30 of them. One result of
+                ``compute`` or several, in order, are drawn as curves.
+            ax: The ``matplotlib.axes.Axes`` to draw into; None makes a figure.
+
+        Returns:
+            The figure and the axes.
+
+        Raises:
+            ModuleNotFoundError: If matplotlib is not installed (``pip install lightning-bn[plot]``).
+        """
+        from lightning_bn.plotting import drift_bars, drift_curves
+
+        if val is None:
+            return drift_bars(self.layers(), self.measure, self.threshold, ax)
+        results = [val] if isinstance(val, Mapping) else list(val)
+        # A share is no drift: it would need an axis of its own.
+        names = [name for name in results[0] if not name.endswith("_share_above")]
+        curves = {name: [float(result[name]) for result in results] for name in names}
+        return drift_curves(curves, self.measure, self.threshold, ax)
+
+    def _snapshot(self, model: nn.Module | Snapshot) -> Snapshot:
+        return model if isinstance(model, Snapshot) else take_snapshot(model, **self._selection)
+
+
+def _merged(stacked: Tensor) -> Tensor:
+    """Of states stacked along a new first dimension: totals and counts added up, the largest of the largest."""
+    return torch.stack((stacked[:, _TOTAL].sum(0), stacked[:, _LARGEST].amax(0), stacked[:, _COUNT].sum(0)))
