@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +12,9 @@ import torch
 
 from lightning_bn.functional.batches import describe_batch, num_samples, to_device
 from lightning_bn.functional.collecting import Collector, OneValuePerChannelError
+from lightning_bn.functional.lockstep import Lockstep
 
+_END = object()
 _FEWEST_BATCHES = 8
 """Before an error estimated from the spread between batches is believed."""
 
@@ -64,6 +67,7 @@ class Usage:
         self.samples: int | None = 0
         self.ended_early = False
         self._skipped_at = ""
+        self._at_the_end = False
 
     def run(
         self,
@@ -71,6 +75,7 @@ class Usage:
         forward: Callable[[Any], Any],
         collector: Collector,
         device: torch.device,
+        lockstep: Lockstep | None = None,
     ) -> None:
         """Feeds batches until the budget or the data ends.
 
@@ -79,18 +84,28 @@ class Usage:
             forward: Runs the model on one batch.
             collector: Gathers what comes of it.
             device: Where batches are moved.
+            lockstep: Keeps processes together whose forwards wait for each other; None where they do not.
+
+        Raises:
+            RuntimeError: If another process in the lockstep failed.
         """
         iterator = iter(batches)
-        while not self._enough(collector):
-            try:
-                batch = next(iterator)
-            except StopIteration:
-                self.ended_early = self._limited
+        while True:
+            precise = self._is_precise(collector)
+            batch = _END if precise and lockstep is None else self._next(iterator, lockstep is not None)
+            # Before the others are told that this process goes on: whatever fails from there on leaves them waiting.
+            moved = _END if batch is _END else to_device(batch, device)
+            if lockstep is None:
+                if batch is _END:
+                    return
+            elif not lockstep.go_on(batch is _END, precise, self.samples or 0, self._budget.num_samples):
                 return
             try:
-                with collector.batch():
-                    forward(to_device(batch, device))
+                with lockstep.forward() if lockstep is not None else nullcontext(), collector.batch():
+                    forward(moved)
             except OneValuePerChannelError as error:
+                if lockstep is not None:
+                    raise
                 self.skipped += 1
                 self._skipped_at = error.layer
             else:
@@ -103,7 +118,7 @@ class Usage:
                     )
                 self.samples = None if count is None or self.samples is None else self.samples + count
 
-    def why_nothing(self) -> str | None:
+    def why_nothing(self, in_lockstep: bool = False) -> str | None:
         """If no batch could be used, the reason and the way out."""
         if self.batches:
             return None
@@ -111,6 +126,11 @@ class Usage:
             return (
                 f"no batch could be used: in all {self.skipped} of them BatchNorm layer {self._skipped_at!r} saw one "
                 f"value per channel. Use batches of at least 2 samples, or leave the layer out with exclude."
+            )
+        if in_lockstep and not self._at_the_end:
+            return (
+                "another process had no batch, and with SyncBatchNorm layers all run as many as the one that has the "
+                "fewest: nothing was changed. Give every process a share of the data."
             )
         asked = self._budget.num_batches
         many = "" if asked is None else f" ({asked} were asked for)"
@@ -120,14 +140,24 @@ class Usage:
     def _limited(self) -> bool:
         return self._budget.num_batches is not None or self._budget.num_samples is not None
 
-    def _enough(self, collector: Collector) -> bool:
+    def _next(self, iterator: Iterator[Any], in_lockstep: bool) -> Any:
+        """The next batch, or that there is none or none is wanted."""
         budget, taken = self._budget, self.batches + self.skipped
         if budget.num_batches is not None and taken >= budget.num_batches:
-            return True
-        if budget.num_samples is not None and self.samples is not None:
+            return _END
+        # In lockstep the samples of all processes are known, and counted there.
+        if budget.num_samples is not None and self.samples is not None and not in_lockstep:
             share = math.ceil(budget.num_samples / budget.processes)
             if self.samples >= share:
-                return True
+                return _END
+        try:
+            return next(iterator)
+        except StopIteration:
+            self._at_the_end, self.ended_early = True, self._limited
+            return _END
+
+    def _is_precise(self, collector: Collector) -> bool:
+        budget = self._budget
         if budget.max_standard_error is None or not self._is_time_to_look():
             return False
         # Each process sees its own sample; together they know more by the root of their number.

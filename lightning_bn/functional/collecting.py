@@ -18,11 +18,13 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
+from lightning_bn.functional.layers import processes_of
 from lightning_bn.functional.moments import Moments, merge
 from lightning_bn.functional.population import Population
-from lightning_bn.functional.spread import Spread
+from lightning_bn.functional.spread import Spread, relative_errors
 
 _REBOUND = ("running_mean", "running_var", "num_batches_tracked")
+_NOT_CALLED = -1
 
 
 class OneValuePerChannelError(ValueError):
@@ -58,6 +60,9 @@ class Collected:
 
 class Collector:
     """Collects statistics of ``layers`` as a context manager; afterwards they are exactly as they were.
+
+    A synchronised layer writes the statistics of the batches of its whole process group, in every process of it. What
+    is gathered of it in one process is a share: those of all processes, merged, are the statistics of all values.
 
     Args:
         layers: By name; each with running statistics. Whoever runs the forwards puts them in train mode.
@@ -143,15 +148,15 @@ def single_values_refused(layers: Mapping[str, _BatchNorm]) -> Iterator[None]:
             handle.remove()
 
 
-def _count(name: str, channels: int, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
+def _count(name: str, channels: int, args: tuple[Any, ...], kwargs: dict[str, Any], alone: bool = True) -> int:
     """Values per channel in what a layer was called with.
 
     Raises:
-        OneValuePerChannelError: If it is one.
+        OneValuePerChannelError: If it is one, and the layer is alone with it.
     """
     batch: Tensor = args[0] if args else next(iter(kwargs.values()))
     count = batch.numel() // channels
-    if count == 1:
+    if count == 1 and alone:
         raise OneValuePerChannelError(name)
     return count
 
@@ -208,7 +213,11 @@ class _Arena:
         self._slices = {name: slice(end - size, end) for name, size, end in zip(layers, channels, ends, strict=True)}
         self._before = self._gathered
         self._batch: Moments | None = None
-        self._counts = [0] * len(channels)
+        self._counts = [_NOT_CALLED] * len(channels)
+        # A layer whose tracking was switched off writes nothing; its own values are taken, whoever it normalises with.
+        self._processes = [processes_of(layer) if layer.track_running_stats else 1 for layer in layers.values()]
+        processes = torch.tensor(self._processes, dtype=self._exact).to(device)
+        self._together = processes[self._layer_of]
         self._found: list[tuple[_BatchNorm, dict[str, Tensor | None], float | None, dict[str, Any]]] = []
 
     def bind(self) -> None:
@@ -239,10 +248,11 @@ class _Arena:
         counter = buffers["num_batches_tracked"]
         # torch's own forward does without the counter; counting costs a kernel.
         uncounted = None if type(layer).forward is _BatchNorm.forward else counter
+        alone = self._processes[index] == 1
 
         def counted_forward(*args: Any, **kwargs: Any) -> Any:
-            count = _count(name, channels, args, kwargs)
-            if counts[index]:
+            count = _count(name, channels, args, kwargs, alone)
+            if counts[index] != _NOT_CALLED:
                 # A second use in this forward would overwrite the first.
                 self.merge()
             if not layer.track_running_stats:
@@ -273,7 +283,7 @@ class _Arena:
     def clear(self) -> None:
         # Also before each forward: with momentum 1 an old inf or NaN would come back as 0 * inf.
         self._flat.zero_()
-        self._counts[:] = [0] * len(self._counts)
+        self._counts[:] = [_NOT_CALLED] * len(self._counts)
 
     def merge(self) -> None:
         """Adds what lies in the arena to the batch and clears it; layers with a non-finite statistic are left out."""
@@ -281,11 +291,14 @@ class _Arena:
         counts = torch.tensor(self._counts, dtype=self._exact, device=mean.device)
         bad_channels = ~torch.isfinite(mean + var)
         bad = torch.zeros_like(counts).index_add_(0, self._layer_of, bad_channels.to(counts.dtype)) > 0
-        used = (counts > 0) & ~bad
+        called = counts != _NOT_CALLED
+        used = called & ~bad
         taken = used[self._layer_of]
         count = torch.where(taken, counts[self._layer_of], 0)
         mean, var = torch.where(taken, mean, 0), torch.where(taken, var, 0)
-        use = Moments(count, mean, var * (count - 1).clamp(min=0))
+        # With N values in the batches of P processes the sum of squares is var (N - 1): of which this process has
+        # var (n - 1 / P) for its n, so that the shares add up without anybody knowing N.
+        use = Moments(count, mean, var * (count - 1 / self._together))
         self._batch = use if self._batch is None else merge(self._batch, use)
         before = self._gathered
         # Replaced, not written to: begin() keeps the old ones.
@@ -293,7 +306,7 @@ class _Arena:
             before,
             averages=before.averages + torch.stack((mean, var)),
             uses=before.uses + used,
-            nonfinite=before.nonfinite + ((counts > 0) & bad),
+            nonfinite=before.nonfinite + (called & bad),
         )
         self.clear()
 
@@ -309,12 +322,17 @@ class _Arena:
     def standard_errors(self) -> Tensor:
         """The largest standard error of each channel; below 0 where a layer has gathered nothing."""
         found = self._gathered
-        errors = found.spread.standard_errors(found.moments, self._eps)
+        errors = relative_errors(found.moments, *self._squared_deviations(), self._eps)
         return torch.where(found.moments.count > 0, errors, -1)
+
+    def _squared_deviations(self) -> tuple[Tensor, Tensor]:
+        """Those of :meth:`Spread.squared_deviations`, for which processes of one group have but one sample."""
+        mean, var = self._gathered.spread.squared_deviations(self._gathered.moments)
+        return mean * self._together, var * self._together
 
     def population(self) -> Population:
         found = self._gathered
-        mean_error, var_error = found.spread.squared_deviations(found.moments)
+        mean_error, var_error = self._squared_deviations()
         return Population(
             channels={name: part.stop - part.start for name, part in self._slices.items()},
             moments=found.moments,

@@ -6,6 +6,7 @@ import difflib
 from collections import Counter
 from collections.abc import Iterator, Mapping
 
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
@@ -121,6 +122,24 @@ def is_lazy(tensor: Tensor) -> bool:
 def has_running_statistics(layer: _BatchNorm) -> bool:
     """Whether the layer holds running statistics as buffers, whatever its flags say."""
     return layer.running_mean is not None and layer.running_var is not None
+
+
+def processes_of(layer: _BatchNorm) -> int:
+    """How many processes' batches a layer normalises together in training: 1 unless it is synchronised.
+
+    Its group's size; None for a group means all processes.
+    """
+    # -1 in a process that is not in the group.
+    return max(dist.get_world_size(layer.process_group), 1) if is_synchronised(layer) else 1  # type: ignore[arg-type]
+
+
+def is_synchronised(layer: _BatchNorm) -> bool:
+    """Whether a layer's forward in train mode waits for other processes, if its group has any.
+
+    SyncBatchNorm and layers of its kind have the ``process_group`` that they communicate in.
+    """
+    kind = isinstance(layer, nn.SyncBatchNorm) or hasattr(layer, "process_group")
+    return kind and dist.is_available() and dist.is_initialized()
 
 
 def affine_parameters(layer: _BatchNorm) -> list[nn.Parameter]:

@@ -16,7 +16,14 @@ from lightning_bn.functional.batches import default_forward, model_device
 from lightning_bn.functional.budget import Budget, Usage
 from lightning_bn.functional.collecting import Collector, single_values_refused
 from lightning_bn.functional.distributed import Totals, across_processes, agree_on_layers
-from lightning_bn.functional.layers import batch_norm_layers, has_running_statistics, tracked_layers
+from lightning_bn.functional.layers import (
+    batch_norm_layers,
+    has_running_statistics,
+    is_synchronised,
+    processes_of,
+    tracked_layers,
+)
+from lightning_bn.functional.lockstep import Lockstep
 from lightning_bn.functional.patterns import Patterns
 from lightning_bn.functional.population import Estimator, Population
 from lightning_bn.functional.recalibrated import Recalibration, RecalibrationError
@@ -76,13 +83,14 @@ def recalibrate(
             means and unbiased variances, as ``momentum=None`` and other tools have it; it misses the variance between
             batches.
         distributed: Whether all processes of the default process group take part, each with batches of its own: the
-            statistics are then merged and the same on all of them. Every process has to call this.
+            statistics are then merged and the same on all of them. Every process has to call this. With SyncBatchNorm
+            layers, whose forwards wait for each other, all run as many batches as the one that has the fewest.
 
     Returns:
         What was done; printed, it is one sentence.
 
     Raises:
-        ValueError: If a number is below 1 or not positive.
+        ValueError: If a number is below 1 or not positive, or a layer is synchronised and ``distributed`` is not set.
         RecalibrationError: A ValueError too: if all selected layers are frozen; if there is no batch, or none that can
             be used; if no selected layer was reached.
         SelectionError: As for ``batch_norm_layers``, or if a selected layer has no running statistics.
@@ -115,6 +123,9 @@ def recalibrate(
         selected = tracked_layers(model, modules, exclude, root)
         targets = _targets(model, selected)
         channels = {name: layer.num_features for name, layer in targets.items()}
+        synchronised = [name for name, layer in targets.items() if is_synchronised(layer)]
+        if synchronised and not distributed:
+            _check_alone(targets)
     except BaseException as error:
         if distributed:
             # The other processes are waiting to hear what this one means: nothing.
@@ -124,20 +135,22 @@ def recalibrate(
                 raise error from disagreement
         raise
     if distributed:
-        agree_on_layers({**channels, f"estimator={estimator}": 0}, device)
+        others = [f"estimator={estimator}", *(f"{name} is synchronised" for name in synchronised)]
+        agree_on_layers({**channels, **dict.fromkeys(others, 0)}, device)
     usage = Usage(budget)
+    lockstep = Lockstep(device) if synchronised and distributed else None
     gathered: Population | None = None
     try:
-        gathered = _collect(model, targets, batches, forward or default_forward, usage, device)
+        gathered = _collect(model, targets, batches, forward or default_forward, usage, device, lockstep)
     finally:
         # Also after a failure here, which the other processes are waiting to hear of.
         totals = Totals(usage.batches, usage.skipped, usage.samples, int(usage.ended_early))
-        if distributed:
+        if distributed and (lockstep is None or lockstep.settle()):
             eps = {name: layer.eps for name, layer in targets.items()}
             gathered, totals = across_processes(gathered, channels, eps, totals, device)
     reached = {name: targets[name] for name in gathered.reached()}
     if not reached:
-        why = None if totals.batches else usage.why_nothing()
+        why = None if totals.batches else usage.why_nothing(lockstep is not None)
         raise RecalibrationError(why or _why_none(gathered, totals.batches))
     before = snapshot_of(reached)
     _write(reached, gathered, estimator)
@@ -176,6 +189,7 @@ def _collect(
     forward: Callable[[Any, Any], Any],
     usage: Usage,
     device: torch.device,
+    lockstep: Lockstep | None,
 ) -> Population:
     """Runs the batches and gives what the targets saw; the model is as it was before, whatever happens."""
     with ExitStack() as stack:
@@ -188,7 +202,7 @@ def _collect(
         stack.enter_context(single_values_refused(_always_batch(model)))
         collector = stack.enter_context(Collector(targets))
         set_modes_for_statistics(model, targets.values())
-        usage.run(batches, lambda batch: forward(model, batch), collector, device)
+        usage.run(batches, lambda batch: forward(model, batch), collector, device, lockstep)
         return collector.population()
 
 
@@ -205,6 +219,17 @@ def _targets(model: nn.Module, selected: Mapping[str, _BatchNorm]) -> dict[str, 
             f"was not meant to freeze them."
         )
     return targets
+
+
+def _check_alone(targets: Mapping[str, _BatchNorm]) -> None:
+    synchronised = [name for name, layer in targets.items() if processes_of(layer) > 1]
+    if synchronised:
+        name = synchronised[0]
+        more = f" (and {counted(len(synchronised) - 1, 'more layer')})" if len(synchronised) > 1 else ""
+        raise ValueError(
+            f"BatchNorm layer {name!r}{more} is synchronised over {processes_of(targets[name])} processes: each of its "
+            f"forwards waits for theirs. Pass distributed=True, in every process."
+        )
 
 
 def _always_batch(model: nn.Module) -> dict[str, _BatchNorm]:

@@ -94,10 +94,6 @@ class Spread:
             torch.where(enough, var.clamp(min=0) * correction, torch.inf),
         )
 
-    def standard_errors(self, pooled: Moments, eps: Tensor) -> Tensor:
-        """The larger of two relative standard errors, ``(C,)``: see :func:`relative_errors`."""
-        return relative_errors(pooled, *self.squared_deviations(pooled), eps)
-
 
 def relative_errors(pooled: Moments, mean: Tensor, var: Tensor, eps: Tensor) -> Tensor:
     """The standard error of the mean in standard deviations, or that of the variance in variances if it is larger.

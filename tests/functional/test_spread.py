@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bn.functional import moments, recalibrate
 from lightning_bn.functional.moments import Moments, merge
-from lightning_bn.functional.spread import Spread
+from lightning_bn.functional.spread import Spread, relative_errors
 from tests.models import SharedNorm, images
 from tests.oracle import captured_inputs, per_channel
 
@@ -69,7 +69,8 @@ def test_errors_are_those_of_their_definition_whatever_the_batches(sizes, seed, 
     spread, pooled = spread_of(batches)
     eps = torch.full((3,), 1e-5, dtype=torch.float64)
     expected = torch.maximum(*errors_of(batches))
-    torch.testing.assert_close(spread.standard_errors(pooled, eps), expected, rtol=1e-5, atol=1e-7)
+    found = relative_errors(pooled, *spread.squared_deviations(pooled), eps)
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_errors_predict_how_far_the_statistics_of_another_sample_are():
