@@ -1,7 +1,8 @@
-"""Drift of running statistics as a torchmetrics Metric: for loops of one's own, and for ``self.log``."""
+"""Drift of running statistics as a torchmetrics Metric: for loops of one's own, and for ``self.log_dict``."""
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,14 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_bn.functional.drift import MEASURES, Measure, layer_maxima, of_standardised, standardised
+from lightning_bn.functional.drift import (
+    MEASURES,
+    Measure,
+    layer_maxima,
+    of_standardised,
+    percentile_95,
+    standardised,
+)
 from lightning_bn.functional.patterns import Patterns
 from lightning_bn.functional.snapshots import Snapshot, take_snapshot
 
@@ -59,8 +67,6 @@ class BatchNormDrift(Metric):
     full_state_update = False
     plot_lower_bound = 0.0
 
-    sums: Tensor
-
     def __init__(
         self,
         reference: nn.Module | Snapshot,
@@ -81,8 +87,16 @@ class BatchNormDrift(Metric):
         self._selection: dict[str, Any] = {"modules": modules, "exclude": exclude, "root": root}
         # Neither state nor buffer: `.half()` of a module that holds the metric would round it.
         self.reference = self._snapshot(reference)
+        # A MetricCollection shares states between metrics whose states have the same names and, once, the same values.
+        self._state = f"sums_{self._digest()}"
         channels = sum(self.reference.channels)
-        self.add_state("sums", torch.zeros(3, channels, dtype=torch.float64), dist_reduce_fx=_merged)
+        self.add_state(self._state, torch.zeros(3, channels, dtype=torch.float64), dist_reduce_fx=_merged)
+
+    @property
+    def sums(self) -> Tensor:
+        """Of each channel, ``(3, C)``: drift summed over updates, the largest, and the number of updates."""
+        sums: Tensor = getattr(self, self._state)
+        return sums
 
     def update(self, model: nn.Module | Snapshot) -> None:
         """Measures the statistics of this moment.
@@ -99,21 +113,20 @@ class BatchNormDrift(Metric):
         shift, ratio = standardised(self.reference, current)
         values = of_standardised(self.measure, shift, ratio, current.weight).abs().to(self.sums)
         largest = torch.maximum(self.sums[_LARGEST], values)
-        self.sums = torch.stack((self.sums[_TOTAL] + values, largest, self.sums[_COUNT] + 1))
+        setattr(self, self._state, torch.stack((self.sums[_TOTAL] + values, largest, self.sums[_COUNT] + 1)))
 
     def compute(self) -> dict[str, Tensor]:
         """The measure over all channels as described above; NaN before the first update."""
-        count = self.sums[_COUNT]
-        values = self.sums[_TOTAL] / count
-        largest = torch.where(count > 0, self.sums[_LARGEST], torch.nan)
-        found = {"mean": values.mean(), "p95": values.quantile(0.95), "max": largest.max()}
+        values = self.sums[_TOTAL] / self.sums[_COUNT]
+        largest = self._largest()
+        found = {"mean": values.mean(), "p95": percentile_95(values), "max": largest.max()}
         if self.threshold is not None:
             found["share_above"] = (~(values <= self.threshold)).double().mean()
         return {f"{self.measure}_{name}": value for name, value in found.items()}
 
     def layers(self) -> dict[str, float]:
-        """The largest drift of each layer's channels on this process, by name, the worst first."""
-        largest = layer_maxima(self.sums[_LARGEST], self.reference.to(self.sums.device)).tolist()
+        """The largest drift of each layer's channels on this process, the worst first; NaN before the first update."""
+        largest = layer_maxima(self._largest(), self.reference.to(self.sums.device)).tolist()
         pairs = list(zip(self.reference.names, largest, strict=True))
         # NaN first: a layer that cannot be measured is the worst there is.
         return dict(sorted(pairs, key=lambda pair: (pair[1] == pair[1], -pair[1] if pair[1] == pair[1] else 0.0)))
@@ -132,6 +145,7 @@ class BatchNormDrift(Metric):
             The figure and the axes.
 
         Raises:
+            ValueError: If there is no result in ``val``.
             ModuleNotFoundError: If matplotlib is not installed (``pip install lightning-bn[plot]``).
         """
         from lightning_bn.plotting import drift_bars, drift_curves
@@ -139,10 +153,20 @@ class BatchNormDrift(Metric):
         if val is None:
             return drift_bars(self.layers(), self.measure, self.threshold, ax)
         results = [val] if isinstance(val, Mapping) else list(val)
+        if not results:
+            raise ValueError("BatchNormDrift.plot was given no result to draw.")
         # A share is no drift: it would need an axis of its own.
         names = [name for name in results[0] if not name.endswith("_share_above")]
         curves = {name: [float(result[name]) for result in results] for name in names}
         return drift_curves(curves, self.measure, self.threshold, ax)
+
+    def _largest(self) -> Tensor:
+        return torch.where(self.sums[_COUNT] > 0, self.sums[_LARGEST], torch.nan)
+
+    def _digest(self) -> str:
+        known = self.reference.to("cpu")
+        parts = (self.measure, known.names, known.channels, known.mean.tolist(), known.var.tolist())
+        return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _snapshot(self, model: nn.Module | Snapshot) -> Snapshot:
         return model if isinstance(model, Snapshot) else take_snapshot(model, **self._selection)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from rich import box
@@ -137,6 +137,7 @@ def drift_table(
     updates: Sequence[float],
     measure: Measure,
     statuses: dict[str, LayerStatus] | None = None,
+    training: Mapping[str, bool] | None = None,
     most: int = 10,
 ) -> Table:
     """Drift layer by layer, the worst first, as a person reads it.
@@ -149,6 +150,7 @@ def drift_table(
         updates: Of each layer per training batch; NaN where it is not known.
         measure: By which layers are ordered.
         statuses: Who froze which layer, by name.
+        training: Whether each layer is in train mode in training, by name; None for what ``behaviours`` say.
         most: How many layers to show.
     """
     shift, ratio = standardised(reference, current)
@@ -177,10 +179,11 @@ def drift_table(
         layer, at = layers[name], worst[name]
         status = (statuses or {}).get(name, LayerStatus())
         frozen = ", ".join(status.stats_frozen_by)
+        trains = (training or {}).get(name, layer.training)
         moved = in_words(float(ratio[at]), float(shift[at])).split(", ")
         table.add_row(
             escape(f"{_name(layer)} {layer.kind}"),
-            "running" if frozen or not layer.training else "batch",
+            "running" if frozen or not trains else "batch",
             "batch" if layer.num_batches_tracked is None and layer.normalizes_with == "batch" else "running",
             frozen or "-",
             "-" if math.isnan(rates[name]) else f"{rates[name]:.2g}",

@@ -1,6 +1,7 @@
 """The metric gives what the functions give, over updates, processes and devices of its own, and draws it readably."""
 
 import copy
+import math
 import pickle
 from pathlib import Path
 from typing import Any
@@ -74,8 +75,20 @@ def test_reset_forgets_updates_and_keeps_the_reference() -> None:
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric BatchNormDrift was called before")
 def test_before_the_first_update_nothing_is_made_up() -> None:
-    values = numbers(BatchNormDrift(layer_with([0.0], [1.0])).compute())
-    assert all(value != value for value in values.values())
+    metric = BatchNormDrift(layer_with([0.0], [1.0]))
+    assert all(value != value for value in numbers(metric.compute()).values())
+    assert all(value != value for value in metric.layers().values())
+
+
+def test_channels_infinitely_far_away_are_infinitely_far_in_every_aggregate() -> None:
+    metric = BatchNormDrift(layer_with([0.0] * 4, [1.0] * 4))
+    metric.update(layer_with([float("inf")] * 4, [1.0] * 4))
+    assert set(numbers(metric.compute()).values()) == {float("inf")}
+
+
+def test_no_result_cannot_be_drawn() -> None:
+    with pytest.raises(ValueError, match="no result"):
+        BatchNormDrift(layer_with([0.0], [1.0])).plot([])
 
 
 @pytest.mark.parametrize("bad", [NAN, float("inf")])
@@ -139,11 +152,28 @@ def test_it_can_be_copied_pickled_and_collected() -> None:
     metric.update(layer_with([1.0], [1.0]))
     for twin in (copy.deepcopy(metric), pickle.loads(pickle.dumps(metric))):
         assert numbers(twin.compute()) == numbers(metric.compute())
-    both = MetricCollection(
-        [BatchNormDrift(layer_with([0.0], [1.0])), BatchNormDrift(layer_with([0.0], [1.0]), "output")][:1]
-    )
-    both.update(layer_with([1.0], [1.0]))
-    assert set(both.compute()) == {"jeffreys_mean", "jeffreys_p95", "jeffreys_max"}
+
+
+def test_in_a_collection_each_has_its_own_numbers() -> None:
+    def model(shift: float) -> nn.Module:
+        return nn.ModuleDict({"a": layer_with([shift], [1.0]), "b": layer_with([3 * shift], [1.0])})
+
+    built = {
+        "jeffreys": BatchNormDrift(model(0.0)),
+        "shift": BatchNormDrift(model(0.0), "mean_shift"),
+        "a": BatchNormDrift(model(0.0), "hellinger", modules="a"),
+        "b": BatchNormDrift(model(0.0), "hellinger", modules="b"),
+    }
+    together = MetricCollection({name: copy.deepcopy(one) for name, one in built.items()})
+    for shift in (0.0, 0.5):
+        # The first one is no drift at all, in which all states are equal.
+        together.update(model(shift))
+        for one in built.values():
+            one.update(model(shift))
+    together.compute()
+    for name, one in built.items():
+        assert numbers(together[name].compute()) == numbers(one.compute())
+    assert float(together["b"].compute()["hellinger_max"]) > float(together["a"].compute()["hellinger_max"])
 
 
 def test_log_dict_takes_it_from_a_module_that_holds_it() -> None:
@@ -185,7 +215,7 @@ def test_processes_merge_totals_and_largest_with_one_tensor(ranks: Results) -> N
 
 
 def test_after_the_exchange_each_rank_has_its_own_sums_again(ranks: Results) -> None:
-    assert ranks[2]["one"]["own"] == {"": 0.0}
+    assert math.isnan(ranks[2]["one"]["own"][""])
     assert ranks[0]["one"]["own"] != ranks[1]["one"]["own"]
 
 

@@ -147,11 +147,11 @@ def log_figure(trainer: Trainer, draw: Callable[[], Any], name: str) -> None:
     """
     if find_spec("matplotlib") is None:
         return
-    folders = [folder for logger in trainer.loggers if (folder := logger.log_dir or logger.save_dir)]
+    folders = [folder for logger in trainer.loggers if (folder := _folder_of(logger))]
     if not folders:
         return
     figure = draw()
-    path = Path(folders[0]) / f"{name}.png"
+    path = folders[0] / f"{name}.png"
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=150)
     rank_zero_info(f"figure: {path}")
@@ -162,6 +162,13 @@ def log_figure(trainer: Trainer, draw: Callable[[], Any], name: str) -> None:
             experiment.add_figure(name, figure, global_step=trainer.global_step)
         elif hasattr(logger, "log_image"):
             logger.log_image(key=name, images=[str(path)], step=trainer.global_step)
+
+
+def _folder_of(logger: Any) -> Path | None:
+    """Where a run's files are, as ModelCheckpoint has it."""
+    if logger.log_dir:
+        return Path(logger.log_dir)
+    return Path(logger.save_dir) / str(logger.name) / str(logger.version) if logger.save_dir else None
 
 
 def datamodule_of(trainer: Trainer) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -10,7 +10,15 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.diagnosis import DIED_FROM, JUDGED_BY_BATCHES, Diagnosis, Symptoms, diagnose
+from lightning_bn.functional.batches import num_samples
+from lightning_bn.functional.diagnosis import (
+    DIED_FROM,
+    JUDGED_BY_BATCHES,
+    Diagnosis,
+    Symptoms,
+    diagnose,
+    most_of_one_batch,
+)
 from lightning_bn.functional.drift import (
     DriftSummary,
     Measure,
@@ -66,6 +74,7 @@ class Watched:
         sampled: The statistics of the last sample.
         sample: What it found; None before the first.
         statuses: Who froze which layer then.
+        training: Whether a layer was in train mode in the last training batch that was looked at.
     """
 
     reference: Snapshot
@@ -73,6 +82,7 @@ class Watched:
     sampled: Snapshot
     sample: Sample | None
     statuses: dict[str, LayerStatus]
+    training: dict[str, bool]
 
 
 class _Rows(NamedTuple):
@@ -131,13 +141,28 @@ class Watch:
         self._judged = 0
         self._idle = [0] * len(layers)
         self._replaced = False
+        self._fixed = False
+        self._training: list[bool] | None = None
+        self._samples: int | None = None
         self._status = [layer_status(layer) for layer in layers.values()]
         self.last: Sample | None = None
 
-    def refer_to(self, reference: Snapshot) -> None:
-        """Measures from ``reference`` from here on; untrained layers from when they are settled."""
+    def refer_to(self, reference: Snapshot, fixed: bool = False) -> None:
+        """Measures from ``reference`` from here on; untrained layers from when they are settled.
+
+        Args:
+            reference: Of the same layers.
+            fixed: Whether untrained layers too are measured from it, or from what they are settled to.
+        """
+        self._fixed = fixed
         self.reference = reference.to(self.reference.mean.device)
         self.unsettled = {name for name, layer in self._layers.items() if has_initial_statistics(layer)}
+
+    def resume(self, reference: Snapshot, unsettled: set[str]) -> None:
+        """Goes on with a reference from a checkpoint; layers that are not settled are not measured yet."""
+        if not self._fixed:
+            self.reference = reference.to(self.reference.mean.device)
+        self.unsettled = unsettled
 
     def refer_to_now(self) -> None:
         """Measures from the statistics of now from here on."""
@@ -146,28 +171,41 @@ class Watch:
     def watched(self) -> Watched:
         """What is known now."""
         statuses = dict(zip(self._layers, self._status, strict=True))
-        return Watched(self.reference, frozenset(self.unsettled), self._earlier, self.last, statuses)
+        training = dict(zip(self._layers, self._training or [], strict=False))
+        return Watched(self.reference, frozenset(self.unsettled), self._earlier, self.last, statuses, training)
 
     def before_batch(self) -> None:
         """To be called right before a batch that is to be judged."""
         # What a recalibration wrote may be taken back right before this batch, after the monitor's turn.
         self._before = None if self._replaced else snapshot_of(self._layers)
+        # Schedules change it.
+        self._momenta = momenta(list(self._layers.values()), self.reference.mean.device)
 
-    def after_batch(self) -> None:
+    @property
+    def is_new(self) -> bool:
+        """Whether a training batch came since the last sample."""
+        return self._batches > 0 or self.last is None
+
+    def after_batch(self, batch: Any) -> None:
         """To be called after every training batch."""
         self._batches += 1
+        if self._training is None or self._before is not None:
+            # In validation, before which a sample is taken, every layer is in eval.
+            self._training = [layer.training for layer in self._layers.values()]
+            self._samples = num_samples(batch)
         self._replaced = False
         if self._before is not None:
             before, after = self._before, snapshot_of(self._layers)
             seen = surprise(before, after, self._momenta)
             self._before = None
-            self._surprises = self._surprises.with_batch(seen)
+            most = most_of_one_batch(self._samples)
+            self._surprises = self._surprises.with_batch(seen, most)
             self._judged += 1
             if self._mean_over_ranks is not None:
                 # Of the statistics after the step, not of what this rank saw: where DDP broadcasts rank 0's buffers
                 # before each forward, all ranks began at the same place. Synchronised layers have no gap.
                 everywhere = replace(after, mean=self._mean_over_ranks(after.mean.to(torch.float64)))
-                self._gaps = self._gaps.with_batch(gap(everywhere, after, self._momenta))
+                self._gaps = self._gaps.with_batch(gap(everywhere, after, self._momenta), most)
 
     def recalibrated(self, step: int) -> bool:
         """Whether layers were recalibrated, or frozen, since this was last asked; marks it in the history."""
@@ -183,40 +221,50 @@ class Watch:
         self._replaced |= found
         return found
 
-    def sample(self, step: int, epoch: int, samples: int | None) -> Sample:
+    def sample(self, step: int, epoch: int, told: Container[tuple[str, str]] = ()) -> Sample:
         """Measures all layers; waits for the device once.
 
         Args:
             step: Optimizer steps taken.
             epoch: The running epoch.
-            samples: In a training batch; None if that is not known.
+            told: Layers and diseases that were said before.
         """
         was_frozen = [bool(status.stats_frozen_by) for status in self._status]
         replaced = self.recalibrated(step)
         current = snapshot_of(self._layers)
         found = vitals(current, self._earlier, self._batches)
         # Layers that started untrained have no drift yet: their reference follows them until they are settled.
-        self._copy_to_reference(self.unsettled, current)
-        flat, rows = self._measured(current, found)
+        if not self._fixed:
+            self._copy_to_reference(self.unsettled, current)
+        # Once, whatever is found below: every process has to take part.
+        over_ranks = torch.stack((self._gaps.bias(current), found.nonfinite))
+        if self._max_over_ranks is not None:
+            over_ranks = self._max_over_ranks(over_ranks)
+        flat, rows = self._measured(current, found, over_ranks)
         was_reset = {name for name, flag in zip(self._layers, rows.reset, strict=True) if flag}
         if was_reset:
             # What another callback reset starts anew instead of alarming.
             for name in was_reset:
                 self._history.mark(step, name, "reset")
-            self._copy_to_reference(was_reset, current)
+            if self._fixed:
+                self.unsettled |= was_reset
+            else:
+                self._copy_to_reference(was_reset, current)
             self._momenta = momenta(list(self._layers.values()), current.mean.device)
-            flat, rows = self._measured(current, found)
+            flat, rows = self._measured(current, found, over_ranks)
         shares = dict(zip(self._layers, rows.initial_share, strict=True))
         self.unsettled = {name for name in self.unsettled | was_reset if shares[name] >= _SETTLED}
         for index, count in enumerate(rows.updates):
-            self._idle[index] = self._idle[index] + self._batches if count == 0 else 0
+            # What is not finite stays so.
+            moved = count != 0 and (rows.changed[index] or rows.nonfinite_here[index])
+            self._idle[index] = 0 if moved else self._idle[index] + self._batches
         frozen_by = [
             ", ".join(status.stats_frozen_by) if was else ""
             for status, was in zip(self._status, was_frozen, strict=True)
         ]
         symptoms = Symptoms(
             names=tuple(self._layers),
-            training=[layer.training for layer in self._layers.values()],
+            training=self._training or [False] * len(self._layers),
             frozen_by=frozen_by,
             nonfinite=rows.nonfinite,
             nonfinite_here=rows.nonfinite_here,
@@ -225,14 +273,16 @@ class Watch:
             updates=[float("nan")] * len(self._layers) if replaced else rows.updates,
             changed=[False] * len(self._layers) if replaced else [bool(one) for one in rows.changed],
             idle=self._idle,
-            samples=samples,
+            samples=self._samples,
             judged=self._judged,
             bias=rows.bias,
             spread=rows.spread,
             gap=rows.gap,
         )
         diagnoses = [
-            one for one in diagnose(symptoms) if one.layer not in self.unsettled or one.disease not in JUDGED_BY_BATCHES
+            one
+            for one in diagnose(symptoms, told)
+            if one.layer not in self.unsettled or one.disease not in JUDGED_BY_BATCHES
         ]
         self._history.append(step, epoch, tuple(self._layers), torch.tensor(rows.largest, dtype=torch.float64))
         self.last = Sample(
@@ -249,19 +299,20 @@ class Watch:
             self._judged = 0
         return self.last
 
-    def _measured(self, current: Snapshot, found: Vitals) -> tuple[list[float], _Rows]:
+    def _measured(self, current: Snapshot, found: Vitals, over_ranks: Tensor) -> tuple[list[float], _Rows]:
         """Scalars of the summary, and rows with a number for each layer; waits for the device once."""
         shift, ratio = standardised(self.reference, current)
+        if self._fixed and self.unsettled:
+            settled = torch.tensor([name not in self.unsettled for name in self._layers]).to(shift.device)
+            of_settled = settled[current.layer_of()]
+            shift, ratio = torch.where(of_settled, shift, 0), torch.where(of_settled, ratio, 1)
         values = of_standardised(self._measure, shift, ratio, current.weight).abs()
         scalars = torch.stack(summary_scalars(values, shift, ratio, self._threshold))
-        over_ranks = torch.stack((self._gaps.bias(current), found.nonfinite))
-        if self._max_over_ranks is not None:
-            over_ranks = self._max_over_ranks(over_ranks)
         by_layer = _Rows(
             largest=layer_maxima(values, current),
             nonfinite=over_ranks[1],
             nonfinite_here=found.nonfinite,
-            died=died(current, ratio, DIED_FROM),
+            died=died(current, self.reference, self._momenta, DIED_FROM),
             explosion=layer_means(ratio.log(), current).exp(),
             dead=found.dead,
             updates=found.updates,
@@ -279,6 +330,9 @@ class Watch:
 
     def _copy_to_reference(self, names: set[str], current: Snapshot) -> None:
         parts = self.reference.slices() if names else {}
-        for name in names:
+        for index, name in enumerate(self._layers):
+            if name not in names:
+                continue
+            self.reference.num_batches_tracked[index] = current.num_batches_tracked[index]
             for then, now in ((self.reference.mean, current.mean), (self.reference.var, current.var)):
                 then[parts[name]] = now[parts[name]]

@@ -23,14 +23,13 @@ from lightning_bn.callbacks._lightning import (
     rank_zero_warn,
 )
 from lightning_bn.callbacks._watch import Sample, Watch, Watched
-from lightning_bn.functional.batches import num_samples
 from lightning_bn.functional.checkpoints import snapshot_of_checkpoint
 from lightning_bn.functional.drift import MEASURES, DriftSummary, Measure
 from lightning_bn.functional.history import DriftHistory
 from lightning_bn.functional.layers import tracked_layers
 from lightning_bn.functional.semantics import describe
 from lightning_bn.functional.snapshots import Snapshot, snapshot_of
-from lightning_bn.functional.wording import counted
+from lightning_bn.functional.wording import counted, quoted
 from lightning_bn.report import drift_table
 
 _REARMED_BELOW = 0.5
@@ -60,11 +59,12 @@ class BatchNormMonitor(Callback):
             (``"previous_epoch"``), those of the last recalibration (``"recalibrated"``), or the path of a checkpoint,
             in which nothing is executed. Layers that start untrained are measured from when 1 % of their initial values
             is left in the moving average; until then their drift is 0. Layers that another callback resets start anew.
+            From a checkpoint all layers are measured from what is in it.
         warn_above: Warn once when the largest drift of a channel goes above this; again only after it has fallen below
             half of it.
         act_above: Take ``action`` when the largest drift of a channel goes above this in two samples in a row.
-        action: ``"warn"``; ``"stop"`` ends training after the step, on all ranks; ``"raise"`` raises
-            :class:`BatchNormDriftError`.
+        action: ``"warn"``; ``"stop"`` ends training after the step, on all ranks, as soon as ``min_epochs`` allows;
+            ``"raise"`` raises :class:`BatchNormDriftError`.
         modules: Which BatchNorm layers, as for :func:`~lightning_bn.functional.batch_norm_layers`; None for all.
         exclude: Which of them not.
         root: Put before every path, for instance ``"model"`` where the network is in ``self.model``.
@@ -101,7 +101,7 @@ class BatchNormMonitor(Callback):
         super().__init__()
         _check_choice("measure", measure, MEASURES)
         _check_choice("action", action, ("warn", "stop", "raise"))
-        if reference not in _REFERENCES and not Path(reference).exists():
+        if reference not in _REFERENCES and not _is_file(reference):
             raise MisconfigurationException(
                 f"BatchNormMonitor(reference={reference!r}) must be one of {', '.join(_REFERENCES)} or the path of a "
                 f"checkpoint, and there is no such file."
@@ -113,8 +113,10 @@ class BatchNormMonitor(Callback):
             )
         if action != "warn" and act_above is None:
             raise MisconfigurationException(f"BatchNormMonitor(action={action!r}) needs act_above: above what?")
-        if log_worst < 0:
-            raise MisconfigurationException(f"BatchNormMonitor(log_worst={log_worst}) must not be negative.")
+        if not _is_whole(log_worst) or log_worst < 0:
+            raise MisconfigurationException(
+                f"BatchNormMonitor(log_worst={log_worst!r}) must be a whole number from 0 on."
+            )
         for name, value in (("warn_above", warn_above), ("act_above", act_above)):
             if value is not None and (not _is_number(value) or not value > 0):
                 raise MisconfigurationException(
@@ -140,7 +142,7 @@ class BatchNormMonitor(Callback):
         self.history = DriftHistory()
         self._watch: Watch | None = None
         self._cadence: Cadence | None = None
-        self._resumed: tuple[Snapshot, set[str]] | None = None
+        self._resumed: tuple[Snapshot, set[str], str] | None = None
         self._warned = False
         self._acted = False
         self._above_before = False
@@ -160,17 +162,29 @@ class BatchNormMonitor(Callback):
         layers = tracked_layers(pl_module, self.modules, self.exclude, self.root)
         if self._resumed is None:
             self.history, self._warned, self._told = DriftHistory(self.history.most), False, set()
-        self._above_before = False
+        self._above_before = self._acted = False
         self._watch = Watch(layers, self.measure, self.history, self._threshold, *_over_ranks(trainer))
         self._cadence = Cadence(self.every_n_steps, trainer.global_step)
-        if self.reference not in _REFERENCES:
-            self._watch.refer_to(snapshot_of_checkpoint(self.reference, self._watch.reference))
-        elif self._resumed is not None and self._resumed[0].names == tuple(layers):
-            self._watch.reference = self._resumed[0].to(self._watch.reference.mean.device)
-            self._watch.unsettled = self._resumed[1]
-        else:
-            self._watch.refer_to_now()
+        self._refer(self._watch)
         self._resumed = None
+
+    def _refer(self, watch: Watch) -> None:
+        """Sets what is measured from when a fit starts or goes on."""
+        if self.reference in _REFERENCES:
+            watch.refer_to_now()
+        else:
+            watch.refer_to(snapshot_of_checkpoint(self.reference, watch.reference), fixed=True)
+        if self._resumed is None:
+            return
+        reference, unsettled, measured_from = self._resumed
+        now = watch.reference
+        if (reference.names, reference.channels, measured_from) == (now.names, now.channels, self.reference):
+            watch.resume(reference, unsettled)
+        else:
+            rank_zero_warn(
+                f"BatchNormMonitor: the checkpoint is of a monitor of other layers or of another reference "
+                f"({quoted(reference.names)} since {measured_from}): drift is measured anew from here on."
+            )
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.reference == "previous_epoch":
@@ -183,14 +197,14 @@ class BatchNormMonitor(Callback):
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        self._watching.after_batch()
+        self._watching.after_batch(batch)
         if self._cadence is not None and self._cadence.samples(trainer.global_step):
-            self._sample(trainer, num_samples(batch))
+            self._sample(trainer)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before averaged weights are swapped in and statistics are recalibrated.
         if in_training_fit(trainer) and self._watch is not None:
-            self._sample(trainer, None)
+            self._sample(trainer)
 
     def on_validation_batch_end(
         self,
@@ -215,7 +229,7 @@ class BatchNormMonitor(Callback):
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.barebones:
-            self._sample(trainer, None)
+            self._sample(trainer)
             self._log_monitorable(trainer)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -240,6 +254,7 @@ class BatchNormMonitor(Callback):
         return {
             "reference": None if now is None else now.reference.state_dict(),
             "unsettled": [] if now is None else sorted(now.unsettled),
+            "measured_from": str(self.reference),
             "warned": self._warned,
             "told": [list(pair) for pair in sorted(self._told)],
             "history": self.history.state_dict(),
@@ -247,7 +262,8 @@ class BatchNormMonitor(Callback):
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["reference"] is not None:
-            self._resumed = (Snapshot.from_state_dict(state_dict["reference"]), set(state_dict["unsettled"]))
+            reference = Snapshot.from_state_dict(state_dict["reference"])
+            self._resumed = (reference, set(state_dict["unsettled"]), state_dict["measured_from"])
         self._warned = state_dict["warned"]
         self._told = {(layer, disease) for layer, disease in state_dict["told"]}
         self.history = DriftHistory.from_state_dict(state_dict["history"])
@@ -273,6 +289,7 @@ class BatchNormMonitor(Callback):
             watched.sample.updates,
             self.measure,
             watched.statuses,
+            watched.training,
             most=most,
         )
 
@@ -301,17 +318,17 @@ class BatchNormMonitor(Callback):
             raise RuntimeError("BatchNormMonitor has seen no on_train_start: it works inside Trainer.fit only.")
         return self._watch
 
-    def _sample(self, trainer: Trainer, samples: int | None) -> None:
+    def _sample(self, trainer: Trainer) -> None:
         watch, step = self._watching, trainer.global_step
-        if trainer.barebones or (watch.last is not None and watch.last.step == step):
+        if trainer.barebones or not watch.is_new:
             return
-        sample = watch.sample(step, trainer.current_epoch, samples)
+        sample = watch.sample(step, trainer.current_epoch, self._told)
         metrics = self._metrics(sample)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
         for diagnosis in sample.diagnoses:
             if (diagnosis.layer, diagnosis.disease) not in self._told:
-                self._told.add((diagnosis.layer, diagnosis.disease))
+                self._told |= {(layer, diagnosis.disease) for layer in diagnosis.layers or (diagnosis.layer,)}
                 rank_zero_warn(f"BatchNormMonitor: step {step:,}: {diagnosis.sentence}")
         self._judge(trainer, sample)
 
@@ -377,7 +394,7 @@ class BatchNormMonitor(Callback):
 
     def _show(self, trainer: Trainer, module: LightningModule) -> None:
         Console().print(self.table(module))
-        log_figure(trainer, self.figure, f"{self.prefix}_drift")
+        log_figure(trainer, self.figure, f"{self.prefix}_{self.measure}_drift")
 
     def _in_words(self, summary: DriftSummary) -> str:
         layers = f"running statistics of {counted(len(self.history.names), 'layer')}"
@@ -389,7 +406,9 @@ class BatchNormMonitor(Callback):
         )
 
     def _jump(self, layer: str) -> str:
-        step = self.history.jumped_at(layer)
+        # Where the reference moves along, drift jumps by itself.
+        moves = self.reference in ("previous_epoch", "recalibrated")
+        step = None if moves else self.history.jumped_at(layer)
         return "" if step is None else f"; its inputs changed at about step {step:,}"
 
     def _since(self) -> str:
@@ -402,12 +421,16 @@ class BatchNormMonitor(Callback):
         return words.get(self.reference, Path(self.reference).name)
 
 
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str | Path) and Path(value).is_file()
+
+
 def _is_whole(value: Any) -> bool:
-    return isinstance(value, int)
+    return isinstance(value, int) and not isinstance(value, bool)
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float)
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _above(value: float, threshold: float) -> bool:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import math
+from collections.abc import Callable, Container, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -44,11 +45,13 @@ class Diagnosis:
         layer: Its name.
         disease: Which.
         sentence: What a person is told.
+        layers: All that the sentence speaks of.
     """
 
     layer: str
     disease: Disease
     sentence: str
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,29 @@ class Symptoms:
     gap: Sequence[float]
 
 
-def diagnose(symptoms: Symptoms) -> list[Diagnosis]:
-    """Everything that is wrong, layer by layer; empty for a healthy model."""
+def diagnose(symptoms: Symptoms, told: Container[tuple[str, str]] = ()) -> list[Diagnosis]:
+    """Everything that is wrong; empty for a healthy model.
+
+    Args:
+        symptoms: What was measured.
+        told: Layers and diseases that were said before: those of the counters are not said again.
+    """
     of_batches = _of_batches(symptoms) if symptoms.judged >= FEWEST_BATCHES else ()
-    return [*_of_values(symptoms), *_of_counters(symptoms), *of_batches]
+    return [*_of_values(symptoms), *_of_counters(symptoms, told), *of_batches]
+
+
+def chance(samples: int | None) -> float:
+    """How far means of batches lie apart by chance, in standard deviations, generously; one sample if not known."""
+    return 2 / math.sqrt(samples or 1)
+
+
+def most_of_one_batch(samples: int | None) -> float:
+    """How far off a single batch is counted, in standard deviations.
+
+    One wild batch leaves a moving average that the next ones are far from too: half of eight batches at this distance
+    are not yet taken for two sources, all of them are.
+    """
+    return 1.5 * (ALTERNATING + chance(samples))
 
 
 def _of_values(s: Symptoms) -> Iterator[Diagnosis]:
@@ -130,39 +152,58 @@ def _of_values(s: Symptoms) -> Iterator[Diagnosis]:
         )
 
 
-def _of_counters(s: Symptoms) -> Iterator[Diagnosis]:
+def _of_counters(s: Symptoms, told: Container[tuple[str, str]]) -> Iterator[Diagnosis]:
+    found: dict[Disease, list[int]] = {"frozen but moves": [], "stalled": [], "updated twice": []}
     for index, name in enumerate(s.names):
-        updates = s.updates[index]
-        if s.frozen_by[index] and (updates > 0 or s.changed[index]):
-            how = "updated: something put it into train mode" if updates > 0 else "written to"
-            yield Diagnosis(
-                name,
-                "frozen but moves",
-                f"{name} is frozen by {s.frozen_by[index]} but its statistics were {how}.",
-            )
+        if s.frozen_by[index] and (s.updates[index] > 0 or s.changed[index]):
+            disease: Disease = "frozen but moves"
         elif s.training[index] and not s.frozen_by[index] and s.idle[index] >= FEWEST_BATCHES:
-            yield Diagnosis(
-                name,
-                "stalled",
-                f"{name} is in train mode but was not updated in {s.idle[index]} batches: no forward reaches it, or "
-                f"its tracking was switched off; evaluation uses statistics that no longer follow.",
-            )
-        elif updates > 1.5:
-            yield Diagnosis(
-                name,
-                "updated twice",
-                f"{name} is updated {updates:.2g} times per batch: it is used more than once in a forward, or "
-                f"activation checkpointing runs it again; its moving average forgets that much faster.",
-            )
+            disease = "stalled"
+        elif s.updates[index] > 1.5:
+            disease = "updated twice"
+        else:
+            continue
+        if (name, disease) not in told:
+            found[disease].append(index)
+    for disease, layers in found.items():
+        if layers:
+            who = f"{s.names[layers[0]]}{_and_more(layers)}"
+            sentence = _SENTENCES[disease](s, layers[0], who)
+            yield Diagnosis(s.names[layers[0]], disease, sentence, tuple(s.names[index] for index in layers))
+
+
+def _moves(s: Symptoms, index: int, who: str) -> str:
+    how = "updated: something put it into train mode" if s.updates[index] > 0 else "written to"
+    return f"{who} is frozen by {s.frozen_by[index]} but its statistics were {how}."
+
+
+def _stalled(s: Symptoms, index: int, who: str) -> str:
+    return (
+        f"{who} is in train mode but was not updated in {s.idle[index]} batches: no forward reaches it, its tracking "
+        f"was switched off or its momentum is 0; evaluation uses statistics that no longer follow."
+    )
+
+
+def _twice(s: Symptoms, index: int, who: str) -> str:
+    return (
+        f"{who} is updated {s.updates[index]:.2g} times per batch: it is used more than once in a forward, or "
+        f"activation checkpointing runs it again; its moving average forgets that much faster."
+    )
+
+
+_SENTENCES: dict[Disease, Callable[[Symptoms, int, str], str]] = {
+    "frozen but moves": _moves,
+    "stalled": _stalled,
+    "updated twice": _twice,
+}
 
 
 def _of_batches(s: Symptoms) -> Iterator[Diagnosis]:
-    chance = 2 / (s.samples or 1) ** 0.5
-    differ = [i for i, gap in enumerate(s.gap) if gap > RANKS_DIFFER + chance / s.judged**0.5]
+    noise = chance(s.samples)
+    differ = [i for i, gap in enumerate(s.gap) if gap > RANKS_DIFFER + noise / s.judged**0.5]
     # Large updates scatter the means of batches as well, and leave the moving average behind all of them.
-    alternate = [i for i, spread in enumerate(s.spread) if spread > max(ALTERNATING + chance, 2 * s.bias[i])]
+    alternate = [i for i, spread in enumerate(s.spread) if spread > max(ALTERNATING + noise, 2 * s.bias[i])]
     lag = [i for i, bias in enumerate(s.bias) if bias > LAGGING and i not in alternate]
-    # One cause shows in many layers: the first in the order of the forward is named.
     if differ:
         name = s.names[differ[0]]
         yield Diagnosis(
@@ -194,5 +235,5 @@ def _of_batches(s: Symptoms) -> Iterator[Diagnosis]:
 
 
 def _and_more(layers: Sequence[int]) -> str:
-    """One cause shows in many layers."""
+    """One cause shows in many layers, of which the first registered is named: not always the first in the forward."""
     return f" (and {counted(len(layers) - 1, 'more layer')})" if len(layers) > 1 else ""

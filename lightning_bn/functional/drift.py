@@ -163,7 +163,13 @@ def summary_scalars(values: Tensor, shift: Tensor, ratio: Tensor, threshold: flo
     # NaN sorts as the largest: a channel that cannot be measured is the worst there is.
     worst = values.nan_to_num(nan=torch.inf, posinf=torch.inf).argmax()
     share = values.new_tensor(torch.nan) if threshold is None else (values > threshold).double().mean()
-    return [values.mean(), values.quantile(0.95), values.max(), ratio[worst], shift[worst], share, worst.double()]
+    return [values.mean(), percentile_95(values), values.max(), ratio[worst], shift[worst], share, worst.double()]
+
+
+def percentile_95(values: Tensor) -> Tensor:
+    """The 95th percentile, 0-dimensional; infinite where interpolation would subtract infinities."""
+    found = values.quantile(0.95)
+    return torch.where(found.isnan() & ~values.isnan().any(), torch.inf, found)
 
 
 def read_summary(snapshot: Snapshot, scalars: list[float], threshold: float | None = None) -> DriftSummary:

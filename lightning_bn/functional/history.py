@@ -84,7 +84,8 @@ class DriftHistory:
         """The step at about which a layer's drift jumped to where it is now; None if it did not, or grew slowly.
 
         The last sample at which the drift was near its median, provided that the time before it was at least four
-        times as long as the jump took: a power of time as in fine-tuning does not grow that fast.
+        times as long as the jump took, and that it was never half as far as now: neither noise nor a power of time, as
+        in fine-tuning, grows that fast.
         """
         if len(self) < _FEWEST_TO_JUMP:
             return None
@@ -92,8 +93,10 @@ class DriftHistory:
         usual, now = float(curve[:-1].median()), float(curve[-1])
         if not now > 2 * usual:
             return None
-        near = (curve <= usual + 0.2 * (now - usual)).nonzero().flatten().tolist()
-        start = self.steps[near[-1]]
+        near = int((curve <= usual + 0.2 * (now - usual)).nonzero().flatten()[-1])
+        if not now > 2 * float(curve[: near + 1].max()):
+            return None
+        start = self.steps[near]
         return start if start - self.steps[0] >= 4 * (self.steps[-1] - start) else None
 
     def values(self) -> Tensor:

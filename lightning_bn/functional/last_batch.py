@@ -51,10 +51,6 @@ def gap(everywhere: Snapshot, here: Snapshot, momentum: Tensor) -> Tensor:
     return (here.mean.to(torch.float64) - everywhere.mean.to(torch.float64)) / weight / sigma
 
 
-_MOST = 2.0
-"""Standard deviations that a single batch can add to a judgement on several."""
-
-
 @dataclass(frozen=True)
 class Surprises:
     """The surprises of several batches, summed up by channel.
@@ -75,11 +71,15 @@ class Surprises:
         zeros = torch.zeros_like(like, dtype=torch.float64)
         return cls(zeros, zeros, zeros)
 
-    def with_batch(self, values: Tensor) -> Surprises:
-        """With one batch more; channels that are not finite are left out."""
+    def with_batch(self, values: Tensor, most: float) -> Surprises:
+        """With one batch more; channels that are not finite are left out.
+
+        Args:
+            values: Its surprise, ``(C,)``.
+            most: Standard deviations that it can add: one batch that is far off is one batch, not two sources.
+        """
         there = values.isfinite()
-        # One batch that is far off is one batch, not two sources.
-        taken = torch.where(there, values, 0).clamp(-_MOST, _MOST)
+        taken = torch.where(there, values, 0).clamp(-most, most)
         return Surprises(self.count + there, self.total + taken, self.squares + taken.square())
 
     def bias(self, snapshot: Snapshot) -> Tensor:

@@ -67,18 +67,24 @@ def vitals(current: Snapshot, earlier: Snapshot, batches: int) -> Vitals:
     )
 
 
-def died(current: Snapshot, ratio: Tensor, below: float) -> Tensor:
+def died(current: Snapshot, reference: Snapshot, momentum: Tensor, below: float) -> Tensor:
     """Channels of each layer that are dead now and were not at a reference, ``(L,)``.
+
+    What is left of the initial variance, 1, in a young moving average is no sign of life.
 
     Args:
         current: The statistics now.
-        ratio: Variance over that of the reference, ``eps`` added to both, ``(C,)``.
-        below: Ratio from which on a dead channel counts as having been alive.
+        reference: Of the same layers.
+        momentum: Of the layers; NaN for a cumulative average.
+        below: Variance over that of the reference, ``eps`` added to both, from which on a dead channel was alive then.
     """
     layer_of = current.layer_of()
-    eps = torch.tensor(current.eps, dtype=ratio.dtype, device=ratio.device)[layer_of]
-    channels = (current.var.to(ratio.dtype) < eps) & (ratio < below)
-    return torch.zeros(len(current), dtype=ratio.dtype, device=ratio.device).index_add_(0, layer_of, channels.to(ratio))
+    eps = torch.tensor(current.eps, dtype=torch.float64, device=momentum.device)[layer_of]
+    left = initial_shares(reference, momentum)[layer_of]
+    now, then = current.var.to(torch.float64), reference.var.to(torch.float64) - left
+    channels = (now < eps) & (now + eps < below * (then + eps))
+    zeros = torch.zeros(len(current), dtype=torch.float64, device=momentum.device)
+    return zeros.index_add_(0, layer_of, channels.to(torch.float64))
 
 
 def initial_shares(current: Snapshot, momentum: Tensor) -> Tensor:

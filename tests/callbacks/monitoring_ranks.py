@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_bn.callbacks.monitor import BatchNormDriftError
 from tests.callbacks.fits import quiet, samples, train_loader, val_loader
 from tests.callbacks.freezing_ranks import Processes
-from tests.callbacks.monitoring_fits import Module, monitor, pretrained
+from tests.callbacks.monitoring_fits import Module, monitor, norms, pretrained
 from tests.ranks import take_part
 
 BATCHES = 24
@@ -22,20 +22,25 @@ class ByRank(Module):
     def __init__(self, shift: float, start: int = 0) -> None:
         super().__init__(pretrained(), lr=1e-3)
         self.shift, self.start = shift, start
+        self.reset_at = -1
         self.fault = self._shifted
 
     def _shifted(self, x: Tensor, step: int) -> Tensor:
         if self.shift == float("inf"):
             # One batch, so that its own step stays finite.
             return x * self.shift if self.global_rank == 1 and step == 5 else x
+        if self.reset_at == step and self.global_rank == 1:
+            for layer in norms(self):
+                layer.reset_running_stats()
         return x + self.shift if self.global_rank == 1 and step >= self.start else x
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     """One fit of this rank."""
     acting = name if name in ("stop", "raise") else None
-    shift = {"alike": 0.0, "other not finite": float("inf")}.get(name, 8.0)
+    shift = {"alike": 0.0, "other reset": 0.0, "other not finite": float("inf")}.get(name, 8.0)
     module = ByRank(shift, start=6 if acting else 0)
+    module.reset_at = 5 if name == "other reset" else -1
     watching = monitor(act_above=1.5 if acting else None, action=acting or "warn")
     trainer = quiet(
         callbacks=[watching],
@@ -43,7 +48,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
             # Where buffers are broadcast before a forward, rank 1 drifts by one batch at most.
             cluster_environment=Processes(),
             process_group_backend="gloo",
-            broadcast_buffers=acting is None,
+            broadcast_buffers=acting is None and name != "other reset",
         ),
         devices=2,
         max_epochs=1,
@@ -67,4 +72,4 @@ def run(name: str, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    take_part(run, ["other data", "alike", "other not finite", "stop", "raise"], [])
+    take_part(run, ["other data", "alike", "other not finite", "other reset", "stop", "raise"], [])

@@ -60,6 +60,10 @@ class Seen(pl.Callback):
     [
         ({"every_n_steps": 0}, r"every_n_steps=0.*from 1 on"),
         ({"warn_above": 2.0, "act_above": 1.0}, r"warn_above=2.*above act_above=1"),
+        ({"every_n_steps": True}, r"every_n_steps=True"),
+        ({"log_worst": "1"}, r"log_worst='1'.*whole number"),
+        ({"reference": None}, r"reference=None.*fit_start"),
+        ({"reference": "/"}, r"reference='/'.*no such file"),
         ({"log_worst": -1}, r"log_worst=-1"),
         ({"warn_above": 0.0}, r"warn_above=0.0.*positive"),
         ({"act_above": float("nan")}, r"act_above=nan.*positive"),
@@ -177,6 +181,18 @@ def test_a_checkpoint_is_measured_from(tmp_path: Path, bare: bool) -> None:
     assert watching.history.values()[-1].tolist() == pytest.approx(expected, rel=1e-6)
 
 
+def test_untrained_layers_too_are_measured_from_a_checkpoint(tmp_path: Path) -> None:
+    trained = Module(pretrained())
+    torch.save(trained.state_dict(), tmp_path / "reference.ckpt")
+    watching = monitor(reference=str(tmp_path / "reference.ckpt"))
+    scratch, seen = Module(seeded(Net), lr=1e-3), Seen()
+    fit(scratch, watching, seen, max_epochs=3)
+    values = watching.history.values()
+    assert float(values[:40].max()) == 0
+    expected = drift(take_snapshot(trained), seen.snapshots[96])
+    assert values[-1].tolist() == pytest.approx([float(one.max()) for one in expected.values()], rel=1e-6)
+
+
 def test_a_checkpoint_of_another_model_names_the_layers(tmp_path: Path) -> None:
     path = tmp_path / "other.ckpt"
     torch.save({"state_dict": torch.nn.BatchNorm1d(3).state_dict()}, path)
@@ -233,8 +249,8 @@ def test_curves_and_the_figure_are_in_tensorboard(tmp_path: Path) -> None:
     found.Reload()
     assert {key for key in found.Tags()["scalars"] if key.startswith("bn/")} == CURVES
     assert [event.step for event in found.Scalars("bn/jeffreys_max")] == [1, 2, 3, 4]
-    assert found.Tags()["images"] == ["bn_drift"]
-    assert (Path(logger.log_dir) / "bn_drift.png").stat().st_size > 1000
+    assert found.Tags()["images"] == ["bn_jeffreys_drift"]
+    assert (Path(logger.log_dir) / "bn_jeffreys_drift.png").stat().st_size > 1000
 
 
 def test_curves_and_the_figure_are_in_weights_and_biases(tmp_path: Path) -> None:
@@ -250,10 +266,10 @@ def test_curves_and_the_figure_are_in_weights_and_biases(tmp_path: Path) -> None
     assert all({*CURVES, "bn/jeffreys_share_above", "bn/jeffreys_worst_1"} <= set(row) for row in rows)
     for row, values in zip(rows, watching.history.values(), strict=True):
         assert row["bn/jeffreys_max"] == row["bn/jeffreys_worst_1"] == pytest.approx(float(values.max()))
-    [image] = [row for row in wandb_rows(tmp_path) if "bn_drift/_type" in row]
-    assert (image["bn_drift/_type"], image["trainer/global_step"]) == ("images/separated", 4)
-    [file] = tmp_path.rglob("media/images/bn_drift_*.png")
-    assert file.read_bytes() == (tmp_path / "bn_drift.png").read_bytes()
+    [image] = [row for row in wandb_rows(tmp_path) if "bn_jeffreys_drift/_type" in row]
+    assert (image["bn_jeffreys_drift/_type"], image["trainer/global_step"]) == ("images/separated", 4)
+    [file] = tmp_path.rglob("media/images/bn_jeffreys_drift_*.png")
+    assert file.read_bytes() == next(tmp_path.glob("test/*/bn_jeffreys_drift.png")).read_bytes()
 
 
 def leveldb_records(log: bytes) -> Iterator[bytes]:
@@ -416,6 +432,12 @@ def test_table_and_figure_can_be_had_during_a_fit_and_after_it() -> None:
     assert len(watching.figure().axes[0].get_yticklabels()) == 3
 
 
+def test_the_table_says_what_training_did_also_after_eval() -> None:
+    watching, net = monitor(), module()
+    fit(net, watching, max_epochs=1, count=32)
+    assert list(watching.table(net.eval()).columns[1].cells) == ["batch"] * 3
+
+
 def test_without_a_sample_there_is_no_table() -> None:
     with pytest.raises(RuntimeError, match="no sample yet"):
         monitor().table(module())
@@ -524,6 +546,20 @@ def test_a_warning_is_said_once_and_again_only_after_it_fell_below_half() -> Non
     assert len(said) == 1, said
 
 
+def test_acting_by_warning_is_said_in_the_next_fit_too() -> None:
+    watching = monitor(act_above=0.5, action="warn")
+    for _ in range(2):
+        said = fit(module(fault=shifted_from(4)), watching, max_epochs=1)
+        assert len([line for line in said if "above act_above" in line]) == 1, said
+
+
+def test_validation_between_optimizer_steps_is_preceded_by_a_sample() -> None:
+    watching = monitor()
+    bad = module(fault=lambda x, step: x * torch.inf)
+    said = fit(bad, watching, max_epochs=1, accumulate_grad_batches=100, val_check_interval=4, count=64)
+    assert said[0].startswith("BatchNormMonitor: step 0: net.features.1")
+
+
 def test_acting_by_warning_says_one_line_beside_the_first_warning() -> None:
     said = fit(
         module(1e-5, shifted_from(5, 20.0)),
@@ -563,6 +599,20 @@ def test_a_resumed_run_continues_history_and_reference_as_if_uninterrupted(tmp_p
     assert torch.equal(second.history.values()[:before], first.history.values())
     ratio = second.history.values()[before] / whole.history.values()[before]
     assert (ratio > 0.3).all(), "measured from the start of the resumed run"
+
+
+@pytest.mark.parametrize("changed", [{"modules": "net.head"}, {"reference": "previous_epoch"}])
+def test_a_checkpoint_of_other_layers_or_another_reference_is_said_to_be_so(
+    tmp_path: Path, changed: dict[str, Any]
+) -> None:
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    fit(module(), monitor(), checkpoint, max_epochs=1, enable_checkpointing=True)
+    watching, seen = monitor(**changed), Seen()
+    said = fit(module(), watching, seen, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+    assert len([line for line in said if "drift is measured anew" in line]) == 1, said
+    start = seen.snapshots[32].only(watching.history.names)
+    expected = drift(start, seen.snapshots[64].only(watching.history.names))
+    assert watching.history.values()[-1].tolist() == pytest.approx([float(one.max()) for one in expected.values()])
 
 
 def test_what_was_said_is_not_said_again_after_resuming(tmp_path: Path) -> None:

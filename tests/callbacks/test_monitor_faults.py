@@ -81,6 +81,14 @@ def test_a_change_of_task_on_digits_is_named_with_layer_and_step() -> None:
     assert line.split(": ")[2].startswith("net.")
 
 
+@pytest.mark.parametrize("reference", ["previous_epoch", "recalibrated"])
+def test_where_the_reference_moves_along_no_change_of_inputs_is_claimed(reference: str) -> None:
+    watching = monitor(reference=reference, warn_above=0.15)
+    said = fit(Module(seeded(lambda: Net(dropout=0.0)), lr=0.3), watching, max_epochs=6)
+    assert [line for line in said if "above warn_above" in line]
+    assert not [line for line in said if "inputs changed" in line]
+
+
 # --- channels that die, variances that explode ---------------------------------------------------------------------
 
 
@@ -102,6 +110,18 @@ def test_channels_that_die_are_named_once_and_counted_in_a_curve(tmp_path: Any) 
     assert "net.bn has 1 channel whose variance fell below eps" in line
     assert float(csv_rows(logger)[0]["bn/dead_channels"]) == 0
     assert float(csv_rows(logger)[-1]["bn/dead_channels"]) == 2
+
+
+def test_inputs_that_are_constant_from_the_start_have_not_died() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.net = nn.BatchNorm2d(3), Net(dropout=0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(self.bn(x * torch.tensor([1.0, 0.0, 1.0])[:, None, None]))
+
+    assert fit(Module(seeded(Masked)), monitor(every_n_steps=10), max_epochs=6) == []
 
 
 def test_inputs_on_another_scale_explode_in_the_first_layer() -> None:
@@ -164,6 +184,19 @@ def test_a_branch_that_no_forward_reaches_is_stalled(trained: bool, every_n_step
     assert "net.branch.1 is in train mode but was not updated in" in said[0]
 
 
+def test_a_branch_that_stalls_is_named_in_a_fit_shorter_than_the_interval() -> None:
+    said = fit(Module(branched(True)), monitor(every_n_steps=50), max_epochs=1, count=8 * 30)
+    assert len(said) == 1, said
+    assert "is in train mode but was not updated in 30 batches" in said[0]
+
+
+def test_a_layer_that_never_follows_because_its_momentum_is_0_is_stalled() -> None:
+    net = pretrained()
+    norms(net)[1].momentum = 0.0
+    [line] = fit(Module(net, lr=1e-3), monitor(every_n_steps=10), max_epochs=1)
+    assert "net.bn is in train mode but was not updated" in line
+
+
 def test_a_layer_whose_tracking_was_switched_off_is_stalled() -> None:
     net = pretrained()
     net.bn.track_running_stats = False  # type: ignore[union-attr]
@@ -198,6 +231,19 @@ def test_a_layer_used_twice_in_a_forward_is_named_and_its_neighbour_is_not(every
 
 
 # --- frozen layers -------------------------------------------------------------------------------------------------
+
+
+def test_many_layers_used_twice_are_one_line() -> None:
+    class Pair(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = Net(dropout=0.0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.net(x) + self.net(x.flip(-1))
+
+    [line] = fit(Module(pretrained(seeded(Pair)), lr=1e-3), monitor(), max_epochs=2)
+    assert "net.net.features.1 (and 2 more layers) is updated 2 times per batch" in line
 
 
 def trained_by(module: Module, start: int) -> Module:
@@ -258,6 +304,34 @@ def test_two_sources_that_alternate_batch_by_batch_are_named_whatever_the_interv
     assert f"{FIRST}" in said[0]
     assert "is fed by sources that alternate" in said[0]
     assert "lags" not in said[0]
+
+
+@pytest.mark.parametrize(("batches", "every_n_steps"), [(41, 10), (33, 16)])
+def test_alternation_is_named_where_the_eighth_sampled_batch_is_before_validation(
+    batches: int, every_n_steps: int
+) -> None:
+    module = Module(pretrained(), lambda x, step: x + (6.0 if step % 2 else -6.0), lr=1e-3)
+    said = fit(module, monitor(every_n_steps=every_n_steps), max_epochs=4, count=8 * batches)
+    assert len([line for line in said if "sources that alternate" in line]) == 1, said
+
+
+@pytest.mark.parametrize("batch_size", [2, 3, 4])
+def test_alternation_is_named_for_small_batches_too(batch_size: int) -> None:
+    module = Module(pretrained(), lambda x, step: x + (8.0 if step % 2 else -8.0), lr=1e-3)
+    said = fit(module, monitor(), max_epochs=1, batch_size=batch_size, count=32 * batch_size)
+    assert len([line for line in said if "sources that alternate" in line]) == 1, said
+
+
+def test_a_schedule_of_momentum_is_not_taken_for_sources() -> None:
+    class Scheduled(Module):
+        def on_train_start(self) -> None:
+            for layer in norms(self):
+                layer.momentum = 0.3
+
+    net = pretrained()
+    for layer in norms(net):
+        layer.momentum = 0.01
+    assert fit(Scheduled(net, lr=1e-3), monitor(), max_epochs=2) == []
 
 
 def test_two_sources_mixed_in_every_batch_are_no_fault() -> None:
@@ -407,6 +481,11 @@ def test_a_rank_with_other_data_is_named_once_with_the_first_layer(ranks: Result
 def test_what_is_not_finite_on_another_rank_alone_is_said(ranks: Results) -> None:
     [line] = [line for line in ranks[0]["other not finite"]["said"] if "not finite" in line]
     assert f"{FIRST} (and 2 more layers) has 4 channels whose running statistics are not finite on another rank" in line
+
+
+def test_a_reset_on_one_rank_alone_leaves_neither_waiting(ranks: Results) -> None:
+    for rank in ranks:
+        assert rank["other reset"]["steps"] == rank["other reset"]["planned"]
 
 
 def test_ranks_with_data_alike_are_no_fault(ranks: Results) -> None:

@@ -49,7 +49,7 @@ def test_a_cumulative_average_and_one_that_never_moves_tell_nothing() -> None:
 def of(values: list[list[float]]) -> Surprises:
     total = Surprises.none(torch.zeros(len(values[0])))
     for row in values:
-        total = total.with_batch(torch.tensor(row, dtype=torch.float64))
+        total = total.with_batch(torch.tensor(row, dtype=torch.float64), 2.0)
     return total
 
 

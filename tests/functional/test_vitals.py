@@ -1,12 +1,12 @@
 """Signs of life, from two snapshots of real layers."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import nn
 
-from lightning_bn.functional.drift import standardised
 from lightning_bn.functional.last_batch import momenta
 from lightning_bn.functional.snapshots import snapshot_of, take_snapshot
 from lightning_bn.functional.vitals import died, initial_shares, vitals
@@ -149,7 +149,24 @@ def test_channels_that_died_were_alive_at_the_reference() -> None:
     net["b"].running_var[0] = 1e-7  # type: ignore[index, operator]
     net["b"].running_var[1] = 2e-5  # type: ignore[index, operator]
     after = take_snapshot(net)
-    assert died(after, standardised(before, after)[1], 0.02).tolist() == [2, 0]
+    weights = momenta([net["a"], net["b"]], torch.device("cpu"))  # type: ignore[list-item]
+    for layer in net.values():
+        layer.num_batches_tracked.fill_(1000)  # type: ignore[union-attr, operator]
+    before = replace(before, num_batches_tracked=take_snapshot(net).num_batches_tracked)
+    assert died(after, before, weights, 0.02).tolist() == [2, 0]
+
+
+def test_what_is_left_of_the_initial_variance_is_no_sign_of_life() -> None:
+    layer = nn.BatchNorm1d(2)
+    x = torch.randn(16, 2, generator=torch.Generator().manual_seed(0)) * torch.tensor([1.0, 0.0])
+    for _ in range(44):
+        layer(x)
+    settled = take_snapshot(layer)
+    assert float(settled.var[1]) == pytest.approx(0.9**44, rel=1e-4)
+    for _ in range(100):
+        layer(x)
+    assert float(take_snapshot(layer).var[1]) < layer.eps
+    assert died(take_snapshot(layer), settled, momenta([layer], torch.device("cpu")), 0.02).tolist() == [0]
 
 
 def test_the_share_of_initial_values_is_what_the_moving_average_has_left() -> None:
