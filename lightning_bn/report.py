@@ -76,7 +76,7 @@ def behaviour_table(behaviours: Sequence[LayerBehaviour], statuses: dict[str, La
             escape(f"{_name(layer)} {layer.kind}"),
             f"{layer.channels:,}",
             "train" if layer.training else "eval",
-            layer.normalizes_with,
+            _normalizes_with(layer),
             _running(layer, status),
             "-" if layer.num_batches_tracked is None else f"{layer.num_batches_tracked:,}",
             _affine(layer, status),
@@ -111,7 +111,7 @@ def plan_table(plan: FreezePlan) -> Table:
         pad_edge=False,
     )
     table.add_column("layer", overflow="fold")
-    table.add_column("kind", no_wrap=True)
+    table.add_column("kind", overflow="fold")
     table.add_column("selected by", overflow="fold")
     table.add_column("frozen")
     table.add_column("when")
@@ -120,7 +120,7 @@ def plan_table(plan: FreezePlan) -> Table:
         when = f"task {', '.join(layer.tasks)}; {plan.schedule}" if layer.tasks else str(plan.schedule)
         table.add_row(
             escape(layer.name or "(the model itself)"),
-            layer.kind,
+            layer.kind if layer.processes == 1 else f"{layer.kind} over {layer.processes} processes",
             escape(layer.rule or "no rule"),
             what if layer.frozen else "nothing",
             when if layer.frozen else "",
@@ -183,7 +183,7 @@ def drift_table(
         moved = in_words(float(ratio[at]), float(shift[at])).split(", ")
         table.add_row(
             escape(f"{_name(layer)} {layer.kind}"),
-            "running" if frozen or not trains else "batch",
+            "running" if frozen or not trains else _batch(layer),
             "batch" if layer.num_batches_tracked is None and layer.normalizes_with == "batch" else "running",
             frozen or "-",
             "-" if math.isnan(rates[name]) else f"{rates[name]:.2g}",
@@ -208,6 +208,14 @@ def sparkline(values: Sequence[float], width: int = 12) -> str:
     top = max((value for value in bins if math.isfinite(value)), default=0.0) or 1.0
     bars = "▁▂▃▄▅▆▇█"
     return "".join(bars[round(7 * max(value, 0.0) / top)] if math.isfinite(value) else "!" for value in bins)
+
+
+def _normalizes_with(layer: LayerBehaviour) -> str:
+    return _batch(layer) if layer.normalizes_with == "batch" and layer.training else layer.normalizes_with
+
+
+def _batch(layer: LayerBehaviour) -> str:
+    return "batch" if layer.processes == 1 else f"batch of {layer.processes} processes"
 
 
 def _name(layer: LayerBehaviour) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.distributed as dist
+from pytorch_lightning.plugins.layer_sync import LayerSync
 from torch import Tensor, nn
 from torch.distributed.nn.functional import all_reduce
 from torch.nn import functional as F
@@ -77,6 +78,31 @@ def synchronised(
         parent, _, last = name.rpartition(".")
         setattr(model.get_submodule(parent), last, new)
     return model.to(device)
+
+
+class ReferenceSync(LayerSync):
+    """For `Trainer(plugins=...)`: converts and reverts when `sync_batchnorm=True` does, on a CPU.
+
+    Args:
+        but: Names of layers that stay plain.
+    """
+
+    def __init__(self, but: tuple[str, ...] = ()) -> None:
+        self.but = but
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        self.kinds = {name: type(layer) for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
+        return synchronised(model, but=self.but)
+
+    def revert(self, model: nn.Module) -> nn.Module:
+        for name, layer in list(model.named_modules()):
+            if isinstance(layer, ReferenceSyncBatchNorm):
+                plain = self.kinds[name](layer.num_features, layer.eps, layer.momentum)
+                plain._parameters.update(layer._parameters)
+                plain._buffers.update(layer._buffers)
+                parent, _, last = name.rpartition(".")
+                setattr(model.get_submodule(parent), last, plain)
+        return model
 
 
 def _converted(layer: _BatchNorm, group: dist.ProcessGroup | None) -> ReferenceSyncBatchNorm:

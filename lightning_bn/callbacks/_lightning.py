@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.loggers.logger import DummyLogger, Logger
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
@@ -63,6 +64,39 @@ def in_training_fit(trainer: Trainer) -> bool:
     """Whether this is a fit that counts: past the sanity check, and not barebones."""
     fitting = str(getattr(trainer.state.fn, "value", trainer.state.fn)) == "fit"
     return fitting and not trainer.sanity_checking and not trainer.barebones
+
+
+_SHARDING = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
+
+
+def refuse_sharded(trainer: Trainer, callback: Callback) -> None:
+    """Raises where a strategy keeps pieces of the model on each rank.
+
+    Raises:
+        MisconfigurationException: With the strategy's name, the reason and the way out.
+    """
+    # By name: each of the two namespaces has classes of its own.
+    sharding = [base.__name__ for base in type(trainer.strategy).__mro__ if base.__name__ in _SHARDING]
+    if sharding:
+        raise MisconfigurationException(
+            f"{type(callback).__name__} does not support {sharding[0]}: each rank holds pieces of the parameters "
+            f"there, where this package reads, freezes and compares whole weights, and runs the module without its "
+            f"wrapper. Use strategy='ddp', or leave the callback out."
+        )
+
+
+def same_on_all_ranks(trainer: Trainer, value: bool) -> bool:
+    """Whether all ranks have the same answer; every rank has to ask."""
+    if trainer.world_size == 1:
+        return True
+    told = torch.tensor(float(value), device=trainer.strategy.root_device)
+    share = float(trainer.strategy.reduce(told, reduce_op="mean"))
+    return share in (0.0, 1.0)
+
+
+def has_validation_batches(trainer: Trainer) -> bool:
+    """Whether this rank will validate anything."""
+    return trainer.enable_validation and sum(trainer.num_val_batches) > 0
 
 
 def same_kind_beside(trainer: Trainer, callback: Callback) -> list[Any]:
@@ -273,6 +307,7 @@ __all__ = [
     "averages_in_place",
     "combined",
     "datamodule_of",
+    "has_validation_batches",
     "in_step_context",
     "in_training_fit",
     "is_barebones",
@@ -283,7 +318,9 @@ __all__ = [
     "put_first",
     "rank_zero_info",
     "rank_zero_warn",
+    "refuse_sharded",
     "same_kind_beside",
+    "same_on_all_ranks",
     "schedules",
     "several_loaders",
     "train_loaders",

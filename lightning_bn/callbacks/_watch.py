@@ -31,6 +31,7 @@ from lightning_bn.functional.drift import (
 )
 from lightning_bn.functional.history import DriftHistory
 from lightning_bn.functional.last_batch import Surprises, gap, momenta, surprise
+from lightning_bn.functional.layers import processes_of
 from lightning_bn.functional.semantics import has_initial_statistics
 from lightning_bn.functional.snapshots import Snapshot, snapshot_of
 from lightning_bn.functional.status import LayerStatus, layer_status
@@ -113,6 +114,7 @@ class Watch:
         threshold: Of drift; the share of channels above it is counted.
         mean_over_ranks: Gives the mean of a tensor over all processes; None in one process.
         max_over_ranks: Gives the largest over all processes; None in one process.
+        processes: That train together.
     """
 
     def __init__(
@@ -123,6 +125,7 @@ class Watch:
         threshold: float | None = None,
         mean_over_ranks: OverRanks | None = None,
         max_over_ranks: OverRanks | None = None,
+        processes: int = 1,
     ) -> None:
         self._layers = layers
         self._measure = measure
@@ -130,6 +133,7 @@ class Watch:
         self._threshold = threshold
         self._mean_over_ranks = mean_over_ranks
         self._max_over_ranks = max_over_ranks
+        self._processes = processes
         self.reference = snapshot_of(layers)
         self.unsettled: set[str] = set()
         self._earlier = self.reference
@@ -278,6 +282,8 @@ class Watch:
             bias=rows.bias,
             spread=rows.spread,
             gap=rows.gap,
+            processes=self._processes,
+            synchronised=[processes_of(layer) > 1 for layer in self._layers.values()],
         )
         diagnoses = [
             one

@@ -19,6 +19,7 @@ from lightning_bn.callbacks._lightning import (
     put_first,
     rank_zero_info,
     rank_zero_warn,
+    refuse_sharded,
     same_kind_beside,
 )
 from lightning_bn.callbacks._task_of import TaskOf, listen, stop_listening
@@ -154,6 +155,7 @@ class BatchNormFreezer(Callback):
                 yield
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_sharded(trainer, self)
         if any(other.state_key == self.state_key for other in same_kind_beside(trainer, self)):
             raise MisconfigurationException(
                 f"two BatchNormFreezers have the name {self.name!r}: give each its own name=, so that their states "

@@ -21,6 +21,7 @@ from lightning_bn.callbacks._lightning import (
     log_figure,
     rank_zero_info,
     rank_zero_warn,
+    refuse_sharded,
 )
 from lightning_bn.callbacks._watch import Sample, Watch, Watched
 from lightning_bn.functional.checkpoints import snapshot_of_checkpoint
@@ -78,7 +79,8 @@ class BatchNormMonitor(Callback):
         history: The samples so far, bounded in number and saved in checkpoints.
 
     Raises:
-        MisconfigurationException: If an argument is not one of those above.
+        MisconfigurationException: If an argument is not one of those above; when a fit is set up, if the strategy
+            shards the model.
         SelectionError: When the fit starts, if the selection means no layer.
         ValueError: When the fit starts, if a checkpoint does not have the layers.
     """
@@ -153,6 +155,9 @@ class BatchNormMonitor(Callback):
     def state_key(self) -> str:
         return f"{type(self).__name__}[{self.prefix}/{self.measure}]"
 
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_sharded(trainer, self)
+
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         layers = tracked_layers(pl_module, self.modules, self.exclude, self.root)
         if self.reference not in _REFERENCES:
@@ -163,7 +168,9 @@ class BatchNormMonitor(Callback):
         if self._resumed is None:
             self.history, self._warned, self._told = DriftHistory(self.history.most), False, set()
         self._above_before = self._acted = False
-        self._watch = Watch(layers, self.measure, self.history, self._threshold, *_over_ranks(trainer))
+        self._watch = Watch(
+            layers, self.measure, self.history, self._threshold, *_over_ranks(trainer), trainer.world_size
+        )
         self._cadence = Cadence(self.every_n_steps, trainer.global_step)
         self._refer(self._watch)
         self._resumed = None

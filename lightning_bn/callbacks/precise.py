@@ -16,12 +16,15 @@ from lightning_bn.callbacks._lightning import (
     Trainer,
     averaged_copies,
     averages_in_place,
+    has_validation_batches,
     in_training_fit,
     is_barebones,
     is_last_epoch,
     put_before_checkpoints,
     rank_zero_info,
     rank_zero_warn,
+    refuse_sharded,
+    same_on_all_ranks,
     several_loaders,
 )
 from lightning_bn.callbacks._sandbox import Weights, check_step, sandbox
@@ -91,8 +94,9 @@ class PreciseBatchNorm(Callback):
         last: What the last recalibration did, None before the first.
 
     Raises:
-        MisconfigurationException: If an argument is out of range, and when a fit starts if ``step`` cannot be run (no
-            such method, or ``training_step`` under manual optimization) or there is no ``source_method``; at a
+        MisconfigurationException: If an argument is out of range; when a run is set up, if the strategy shards the
+            model; when a fit starts, if ``step`` cannot be run (no such method, or ``training_step`` under manual
+            optimization), there is no ``source_method``, or only some of the ranks have validation batches; at a
             recalibration if the training loaders cannot be iterated a second time.
         SelectionError: When the fit starts, if the selection means no layer.
 
@@ -172,6 +176,7 @@ class PreciseBatchNorm(Callback):
         return f"{type(self).__name__}[{self.name}]" if self.name else type(self).__name__
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_sharded(trainer, self)
         # Behind WeightAveraging, whose on_train_end puts the average in the place of the weights.
         put_before_checkpoints(trainer, self)
 
@@ -182,6 +187,12 @@ class PreciseBatchNorm(Callback):
         tracked_layers(pl_module, self.modules, self.exclude, self.root)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if not same_on_all_ranks(trainer, has_validation_batches(trainer)):
+            have = "has" if has_validation_batches(trainer) else "has no"
+            raise MisconfigurationException(
+                f"PreciseBatchNorm: rank {trainer.global_rank} {have} validation batches, and not all ranks are alike: "
+                f"those that validate would wait for those that do not. Give every rank a batch, or none."
+            )
         self._look_at(pl_module)
         if not trainer.global_step:
             self._validations, self._done_at_step, self._replaced = 0, -1, None

@@ -19,9 +19,10 @@ Disease: TypeAlias = Literal[
     "lagging",
     "alternating",
     "ranks differ",
+    "small batches",
 ]
 
-JUDGED_BY_BATCHES: tuple[Disease, ...] = ("lagging", "alternating", "ranks differ")
+JUDGED_BY_BATCHES: tuple[Disease, ...] = ("lagging", "alternating", "ranks differ", "small batches")
 """What cannot be told of a layer whose statistics are still mostly those of construction."""
 LAGGING = 0.75
 """Mean distance of a batch's mean from the moving average, in standard deviations, that says it lags."""
@@ -33,6 +34,10 @@ EXPLODING = 100.0
 """Geometric mean over a layer's channels of variance over that of the reference."""
 DIED_FROM = 0.02
 """Variance over that of the reference, ``eps`` added to both, below which a channel that is dead now was alive then."""
+FEW_SAMPLES = 4
+"""In the batch of one of several processes, up to which normalising together is worth saying."""
+SMALL_BATCHES = 0.3
+"""Deviation of the means of such batches, in standard deviations."""
 FEWEST_BATCHES = 8
 """That a judgement on batches rests on."""
 
@@ -74,6 +79,8 @@ class Symptoms:
         bias: Mean distance of batch means from the moving average, in standard deviations.
         spread: Deviation of batch means around that.
         gap: Mean distance of this rank's batches from those of all ranks; 0 in one process.
+        processes: That train together.
+        synchronised: Whether a layer normalises the batches of several of them together.
     """
 
     names: Sequence[str]
@@ -91,6 +98,8 @@ class Symptoms:
     bias: Sequence[float]
     spread: Sequence[float]
     gap: Sequence[float]
+    processes: int
+    synchronised: Sequence[bool]
 
 
 def diagnose(symptoms: Symptoms, told: Container[tuple[str, str]] = ()) -> list[Diagnosis]:
@@ -222,6 +231,18 @@ def _of_batches(s: Symptoms) -> Iterator[Diagnosis]:
             f"{name}{more} is fed by sources that alternate: means of batches differ by {s.spread[alternate[0]]:.1f} "
             f"sigma, and the moving average describes none of them. Give each source statistics of its own, or mix "
             f"them in every batch.",
+        )
+    few = s.processes > 1 and s.samples is not None and s.samples <= FEW_SAMPLES
+    noisy = [i for i, spread in enumerate(s.spread) if few and spread > SMALL_BATCHES and not s.synchronised[i]]
+    if noisy and not alternate and not lag:
+        name = s.names[noisy[0]]
+        together = counted((s.samples or 0) * s.processes, "sample")
+        yield Diagnosis(
+            name,
+            "small batches",
+            f"{name}{_and_more(noisy)} normalises the {counted(s.samples or 0, 'sample')} of each rank on their own, "
+            f"and means of such batches scatter by {s.spread[noisy[0]]:.1f} sigma, which is noise in every activation: "
+            f"Trainer(sync_batchnorm=True) normalises {together} together; freezing the layer helps too.",
         )
     if lag:
         name = s.names[lag[0]]

@@ -13,6 +13,7 @@ from lightning_bn.functional.layers import (
     batch_norm_layers,
     has_running_statistics,
     named_paths,
+    processes_of,
 )
 from lightning_bn.functional.patterns import Pattern, Patterns, as_patterns
 from lightning_bn.functional.schedule import FreezeSchedule
@@ -29,6 +30,7 @@ class PlannedLayer:
         rule: The pattern that selected it, as it was written; empty if none did.
         stats: Whether its running statistics are frozen.
         affine: Whether its ``weight`` and ``bias`` are; False for a layer that has none.
+        processes: How many processes' batches it normalises together in training: 1 unless it is synchronised.
         tasks: The tasks during whose batches it is frozen; empty if during all.
     """
 
@@ -38,6 +40,7 @@ class PlannedLayer:
     stats: bool
     affine: bool
     tasks: tuple[str, ...] = ()
+    processes: int = 1
 
     @property
     def frozen(self) -> bool:
@@ -128,6 +131,7 @@ def plan(
             rule=rules.get(name, ""),
             stats=name in rules and stats and has_running_statistics(layer),
             affine=name in rules and affine and bool(affine_parameters(layer)),
+            processes=processes_of(layer),
             tasks=() if name in base else tuple(task for task, names in tasks.items() if name in names),
         )
         for name, layer in layers_by_name.items()

@@ -8,7 +8,13 @@ from typing import Literal
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.layers import affine_parameters, batch_norm_layers, has_running_statistics, is_lazy
+from lightning_bn.functional.layers import (
+    affine_parameters,
+    batch_norm_layers,
+    has_running_statistics,
+    is_lazy,
+    processes_of,
+)
 from lightning_bn.functional.patterns import Patterns
 
 
@@ -25,6 +31,7 @@ class LayerBehaviour:
         updates_running: Whether the running statistics move.
         averaging: How they move: ``"exponential"``, ``"cumulative"``, or ``"none"`` if they do not.
         momentum: Weight of the new batch; None for the cumulative average.
+        processes: How many processes' batches it normalises together in training: 1 unless it is synchronised.
         affine: Whether it has ``weight`` and ``bias``.
         affine_trainable: Whether either of them requires a gradient.
         num_batches_tracked: Updates so far; None without the counter.
@@ -39,6 +46,7 @@ class LayerBehaviour:
     updates_running: bool
     averaging: Literal["exponential", "cumulative", "none"]
     momentum: float | None
+    processes: int
     affine: bool
     affine_trainable: bool
     num_batches_tracked: int | None
@@ -85,6 +93,7 @@ def _describe(name: str, layer: _BatchNorm) -> LayerBehaviour:
         updates_running=averaging != "none",
         averaging=averaging,
         momentum=layer.momentum,
+        processes=processes_of(layer),
         affine=bool(affine_parameters(layer)),
         affine_trainable=any(parameter.requires_grad for parameter in affine_parameters(layer)),
         num_batches_tracked=None if counter is None or is_lazy(counter) else int(counter),

@@ -12,6 +12,7 @@ from tests.callbacks.fits import quiet, samples, train_loader, val_loader
 from tests.callbacks.freezing_ranks import Processes
 from tests.callbacks.monitoring_fits import Module, monitor, norms, pretrained
 from tests.ranks import take_part
+from tests.synced import ReferenceSync
 
 BATCHES = 24
 
@@ -42,6 +43,9 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     module = ByRank(shift, start=6 if acting else 0)
     module.reset_at = 5 if name == "other reset" else -1
     watching = monitor(act_above=1.5 if acting else None, action=acting or "warn")
+    small = name.startswith("small")
+    if small:
+        module.shift = 0.0
     trainer = quiet(
         callbacks=[watching],
         strategy=DDPStrategy(
@@ -53,13 +57,14 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         devices=2,
         max_epochs=1,
         limit_train_batches=BATCHES,
+        plugins=[ReferenceSync()] if "synchronised" in name else None,
         num_sanity_val_steps=0,
     )
     error = ""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            trainer.fit(module, train_loader(samples(2 * 8 * BATCHES)), val_loader())
+            trainer.fit(module, train_loader(samples(2 * 8 * BATCHES), batch_size=2 if small else 8), val_loader())
         except BatchNormDriftError as raised:
             error = str(raised)
     return {
@@ -72,4 +77,8 @@ def run(name: str, folder: Path) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    take_part(run, ["other data", "alike", "other not finite", "other reset", "stop", "raise"], [])
+    take_part(
+        run,
+        ["other data", "alike", "other not finite", "other reset", "small", "small, synchronised", "stop", "raise"],
+        [],
+    )

@@ -13,12 +13,14 @@ from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
-from lightning_bn import PreciseBatchNorm
+from lightning_bn import BatchNormFreezer, BatchNormMonitor, PreciseBatchNorm
 from lightning_bn.functional import freeze_batch_norm
 from tests.callbacks.fits import RECALIBRATED_FROM, Classifier, Recorder, quiet, samples
 from tests.callbacks.freezing_ranks import Processes
+from tests.callbacks.monitoring_fits import norms
 from tests.models import state_bits
 from tests.ranks import take_part
+from tests.synced import ReferenceSync
 
 BATCHES = 4
 """Of training, on each rank and in each epoch; the last one is smaller."""
@@ -77,6 +79,10 @@ class Raising(Module):
         return super().training_step(batch, batch_idx)
 
 
+class ValidatesOnOne(Module):
+    """Rank 1 has nothing to validate on."""
+
+
 class FrozenOnOne(Module):
     """One rank freezes the statistics of all of its layers in the middle of training."""
 
@@ -87,6 +93,14 @@ class FrozenOnOne(Module):
 
 def precise(**kwargs: Any) -> PreciseBatchNorm:
     return PreciseBatchNorm(**{"num_batches": 3, **kwargs})
+
+
+def watching() -> BatchNormMonitor:
+    return BatchNormMonitor(every_n_steps=2, report=False)
+
+
+def freezer() -> BatchNormFreezer:
+    return BatchNormFreezer(["features"], root="net")
 
 
 def from_target(method: str = "target", **kwargs: Any) -> PreciseBatchNorm:
@@ -113,10 +127,23 @@ SCENARIOS: dict[str, Scenario] = {
     "none on one": (Module, lambda: [from_target("nothing_on_one")], {}, {}),
     "averaged, without": (Module, lambda: [EMAWeightAveraging(decay=0.9)], {}, {}),
     "averaged": (Module, lambda: [precise(), EMAWeightAveraging(decay=0.9)], {}, {}),
+    "synchronised, without": (Module, list, {"plugins": ReferenceSync()}, {}),
+    "synchronised": (Module, lambda: [precise(), watching()], {"plugins": ReferenceSync()}, {}),
+    "synchronised, fewer on one": (Module, lambda: [from_target()], {"plugins": ReferenceSync()}, {}),
+    "synchronised, frozen, without": (Module, lambda: [freezer()], {"plugins": ReferenceSync()}, {}),
+    "synchronised, frozen": (
+        Module,
+        lambda: [freezer(), precise(), watching()],
+        {"plugins": ReferenceSync()},
+        {},
+    ),
+    "synchronised in part, without": (Module, list, {"plugins": ReferenceSync(("net.bn",))}, {}),
+    "synchronised in part": (Module, lambda: [precise()], {"plugins": ReferenceSync(("net.bn",))}, {}),
     "no validation": (Module, lambda: [precise()], {"limit_val_batches": 0}, {}),
 }
 FAILURES: dict[str, Scenario] = {
     "step raises": (Raising, lambda: [precise()], {}, {}),
+    "validation on one": (ValidatesOnOne, lambda: [precise()], {}, {}),
     "loader raises": (Module, lambda: [from_target("broken_later_on_one")], {}, {}),
 }
 STRANDING: dict[str, Scenario] = {
@@ -146,7 +173,8 @@ def fitted(scenario: Scenario, folder: Path) -> tuple[Module, list[Any], Recorde
         use_distributed_sampler=False,
         **options,
     )
-    val = DataLoader(samples(8, seed=9), batch_size=4)
+    nothing = isinstance(module, ValidatesOnOne) and rank == 1
+    val = DataLoader(samples(0 if nothing else 8, seed=9), batch_size=4)
     return module, used, recorder, lambda: trainer.fit(module, train_loader(rank), val)
 
 
@@ -157,7 +185,13 @@ def run_fit(name: str, folder: Path) -> dict[str, Any]:
     last = next((callback.last for callback in used if isinstance(callback, PreciseBatchNorm)), None)
     dist.barrier()
     saved = {path.name: dict(torch.load(path, weights_only=True)["state_dict"]) for path in sorted(own.glob("*.ckpt"))}
+    reports = [callback.report for callback in used if isinstance(callback, BatchNormFreezer)]
+    monitors = [callback for callback in used if isinstance(callback, BatchNormMonitor)]
     return {
+        "identical": [report.identical for report in reports],
+        "sampled": [callback._watched.sampled.mean for callback in monitors],
+        "kinds_in_validation": [[type(layer).__name__ for layer in norms(net)] for _, net, _ in module.validated],
+        "kinds_after": [type(layer).__name__ for layer in norms(module)],
         "trace": [(list(seen), loss) for seen, loss in recorder.trace],
         "parameters": {key: value.detach().clone() for key, value in module.named_parameters()},
         "state": {key: value.clone() for key, value in module.state_dict().items()},

@@ -488,6 +488,13 @@ def test_a_reset_on_one_rank_alone_leaves_neither_waiting(ranks: Results) -> Non
         assert rank["other reset"]["steps"] == rank["other reset"]["planned"]
 
 
+def test_small_batches_of_each_rank_are_named_where_nothing_is_synchronised(ranks: Results) -> None:
+    [line] = ranks[0]["small"]["said"]
+    assert "normalises the 2 samples of each rank on their own" in line
+    assert "Trainer(sync_batchnorm=True) normalises 4 samples together" in line
+    assert ranks[0]["small, synchronised"]["said"] == []
+
+
 def test_ranks_with_data_alike_are_no_fault(ranks: Results) -> None:
     for rank in ranks:
         assert rank["alike"]["said"] == []

@@ -15,6 +15,7 @@ from tests.ranks import STRANDED, Results, results_of
 NORMS = [name.removeprefix("net.") for name in LAYERS]
 PRECISE = [name for name in SCENARIOS if "without" not in name]
 VALIDATED = [name for name in PRECISE if name != "no validation"]
+SYNCHRONISED = [name for name in VALIDATED if name.startswith("synchronised")]
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +34,7 @@ def inner(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
 
 
-@pytest.mark.parametrize("scenario", VALIDATED)
+@pytest.mark.parametrize("scenario", [name for name in VALIDATED if name not in SYNCHRONISED])
 def test_statistics_in_validation_are_those_of_the_batches_of_both_ranks(ranks: Results, scenario: str) -> None:
     validations = [rank[scenario]["validated"] for rank in ranks]
     assert len(validations[0]) == (4 if scenario == "twice an epoch" else 2)
@@ -42,6 +43,47 @@ def test_statistics_in_validation_are_those_of_the_batches_of_both_ranks(ranks: 
         assert used
         net = net_of(one["state"])
         assert_all_statistics(net, layer_inputs(net, used, NORMS))
+
+
+@pytest.mark.parametrize("scenario", SYNCHRONISED)
+def test_synchronised_statistics_in_validation_are_those_of_batches_of_both_ranks_put_together(
+    ranks: Results, scenario: str
+) -> None:
+    frozen, plain = "frozen" in scenario, "in part" in scenario
+    for one, other in zip(*(rank[scenario]["validated"] for rank in ranks), strict=True):
+        steps = min(len(one["batches"]), len(other["batches"]))
+        # A rank that has fewer ends it for both, which drops a batch that the other had fetched, and never runs it.
+        assert steps == (1 if "fewer" in scenario else 3)
+        together = [torch.cat(pair) for pair in zip(one["batches"], other["batches"], strict=True)]
+        net = net_of(one["state"])
+        if frozen:
+            net.features[1].eval()
+        # What lies behind a plain layer has seen what that made of each rank's batch.
+        reached = NORMS[frozen : 1 if plain else None]
+        assert_all_statistics(net, layer_inputs(net, together, reached))
+        assert one["state"].keys() == Net().state_dict().keys()
+
+
+@pytest.mark.parametrize("scenario", SYNCHRONISED)
+def test_layers_are_converted_for_the_fit_and_reverted_after_it(ranks: Results, scenario: str) -> None:
+    inside = ["ReferenceSyncBatchNorm"] * 3
+    if "in part" in scenario:
+        inside[1] = "BatchNorm2d"
+    for rank in ranks:
+        assert rank[scenario]["kinds_after"] == ["BatchNorm2d", "BatchNorm2d", "BatchNorm1d"]
+        held = ["_HeldInEvalReferenceSyncBatchNorm", *inside[1:]]
+        assert all(kinds in (inside, held) or "frozen" in scenario for kinds in rank[scenario]["kinds_in_validation"])
+
+
+def test_frozen_synchronised_layers_are_bit_identical_on_both_ranks(ranks: Results) -> None:
+    for rank in ranks:
+        assert rank["synchronised, frozen"]["identical"] == [True]
+
+
+def test_statistics_of_synchronised_layers_are_the_same_on_both_ranks_while_they_train(ranks: Results) -> None:
+    [first], [second] = (rank["synchronised"]["sampled"] for rank in ranks)
+    assert len(first) == 14
+    assert torch.equal(first, second)
 
 
 @pytest.mark.parametrize("scenario", VALIDATED)
@@ -99,6 +141,10 @@ TWINS = [
     ("static graph", "static graph, without"),
     ("unused parameters", "unused parameters, without"),
     ("averaged", "averaged, without"),
+    ("synchronised", "synchronised, without"),
+    ("synchronised, fewer on one", "synchronised, without"),
+    ("synchronised, frozen", "synchronised, frozen, without"),
+    ("synchronised in part", "synchronised in part, without"),
 ]
 
 
@@ -161,6 +207,11 @@ def test_failure_on_one_rank_leaves_neither_waiting_nor_anything_behind(ranks: R
         assert found["seconds"] < STRANDED
         assert found["momenta"] == [0.1, 0.1, 0.1]
         assert (found["own_forwards"], found["hooks"]) == (0, 0)
+
+
+def test_ranks_of_which_some_have_nothing_to_validate_are_told_so_when_the_fit_starts(ranks: Results) -> None:
+    for rank, have in zip(ranks, ("has", "has no"), strict=True):
+        assert f"rank {ranks.index(rank)} {have} validation batches" in rank["validation on one"]["told"]
 
 
 def test_ranks_that_froze_different_layers_are_told_so(ranks: Results) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from lightning_bn.functional import freeze_batch_norm, recalibrate
+from lightning_bn.functional import describe, freeze_batch_norm, plan, recalibrate
 from tests.functional.recalibrating_ranks import (
     Broken,
     BrokenLoader,
@@ -116,6 +116,8 @@ def run_right(name: str, device: str) -> dict[str, Any]:
         "state": {key: value.cpu() for key, value in model.state_dict().items()},
         "bits": state_bits(model),
         "layers": list(result.layers),
+        "processes": {one.name: one.processes for one in describe(model)},
+        "planned": {one.name: one.processes for one in plan(model).layers},
         "num_batches": result.num_batches,
         "num_samples": result.num_samples,
         "ended_early": result.ended_early,

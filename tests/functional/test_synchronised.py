@@ -91,6 +91,16 @@ def test_where_tracking_was_switched_off_statistics_are_those_of_all_values_too(
         torch.testing.assert_close(ranks[0]["tracking switched off"]["state"][key], value, rtol=1e-6, atol=1e-9)
 
 
+def test_descriptions_and_plans_say_over_how_many_processes_a_layer_is_synchronised(ranks: Results) -> None:
+    world = len(ranks)
+    for rank, found in enumerate(ranks):
+        for key in ("processes", "planned"):
+            assert set(found["equal"][key].values()) == {world}
+            plain = RIGHT["some plain"][3]
+            assert {name for name, count in found["some plain"][key].items() if count == 1} == set(plain)
+            assert set(found["groups"][key].values()) == {1 if rank == world - 1 else world - 1}
+
+
 def test_every_rank_runs_as_many_batches_as_the_one_with_the_fewest(ranks: Results) -> None:
     for rank in ranks:
         assert rank["unequal"]["num_batches"] == 2 * len(ranks)
