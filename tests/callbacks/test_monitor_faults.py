@@ -17,7 +17,8 @@ from lightning_bn.functional import freeze_batch_norm
 from tests.callbacks.fits import Net, quiet
 from tests.callbacks.monitoring_fits import Module, csv_rows, fit, monitor, norms, pretrained, warned
 from tests.models import SharedNorm, seeded
-from tests.ranks import Results, results_of
+from tests.pages import lines
+from tests.ranks import ROOT, Results, results_of
 
 FIRST = "net.features.1"
 
@@ -492,6 +493,8 @@ def test_small_batches_of_each_rank_are_named_where_nothing_is_synchronised(rank
     [line] = ranks[0]["small"]["said"]
     assert "normalises the 2 samples of each rank on their own" in line
     assert "Trainer(sync_batchnorm=True) normalises 4 samples together" in line
+    page = (ROOT / "docs" / "distributed.md").read_text()
+    assert lines(line.split(": ", 2)[2])[0] in lines(page)
     assert ranks[0]["small, synchronised"]["said"] == []
 
 
