@@ -179,9 +179,8 @@ def fitted(scenario: Scenario, folder: Path) -> tuple[Module, list[Any], Recorde
         callbacks=[*used, recorder, saver],
         enable_checkpointing=True,
         strategy=DDPStrategy(cluster_environment=Processes(), process_group_backend="gloo", **ddp),
-        devices=2,
         use_distributed_sampler=False,
-        **options,
+        **{"devices": 2, **options},
     )
     nothing = isinstance(module, ValidatesOnOne) and rank == 1
     val = DataLoader(samples(0 if nothing else 8, seed=9), batch_size=4)

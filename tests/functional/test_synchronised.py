@@ -25,8 +25,6 @@ WORLDS = [
 @pytest.fixture(scope="module", params=WORLDS)
 def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Results:
     module, world = request.param
-    if "gpu" in module and not torch.cuda.is_available():
-        pytest.skip("needs a CUDA device")
     return results_of(module, world, tmp_path_factory, limit=100)
 
 
