@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain
@@ -20,6 +20,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
+
+from lightning_bn.functional.distributed import agree_on_layers, others_told
 
 Trainer: TypeAlias = pl.Trainer
 LightningModule: TypeAlias = pl.LightningModule
@@ -83,6 +85,29 @@ def refuse_sharded(trainer: Trainer, callback: Callback) -> None:
             f"there, where this package reads, freezes and compares whole weights, and runs the module without its "
             f"wrapper. Use strategy='ddp', or leave the callback out."
         )
+
+
+def agree_on_ranks(
+    trainer: Trainer, doing: str, find: Callable[[], Mapping[str, int]], settings: Mapping[str, Any]
+) -> None:
+    """Returns where all ranks mean the same layers and have the same settings, and raises on all of them otherwise.
+
+    Args:
+        trainer: Of the run; every rank has to call this.
+        doing: What is to be done to the layers, for the error.
+        find: Gives channels by the layers' names; its own errors are raised, and told to the other ranks.
+        settings: What else has to be the same.
+
+    Raises:
+        RuntimeError: On every rank, with what differs.
+    """
+    if trainer.world_size == 1:
+        find()
+        return
+    device = trainer.strategy.root_device
+    with others_told(device, doing):
+        layers = find()
+    agree_on_layers({**layers, **{f"{name}={value}": 0 for name, value in settings.items()}}, device, doing=doing)
 
 
 def same_on_all_ranks(trainer: Trainer, value: bool) -> bool:
@@ -303,6 +328,7 @@ __all__ = [
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
+    "agree_on_ranks",
     "averaged_copies",
     "averages_in_place",
     "combined",

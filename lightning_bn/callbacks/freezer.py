@@ -15,6 +15,7 @@ from lightning_bn.callbacks._lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
+    agree_on_ranks,
     averaged_copies,
     put_first,
     rank_zero_info,
@@ -23,6 +24,7 @@ from lightning_bn.callbacks._lightning import (
     same_kind_beside,
 )
 from lightning_bn.callbacks._task_of import TaskOf, listen, stop_listening
+from lightning_bn.functional.layers import batch_norm_layers
 from lightning_bn.functional.plan import FreezePlan, plan, select_by_task
 from lightning_bn.functional.schedule import FreezeSchedule
 from lightning_bn.functional.wording import quoted
@@ -171,7 +173,9 @@ class BatchNormFreezer(Callback):
         self._let_go(trainer.global_step)
         self.report = None
         self._is_on(trainer)
-        self._select(pl_module)
+        # Ranks that train a layer which others hold would drift apart without a word.
+        settings = {"stats": self.stats, "affine": self.affine, "when": str(self._schedule)}
+        agree_on_ranks(trainer, "freeze", lambda: self._channels(pl_module), settings)
         if self._schedule.never_on(trainer.max_epochs, trainer.max_steps):
             # No error: the first part of a training that is resumed with more epochs looks like this.
             rank_zero_info(
@@ -333,6 +337,14 @@ class BatchNormFreezer(Callback):
             affine=self.affine,
             by_task=self.by_task,
         )
+
+    def _channels(self, module: LightningModule) -> dict[str, int]:
+        always, by_task = self._select(module)
+        layers = batch_norm_layers(module)
+        found = {name: layers[name].num_features for name in always}
+        for task, names in by_task.items():
+            found.update({f"{name} in {task}": layers[name].num_features for name in names})
+        return found
 
     def _is_on(self, trainer: Trainer) -> bool:
         try:

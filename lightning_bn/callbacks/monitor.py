@@ -17,6 +17,7 @@ from lightning_bn.callbacks._lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
+    agree_on_ranks,
     in_training_fit,
     log_figure,
     rank_zero_info,
@@ -159,9 +160,16 @@ class BatchNormMonitor(Callback):
         refuse_sharded(trainer, self)
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        layers = tracked_layers(pl_module, self.modules, self.exclude, self.root)
+        # Ranks that sample at other steps or other layers would wait for each other.
+        names = ("every_n_steps", "measure", "reference", "act_above", "action")
+        settings = {name: getattr(self, name) for name in names}
+        agree_on_ranks(trainer, "monitor", lambda: self._channels(pl_module), settings)
+
+    def _channels(self, module: LightningModule) -> dict[str, int]:
+        layers = tracked_layers(module, self.modules, self.exclude, self.root)
         if self.reference not in _REFERENCES:
             snapshot_of_checkpoint(self.reference, snapshot_of(layers))
+        return {name: layer.num_features for name, layer in layers.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         layers = tracked_layers(pl_module, self.modules, self.exclude, self.root)

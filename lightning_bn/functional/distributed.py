@@ -7,7 +7,8 @@ they mean the same layers.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -35,13 +36,33 @@ class Totals:
     ended_early: int
 
 
-def agree_on_layers(layers: Mapping[str, int], device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+@contextmanager
+def others_told(device: torch.device, doing: str = "recalibrate") -> Iterator[None]:
+    """A failure inside is told to the other processes, who wait in :func:`agree_on_layers`."""
+    try:
+        yield
+    except BaseException as error:
+        try:
+            # That this one means nothing.
+            agree_on_layers({}, device, doing=doing)
+        except RuntimeError as disagreement:
+            raise error from disagreement
+        raise
+
+
+def agree_on_layers(
+    layers: Mapping[str, int],
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+    doing: str = "recalibrate",
+) -> None:
     """Returns where all processes mean the same layers with the same channels, and raises on all of them otherwise.
 
     Args:
         layers: Channels by name; what else has to be the same is a name with 0 channels.
         device: Where the process group can communicate.
         group: Which processes; None for all.
+        doing: What is to be done to them, for the error.
 
     Raises:
         RuntimeError: On every process, with the number of layers on each and the names that differ.
@@ -60,8 +81,8 @@ def agree_on_layers(layers: Mapping[str, int], device: torch.device, group: dist
     others = [plan for plan in plans if plan != dict(layers) and plan is not None]
     differing = sorted({name for plan in others for name, _ in plan.items() ^ layers.items()})
     raise RuntimeError(
-        f"the processes would recalibrate different layers ({told}); they differ in {differing[:5]}. All ranks need "
-        f"the same model, selection, estimator and frozen layers. Nothing was changed."
+        f"the processes would {doing} different layers ({told}); they differ in {differing[:5]}. All ranks need the "
+        f"same model, selection, settings and frozen layers. Nothing was changed."
     )
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, nullcontext
 from typing import Any, get_args
 
 import torch
@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.functional.batches import default_forward, model_device
 from lightning_bn.functional.budget import Budget, Usage
 from lightning_bn.functional.collecting import Collector, single_values_refused
-from lightning_bn.functional.distributed import Totals, across_processes, agree_on_layers
+from lightning_bn.functional.distributed import Totals, across_processes, agree_on_layers, others_told
 from lightning_bn.functional.layers import (
     batch_norm_layers,
     has_running_statistics,
@@ -117,7 +117,7 @@ def recalibrate(
     started = time.monotonic()
     processes = dist.get_world_size() if distributed else 1
     device = model_device(model)
-    try:
+    with others_told(device) if distributed else nullcontext():
         budget = Budget(num_batches, num_samples, max_standard_error, processes)
         _check(batches, estimator)
         selected = tracked_layers(model, modules, exclude, root)
@@ -126,14 +126,6 @@ def recalibrate(
         synchronised = [name for name, layer in targets.items() if is_synchronised(layer)]
         if synchronised and not distributed:
             _check_alone(targets)
-    except BaseException as error:
-        if distributed:
-            # The other processes are waiting to hear what this one means: nothing.
-            try:
-                agree_on_layers({}, device)
-            except RuntimeError as disagreement:
-                raise error from disagreement
-        raise
     if distributed:
         others = [f"estimator={estimator}", *(f"{name} is synchronised" for name in synchronised)]
         agree_on_layers({**channels, **dict.fromkeys(others, 0)}, device)

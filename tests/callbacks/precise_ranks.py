@@ -99,12 +99,12 @@ def precise(**kwargs: Any) -> PreciseBatchNorm:
     return PreciseBatchNorm(**{"num_batches": 3, **kwargs})
 
 
-def watching() -> BatchNormMonitor:
-    return BatchNormMonitor(every_n_steps=2, report=False)
+def watching(every_n_steps: int = 2) -> BatchNormMonitor:
+    return BatchNormMonitor(every_n_steps=every_n_steps, report=False)
 
 
-def freezer() -> BatchNormFreezer:
-    return BatchNormFreezer(["features"], root="net")
+def freezer(modules: str = "features", affine: bool = True) -> BatchNormFreezer:
+    return BatchNormFreezer([modules], root="net", affine=affine)
 
 
 def from_target(method: str = "target", **kwargs: Any) -> PreciseBatchNorm:
@@ -147,6 +147,10 @@ SCENARIOS: dict[str, Scenario] = {
 }
 FAILURES: dict[str, Scenario] = {
     "step raises": (Raising, lambda: [precise()], {}, {}),
+    "frozen otherwise on one": (Module, lambda: [freezer("features" if dist.get_rank() else "head")], {}, {}),
+    "frozen without affine on one": (Module, lambda: [freezer(affine=not dist.get_rank())], {}, {}),
+    "frozen nothing on one": (Module, lambda: [freezer("laier" if dist.get_rank() else "head")], {}, {}),
+    "monitored otherwise on one": (Module, lambda: [watching(1 + dist.get_rank())], {}, {}),
     # Where buffers are broadcast, DDP itself waits in the first validation forward.
     "validation on one": (
         ValidatesOnOne,

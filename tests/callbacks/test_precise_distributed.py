@@ -214,6 +214,24 @@ def test_ranks_of_which_some_have_nothing_to_validate_are_told_so_when_the_fit_s
         assert f"rank {ranks.index(rank)} {have} validation batches" in rank["validation on one"]["told"]
 
 
+@pytest.mark.parametrize(
+    ("scenario", "said"),
+    [
+        ("frozen otherwise on one", "would freeze different layers (rank 0: 1 layers; rank 1: 1 layers)"),
+        ("frozen without affine on one", "affine=True"),
+        ("monitored otherwise on one", "would monitor different layers"),
+    ],
+)
+def test_ranks_with_other_settings_are_told_so_when_the_fit_starts(ranks: Results, scenario: str, said: str) -> None:
+    for rank in ranks:
+        assert said in rank[scenario]["told"]
+
+
+def test_a_selection_that_fails_on_one_rank_is_told_on_the_other(ranks: Results) -> None:
+    assert "rank 1: 0 layers" in ranks[0]["frozen nothing on one"]["told"]
+    assert "SelectionError" in ranks[1]["frozen nothing on one"]["told"]
+
+
 def test_ranks_that_froze_different_layers_are_told_so(ranks: Results) -> None:
     for rank in ranks:
         assert "different layers" in rank["frozen on one"]["told"] or "frozen" in rank["frozen on one"]["told"]
