@@ -134,7 +134,7 @@ class Watch:
         self._mean_over_ranks = mean_over_ranks
         self._max_over_ranks = max_over_ranks
         self._processes = processes
-        self.reference = snapshot_of(layers)
+        self.reference = snapshot_of(layers).where_doubles_are()
         self.unsettled: set[str] = set()
         self._earlier = self.reference
         self._batches = 0
@@ -150,6 +150,9 @@ class Watch:
         self._samples: int | None = None
         self._status = [layer_status(layer) for layer in layers.values()]
         self.last: Sample | None = None
+
+    def _now(self) -> Snapshot:
+        return snapshot_of(self._layers).where_doubles_are()
 
     def refer_to(self, reference: Snapshot, fixed: bool = False) -> None:
         """Measures from ``reference`` from here on; untrained layers from when they are settled.
@@ -170,7 +173,7 @@ class Watch:
 
     def refer_to_now(self) -> None:
         """Measures from the statistics of now from here on."""
-        self.refer_to(snapshot_of(self._layers))
+        self.refer_to(self._now())
 
     def watched(self) -> Watched:
         """What is known now."""
@@ -181,7 +184,7 @@ class Watch:
     def before_batch(self) -> None:
         """To be called right before a batch that is to be judged."""
         # What a recalibration wrote may be taken back right before this batch, after the monitor's turn.
-        self._before = None if self._replaced else snapshot_of(self._layers)
+        self._before = None if self._replaced else self._now()
         # Schedules change it.
         self._momenta = momenta(list(self._layers.values()), self.reference.mean.device)
 
@@ -199,7 +202,7 @@ class Watch:
             self._samples = num_samples(batch)
         self._replaced = False
         if self._before is not None:
-            before, after = self._before, snapshot_of(self._layers)
+            before, after = self._before, self._now()
             seen = surprise(before, after, self._momenta)
             self._before = None
             most = most_of_one_batch(self._samples)
@@ -235,7 +238,7 @@ class Watch:
         """
         was_frozen = [bool(status.stats_frozen_by) for status in self._status]
         replaced = self.recalibrated(step)
-        current = snapshot_of(self._layers)
+        current = self._now()
         found = vitals(current, self._earlier, self._batches)
         # Layers that started untrained have no drift yet: their reference follows them until they are settled.
         if not self._fixed:

@@ -133,11 +133,12 @@ def _of_values(s: Symptoms) -> Iterator[Diagnosis]:
         name = s.names[bad[0]]
         channels = counted(int(s.nonfinite[bad[0]]), "channel")
         where = "" if s.nonfinite_here[bad[0]] else " on another rank"
+        whose = "its input" if len(bad) == 1 else "the input of whichever the forward reaches first"
         yield Diagnosis(
             name,
             "not finite",
             f"{name}{_and_more(bad)} has {channels} whose running statistics are not finite{where}, and a moving "
-            f"average never recovers from that: find the inf or NaN in its input, then recalibrate.",
+            f"average never recovers from that: find the inf or NaN in {whose}, then recalibrate.",
         )
     died = [i for i, count in enumerate(s.died) if count]
     if died:

@@ -122,6 +122,7 @@ def standardised(reference: Snapshot, current: Snapshot) -> tuple[Tensor, Tensor
             f"drift needs two snapshots of the same layers in the same order; they differ in {quoted(differing)} "
             f"({sizes_then.get(differing[0], 'no')} and {sizes_now.get(differing[0], 'no')} channels)."
         )
+    reference, current = reference.where_doubles_are(), current.where_doubles_are()
     device = current.mean.device
     sizes = torch.tensor(reference.channels)
     eps = torch.tensor(reference.eps, dtype=torch.float64).repeat_interleave(sizes).to(device)

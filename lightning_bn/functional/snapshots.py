@@ -65,6 +65,10 @@ class Snapshot:
             weight=self.weight.to(device),
         )
 
+    def where_doubles_are(self) -> Snapshot:
+        """The same snapshot, on the CPU if its device has no float64, as Apple's MPS has not."""
+        return self.to("cpu") if self.mean.device.type == "mps" else self
+
     def only(self, names: Collection[str]) -> Snapshot:
         """Of some of the layers, in the order of this snapshot."""
         parts = self.slices()

@@ -29,7 +29,7 @@ class ByRank(Module):
     def _shifted(self, x: Tensor, step: int) -> Tensor:
         if self.shift == float("inf"):
             # One batch, so that its own step stays finite.
-            return x * self.shift if self.global_rank == 1 and step == 5 else x
+            return x * self.shift if self.global_rank == 1 and step == max(self.start, 5) else x
         if self.reset_at == step and self.global_rank == 1:
             for layer in norms(self):
                 layer.reset_running_stats()
@@ -38,8 +38,10 @@ class ByRank(Module):
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     """One fit of this rank."""
-    acting = name if name in ("stop", "raise") else None
-    shift = {"alike": 0.0, "other reset": 0.0, "other not finite": float("inf")}.get(name, 8.0)
+    acting = name.split(",", maxsplit=1)[0] if name.startswith(("stop", "raise")) else None
+    shift = {"alike": 0.0, "other reset": 0.0, "stop, not finite": float("inf"), "other not finite": float("inf")}.get(
+        name, 8.0
+    )
     module = ByRank(shift, start=6 if acting else 0)
     module.reset_at = 5 if name == "other reset" else -1
     watching = monitor(act_above=1.5 if acting else None, action=acting or "warn")
@@ -79,6 +81,16 @@ def run(name: str, folder: Path) -> dict[str, Any]:
 if __name__ == "__main__":
     take_part(
         run,
-        ["other data", "alike", "other not finite", "other reset", "small", "small, synchronised", "stop", "raise"],
+        [
+            "other data",
+            "alike",
+            "other not finite",
+            "other reset",
+            "small",
+            "small, synchronised",
+            "stop",
+            "stop, not finite",
+            "raise",
+        ],
         [],
     )

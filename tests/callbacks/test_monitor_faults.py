@@ -503,7 +503,7 @@ def test_ranks_with_data_alike_are_no_fault(ranks: Results) -> None:
         assert rank["alike"]["said"] == []
 
 
-@pytest.mark.parametrize("scenario", ["stop", "raise"])
+@pytest.mark.parametrize("scenario", ["stop", "stop, not finite", "raise"])
 def test_drift_on_one_rank_ends_the_run_on_all_of_them_at_the_same_step(ranks: Results, scenario: str) -> None:
     first, second = (rank[scenario] for rank in ranks)
     assert first["steps"] == second["steps"] < first["planned"]

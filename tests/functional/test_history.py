@@ -133,3 +133,21 @@ def test_a_level_that_stays_or_falls_is_no_jump() -> None:
 
 def test_drift_that_is_not_a_number_is_no_jump() -> None:
     assert grown([0.05] * 10 + [float("nan")]).jumped_at("a") is None
+
+
+@pytest.mark.parametrize(("between", "start"), [(0.25, 1050), (0.35, 1000)])
+def test_a_jump_begins_where_a_fifth_of_it_is_done(between: float, start: int) -> None:
+    assert grown([0.1] * 20 + [between, 1.1]).jumped_at("a") == start
+
+
+@pytest.mark.parametrize(("now", "found"), [(0.95, False), (1.05, True)])
+def test_a_jump_is_twice_as_far_as_ever_before(now: float, found: bool) -> None:
+    # Once far away and back: the median does not tell.
+    curve = [0.1] * 10 + [0.5] + [0.1] * 10 + [now]
+    assert (grown(curve).jumped_at("a") is not None) is found
+
+
+@pytest.mark.parametrize(("before", "found"), [(9, True), (8, False)])
+def test_the_time_before_a_jump_is_four_times_as_long(before: int, found: bool) -> None:
+    # Two samples long: from the first sample on `before` - 1 intervals are quiet.
+    assert (grown([0.1] * before + [0.6, 1.1]).jumped_at("a") is not None) is found
