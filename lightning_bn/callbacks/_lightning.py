@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from itertools import chain
@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 import pytorch_lightning as pl
-import torch
 from pytorch_lightning.loggers.logger import DummyLogger, Logger
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException  # type: ignore[attr-defined]
@@ -20,8 +19,6 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, Dataset
-
-from lightning_bn.functional.distributed import agree_on_layers, others_told
 
 Trainer: TypeAlias = pl.Trainer
 LightningModule: TypeAlias = pl.LightningModule
@@ -85,38 +82,6 @@ def refuse_sharded(trainer: Trainer, callback: Callback) -> None:
             f"there, where this package reads, freezes and compares whole weights, and runs the module without its "
             f"wrapper. Use strategy='ddp', or leave the callback out."
         )
-
-
-def agree_on_ranks(
-    trainer: Trainer, doing: str, find: Callable[[], Mapping[str, int]], settings: Mapping[str, Any]
-) -> None:
-    """Returns where all ranks mean the same layers and have the same settings, and raises on all of them otherwise.
-
-    Args:
-        trainer: Of the run; every rank has to call this.
-        doing: What is to be done to the layers, for the error.
-        find: Gives channels by the layers' names; its own errors are raised, and told to the other ranks.
-        settings: What else has to be the same.
-
-    Raises:
-        RuntimeError: On every rank, with what differs.
-    """
-    if trainer.world_size == 1:
-        find()
-        return
-    device = trainer.strategy.root_device
-    with others_told(device, doing):
-        layers = find()
-    agree_on_layers({**layers, **{f"{name}={value}": 0 for name, value in settings.items()}}, device, doing=doing)
-
-
-def same_on_all_ranks(trainer: Trainer, value: bool) -> bool:
-    """Whether all ranks have the same answer; every rank has to ask."""
-    if trainer.world_size == 1:
-        return True
-    told = torch.tensor(float(value), device=trainer.strategy.root_device)
-    share = float(trainer.strategy.reduce(told, reduce_op="mean"))
-    return share in (0.0, 1.0)
 
 
 def has_validation_batches(trainer: Trainer) -> bool:
@@ -328,7 +293,6 @@ __all__ = [
     "LightningModule",
     "MisconfigurationException",
     "Trainer",
-    "agree_on_ranks",
     "averaged_copies",
     "averages_in_place",
     "combined",
@@ -346,7 +310,6 @@ __all__ = [
     "rank_zero_warn",
     "refuse_sharded",
     "same_kind_beside",
-    "same_on_all_ranks",
     "schedules",
     "several_loaders",
     "train_loaders",

@@ -15,7 +15,6 @@ from lightning_bn.callbacks._lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
-    agree_on_ranks,
     averaged_copies,
     put_first,
     rank_zero_info,
@@ -23,6 +22,7 @@ from lightning_bn.callbacks._lightning import (
     refuse_sharded,
     same_kind_beside,
 )
+from lightning_bn.callbacks._ranks import agree_on_ranks
 from lightning_bn.callbacks._task_of import TaskOf, listen, stop_listening
 from lightning_bn.functional.layers import batch_norm_layers
 from lightning_bn.functional.plan import FreezePlan, plan, select_by_task

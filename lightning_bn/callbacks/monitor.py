@@ -6,10 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from rich.console import Console
 from rich.table import Table
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_bn.callbacks._cadence import Cadence
 from lightning_bn.callbacks._lightning import (
@@ -17,14 +16,20 @@ from lightning_bn.callbacks._lightning import (
     LightningModule,
     MisconfigurationException,
     Trainer,
-    agree_on_ranks,
     in_training_fit,
     log_figure,
     rank_zero_info,
     rank_zero_warn,
     refuse_sharded,
 )
+from lightning_bn.callbacks._ranks import (
+    agree_on_ranks,
+    largest_over_ranks,
+    max_over_ranks,
+    mean_over_ranks,
+)
 from lightning_bn.callbacks._watch import Sample, Watch, Watched
+from lightning_bn.functional.alarm import Alarm
 from lightning_bn.functional.checkpoints import snapshot_of_checkpoint
 from lightning_bn.functional.drift import MEASURES, DriftSummary, Measure
 from lightning_bn.functional.history import DriftHistory
@@ -34,7 +39,6 @@ from lightning_bn.functional.snapshots import Snapshot, snapshot_of
 from lightning_bn.functional.wording import counted, quoted
 from lightning_bn.report import drift_table
 
-_REARMED_BELOW = 0.5
 _REFERENCES = ("fit_start", "previous_epoch", "recalibrated")
 
 
@@ -146,9 +150,9 @@ class BatchNormMonitor(Callback):
         self._watch: Watch | None = None
         self._cadence: Cadence | None = None
         self._resumed: tuple[Snapshot, set[str], str] | None = None
-        self._warned = False
-        self._acted = False
-        self._above_before = False
+        self._warning = Alarm(warn_above)
+        # One noisy sample does not stop a run.
+        self._action = Alarm(act_above, in_a_row=2)
         self._ended: Watched | None = None
         self._told: set[tuple[str, str]] = set()
 
@@ -174,10 +178,17 @@ class BatchNormMonitor(Callback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         layers = tracked_layers(pl_module, self.modules, self.exclude, self.root)
         if self._resumed is None:
-            self.history, self._warned, self._told = DriftHistory(self.history.most), False, set()
-        self._above_before = self._acted = False
+            self.history, self._told = DriftHistory(self.history.most), set()
+            self._warning.reset()
+            self._action.reset()
         self._watch = Watch(
-            layers, self.measure, self.history, self._threshold, *_over_ranks(trainer), trainer.world_size
+            layers,
+            self.measure,
+            self.history,
+            self._threshold,
+            mean_over_ranks(trainer),
+            max_over_ranks(trainer),
+            trainer.world_size,
         )
         self._cadence = Cadence(self.every_n_steps, trainer.global_step)
         self._refer(self._watch)
@@ -270,7 +281,8 @@ class BatchNormMonitor(Callback):
             "reference": None if now is None else now.reference.state_dict(),
             "unsettled": [] if now is None else sorted(now.unsettled),
             "measured_from": str(self.reference),
-            "warned": self._warned,
+            "warning": self._warning.state_dict(),
+            "action": self._action.state_dict(),
             "told": [list(pair) for pair in sorted(self._told)],
             "history": self.history.state_dict(),
         }
@@ -279,7 +291,8 @@ class BatchNormMonitor(Callback):
         if state_dict["reference"] is not None:
             reference = Snapshot.from_state_dict(state_dict["reference"])
             self._resumed = (reference, set(state_dict["unsettled"]), state_dict["measured_from"])
-        self._warned = state_dict["warned"]
+        self._warning.load_state_dict(state_dict["warning"])
+        self._action.load_state_dict(state_dict["action"])
         self._told = {(layer, disease) for layer, disease in state_dict["told"]}
         self.history = DriftHistory.from_state_dict(state_dict["history"])
 
@@ -350,37 +363,27 @@ class BatchNormMonitor(Callback):
     def _judge(self, trainer: Trainer, sample: Sample) -> None:
         summary = sample.summary
         said = f"step {sample.step:,}: {summary.in_words()} since {self._since()}{self._jump(summary.worst_layer)}"
-        if self.warn_above is not None:
-            if _above(summary.max, self.warn_above) and not self._warned:
-                self._warned = True
-                rank_zero_warn(
-                    f"BatchNormMonitor: {said}; {self.measure} {summary.max:.3g} is above "
-                    f"warn_above={self.warn_above:g}. If it should not move, freeze it or give it statistics of its "
-                    f"own; if it is meant to, leave it out with exclude."
-                )
-            elif summary.max < self.warn_above * _REARMED_BELOW:
-                self._warned = False
+        if self._warning.sounds(summary.max):
+            rank_zero_warn(
+                f"BatchNormMonitor: {said}; {self.measure} {summary.max:.3g} is above warn_above={self.warn_above:g}. "
+                f"If it should not move, freeze it or give it statistics of its own; if it is meant to, leave it out "
+                f"with exclude."
+            )
         if self.act_above is None:
             return
         # One rank's drift is every rank's: they have to stop together.
-        largest = _largest_over_ranks(trainer, summary.max)
-        above, before = _above(largest, self.act_above), self._above_before
-        self._above_before = above
-        if largest < self.act_above * _REARMED_BELOW:
-            self._acted = False
-        if not (above and before):
+        largest = largest_over_ranks(trainer, summary.max)
+        if not self._action.sounds(largest):
             return
-        if not _above(summary.max, self.act_above):
+        if not self._action.is_above(summary.max):
             said = f"step {sample.step:,}: statistics of another rank moved most"
         said = f"{said}; {self.measure} {largest:.3g} is above act_above={self.act_above:g}"
         if self.action == "raise":
             raise BatchNormDriftError(f"BatchNormMonitor: {said}")
-        if self.action == "stop" and not trainer.should_stop:
+        if self.action == "stop":
             trainer.should_stop = True
-            rank_zero_warn(f"BatchNormMonitor: {said}: training stops")
-        elif self.action == "warn" and not self._acted:
-            self._acted = True
-            rank_zero_warn(f"BatchNormMonitor: {said}")
+            said = f"{said}: training stops"
+        rank_zero_warn(f"BatchNormMonitor: {said}")
 
     def _log_monitorable(self, trainer: Trainer) -> None:
         last = None if self._watch is None else self._watch.last
@@ -446,35 +449,6 @@ def _is_whole(value: Any) -> bool:
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
-
-
-def _above(value: float, threshold: float) -> bool:
-    """NaN is above everything: it is the worst that can be measured."""
-    return not value <= threshold
-
-
-def _largest_over_ranks(trainer: Trainer, value: float) -> float:
-    if trainer.world_size == 1:
-        return value
-    # NaN would lose against numbers in a maximum.
-    tensor = torch.tensor(value, device=trainer.strategy.root_device).nan_to_num(nan=torch.inf)
-    return float(trainer.strategy.reduce(tensor, reduce_op="max"))
-
-
-def _over_ranks(trainer: Trainer) -> tuple[Any, Any]:
-    """The mean and the largest over all ranks, as functions; None in one process."""
-    if trainer.world_size == 1:
-        return None, None
-
-    def over_ranks(operation: str) -> Any:
-        def reduced(values: Tensor) -> Any:
-            # A copy: some strategies reduce in place.
-            there = values.to(trainer.strategy.root_device, copy=True)
-            return trainer.strategy.reduce(there, reduce_op=operation).to(values.device)
-
-        return reduced
-
-    return over_ranks("mean"), over_ranks("max")
 
 
 def _check_choice(name: str, value: str, choices: Sequence[str]) -> None:

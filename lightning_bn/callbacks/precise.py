@@ -24,9 +24,9 @@ from lightning_bn.callbacks._lightning import (
     rank_zero_info,
     rank_zero_warn,
     refuse_sharded,
-    same_on_all_ranks,
     several_loaders,
 )
+from lightning_bn.callbacks._ranks import same_on_all_ranks
 from lightning_bn.callbacks._sandbox import Weights, check_step, sandbox
 from lightning_bn.callbacks._sources import (
     RecentBatches,

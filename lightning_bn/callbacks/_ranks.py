@@ -1,0 +1,76 @@
+"""What the ranks of a run tell each other, through the Trainer's strategy. Every rank has to ask the same."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_bn.callbacks._lightning import Trainer
+from lightning_bn.functional.distributed import agree_on_layers, others_told
+
+
+def agree_on_ranks(
+    trainer: Trainer, doing: str, find: Callable[[], Mapping[str, int]], settings: Mapping[str, Any]
+) -> None:
+    """Returns where all ranks mean the same layers and have the same settings, and raises on all of them otherwise.
+
+    Args:
+        trainer: Of the run; every rank has to call this.
+        doing: What is to be done to the layers, for the error.
+        find: Gives channels by the layers' names; its own errors are raised, and told to the other ranks.
+        settings: What else has to be the same.
+
+    Raises:
+        RuntimeError: On every rank, with what differs.
+    """
+    if trainer.world_size == 1:
+        find()
+        return
+    device = trainer.strategy.root_device
+    with others_told(device, doing):
+        layers = find()
+    agree_on_layers({**layers, **{f"{name}={value}": 0 for name, value in settings.items()}}, device, doing=doing)
+
+
+def same_on_all_ranks(trainer: Trainer, value: bool) -> bool:
+    """Whether all ranks have the same answer; every rank has to ask."""
+    if trainer.world_size == 1:
+        return True
+    told = torch.tensor(float(value), device=trainer.strategy.root_device)
+    share = float(trainer.strategy.reduce(told, reduce_op="mean"))
+    return share in (0.0, 1.0)
+
+
+def largest_over_ranks(trainer: Trainer, value: float) -> float:
+    """The largest of all ranks' values, infinite where one of them is NaN."""
+    if trainer.world_size == 1:
+        return value
+    # NaN would lose against numbers in a maximum.
+    tensor = torch.tensor(value, device=trainer.strategy.root_device).nan_to_num(nan=torch.inf)
+    return float(trainer.strategy.reduce(tensor, reduce_op="max"))
+
+
+def mean_over_ranks(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
+    """A function that gives the mean of a tensor over all ranks; None in one process."""
+    return _over_ranks(trainer, "mean")
+
+
+def max_over_ranks(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
+    """A function that gives the largest of all ranks, element by element; None in one process."""
+    return _over_ranks(trainer, "max")
+
+
+def _over_ranks(trainer: Trainer, operation: str) -> Callable[[Tensor], Tensor] | None:
+    if trainer.world_size == 1:
+        return None
+
+    def reduced(values: Tensor) -> Tensor:
+        # A copy: some strategies reduce in place.
+        there = values.to(trainer.strategy.root_device, copy=True)
+        result: Any = trainer.strategy.reduce(there, reduce_op=operation)
+        return result.to(values.device)  # type: ignore[no-any-return]
+
+    return reduced
