@@ -170,11 +170,26 @@ def _mark(figure: Any, axes: Any, history: DriftHistory, unmeasured: bool) -> No
     rows = {name: index for index, name in enumerate(history.names)}
     shown = [mark for mark in history.marks if mark[1] in rows]
     for event, (shape, colour) in _MARKS.items():
-        at = [(step, rows[name]) for step, name, what in shown if what == event]
+        by_step: dict[int, set[int]] = {}
+        for step, name, what in shown:
+            if what == event:
+                by_step.setdefault(step, set()).add(rows[name])
+        # One line instead of a mark on each of them, which would cover what is below.
+        most = max(2, len(rows) // 2)
+        lines = [step for step, layers in by_step.items() if len(layers) > most]
+        at = [(step, layer) for step, layers in by_step.items() if len(layers) <= most for layer in sorted(layers)]
+        size = 6 if len(rows) <= 40 else 3
+        outlined = {"markeredgecolor": "black", "markeredgewidth": 0.6 if size > 3 else 0.3, "clip_on": False}
         if at:
             steps, layers = zip(*at, strict=True)
-            outlined = {"markeredgecolor": "black", "markeredgewidth": 0.6, "markersize": 6, "clip_on": False}
-            axes.plot(steps, layers, shape, color=colour, label=event, **outlined)
+            axes.plot(steps, layers, shape, color=colour, label=event, markersize=size, **outlined)
+        for step in lines:
+            axes.axvline(step, color="black", linewidth=1.6)
+            label = None if step != lines[0] else event if not at else f"{event}, most layers"
+            axes.axvline(step, color=colour, linewidth=0.8, label=label)
+        for step in lines:
+            # On top of the frame, where they cover nothing.
+            axes.plot(step, -0.5, shape, color=colour, markersize=5, **outlined)
     handles, labels = axes.get_legend_handles_labels()
     if unmeasured:
         handles, labels = [*handles, Patch(color="black")], [*labels, "not a number"]

@@ -157,6 +157,21 @@ def test_what_happened_to_layers_is_in_the_legend_by_name() -> None:
     assert {"frozen", "unfrozen", "recalibrated", "reset"} <= said
 
 
+def test_what_happened_to_most_layers_is_one_line_and_covers_none_of_them() -> None:
+    built = history(MANY)
+    for name in MANY:
+        built.mark(200, name, "recalibrated")
+    for name in MANY[:5]:
+        built.mark(400, name, "recalibrated")
+    figure = drawn(built, "jeffreys")
+    axes = figure.axes[0]
+    vertical = [line for line in axes.lines if list(line.get_xdata()) == [200, 200]]
+    assert len(vertical) == 2, "and its outline"
+    marks = {(x, y) for line in axes.lines if len(line.get_xdata()) == 5 for x, y in zip(*line.get_data(), strict=True)}
+    assert marks == {(400, row) for row in range(5)}
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["recalibrated", "recalibrated, most layers"]
+
+
 def test_marks_of_layers_that_are_gone_are_left_out() -> None:
     built = history()
     built.mark(100, "another.layer", "frozen")

@@ -59,7 +59,7 @@ def agree_on_layers(
     """Returns where all processes mean the same layers with the same channels, and raises on all of them otherwise.
 
     Args:
-        layers: Channels by name; what else has to be the same is a name with 0 channels.
+        layers: Channels by name, in order; what else has to be the same is a name with 0 channels.
         device: Where the process group can communicate.
         group: Which processes; None for all.
         doing: What is to be done to them, for the error.
@@ -67,7 +67,8 @@ def agree_on_layers(
     Raises:
         RuntimeError: On every process, with the number of layers on each and the names that differ.
     """
-    digest = hashlib.sha256(repr(sorted(layers.items())).encode()).digest()
+    # In their order, in which their values lie in what is reduced.
+    digest = hashlib.sha256(repr(list(layers.items())).encode()).digest()
     number = torch.tensor(int.from_bytes(digest[:7], "big"), dtype=torch.int64, device=device)
     bounds = torch.stack((number, -number))
     dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
@@ -80,8 +81,9 @@ def agree_on_layers(
     told = "; ".join(f"rank {rank}: {sum(map(bool, (plan or {}).values()))} layers" for rank, plan in enumerate(plans))
     others = [plan for plan in plans if plan != dict(layers) and plan is not None]
     differing = sorted({name for plan in others for name, _ in plan.items() ^ layers.items()})
+    how = f"they differ in {differing[:5]}" if differing else "they have the same ones in another order"
     raise RuntimeError(
-        f"the processes would {doing} different layers ({told}); they differ in {differing[:5]}. All ranks need the "
+        f"the processes would {doing} different layers ({told}); {how}. All ranks need the "
         f"same model, selection, settings and frozen layers. Nothing was changed."
     )
 

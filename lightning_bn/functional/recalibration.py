@@ -74,7 +74,7 @@ def recalibrate(
         root: As for ``batch_norm_layers``.
         forward: Runs the model on one batch: ``forward(model, batch)``. By default the model is called on a tensor, on
             the first element of a tuple or list, or with the items of a dict as keywords. The batch has been moved to
-            the model's device.
+            the model's device. Of a model in DistributedDataParallel it is given the module inside.
         num_batches: How many batches at most, in each process; None for all.
         num_samples: How many samples at most, over all processes; None for all.
         max_standard_error: Stop as soon as the standard error of every channel's mean (in standard deviations) and
@@ -127,13 +127,17 @@ def recalibrate(
         if synchronised and not distributed:
             _check_alone(targets)
     if distributed:
-        others = [f"estimator={estimator}", *(f"{name} is synchronised" for name in synchronised)]
+        others = [
+            f"estimator={estimator}",
+            f"num_samples={num_samples}",
+            *(f"{name} is synchronised" for name in synchronised),
+        ]
         agree_on_layers({**channels, **dict.fromkeys(others, 0)}, device)
     usage = Usage(budget)
     lockstep = Lockstep(device) if synchronised and distributed else None
     gathered: Population | None = None
     try:
-        gathered = _collect(model, targets, batches, forward or default_forward, usage, device, lockstep)
+        gathered = _collect(_inside_ddp(model), targets, batches, forward or default_forward, usage, device, lockstep)
     finally:
         # Also after a failure here, which the other processes are waiting to hear of.
         totals = Totals(usage.batches, usage.skipped, usage.samples, int(usage.ended_early))
@@ -162,6 +166,11 @@ def recalibrate(
         frozen=tuple(name for name in selected if name not in targets),
         seconds=time.monotonic() - started,
     )
+
+
+def _inside_ddp(model: nn.Module) -> nn.Module:
+    """The module itself: DDP's forward exchanges buffers, for which a process with fewer batches would not come."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
 
 
 def _check(batches: Any, estimator: str) -> None:

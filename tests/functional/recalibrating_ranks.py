@@ -107,6 +107,7 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], Shards, dict[str, Any]]] = {
     "equal": (network, equal, {}),
     "unequal": (network, unequal, {}),
     "an empty rank": (network, empty, {}),
+    "an empty rank, in DDP": (network, empty, {}),
     "one rank has all": (network, only_one, {}),
     "a skipped batch": (network, skipping, {}),
     "non-finite": (network, nonfinite, {}),
@@ -177,6 +178,10 @@ def fault(name: str, model: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
         return {"modules": "layer1"}
     if name == "other channels":
         model.head.bn = nn.BatchNorm1d(5, dtype=torch.float64)
+    if name == "another order":
+        model._modules = dict(reversed(model._modules.items()))
+    if name == "other samples asked for":
+        return {"num_samples": 16}
     if name == "another estimator":
         return {"estimator": "mean_of_batches"}
     if name == "a bad number":
@@ -187,6 +192,8 @@ def fault(name: str, model: nn.Module, batches: list[Tensor]) -> dict[str, Any]:
 
 
 FAULTS = [
+    "another order",
+    "other samples asked for",
     "forward raises",
     "forward is interrupted",
     "loader raises",
@@ -245,7 +252,9 @@ def run_right(name: str, rank: int, world: int) -> dict[str, Any]:
     model = build()
     random_before, flags = generators(), [module.training for module in model.modules()]
     with counted_collectives() as called:
-        result = recalibrate(model, shards(rank, world), distributed=True, **options)
+        whole = nn.parallel.DistributedDataParallel(model) if name == "an empty rank, in DDP" else model
+        called.clear()
+        result = recalibrate(whole, shards(rank, world), distributed=True, **options)
     return {
         "state": {key: value.clone() for key, value in model.state_dict().items()},
         "bits": state_bits(model),

@@ -210,6 +210,16 @@ def test_ranks_that_mean_different_layers_all_name_them(ranks: Results, scenario
         assert repr(layer) in rank[scenario]["told"]
 
 
+def test_ranks_that_have_the_same_layers_in_another_order_are_told_so(ranks: Results) -> None:
+    for rank in ranks:
+        assert "the same ones in another order" in rank["another order"]["told"]
+
+
+def test_ranks_that_ask_for_other_numbers_of_samples_are_told_so(ranks: Results) -> None:
+    for rank in ranks:
+        assert "num_samples=16" in rank["other samples asked for"]["told"]
+
+
 @pytest.mark.parametrize(
     ("scenario", "own"),
     [("all frozen", "RecalibrationError: nothing to recalibrate"), ("nothing selected", "SelectionError")],
