@@ -140,6 +140,7 @@ class Watch:
         self._batches = 0
         self._momenta = momenta(list(layers.values()), self.reference.mean.device)
         self._before: Snapshot | None = None
+        self._after: Snapshot | None = None
         self._surprises = Surprises.none(self.reference.mean)
         self._gaps = Surprises.none(self.reference.mean)
         self._judged = 0
@@ -152,7 +153,9 @@ class Watch:
         self.last: Sample | None = None
 
     def _now(self) -> Snapshot:
-        return snapshot_of(self._layers).where_doubles_are()
+        # One measure alone asks for the affine weights.
+        weight = None if self._measure == "output" else self.reference.weight
+        return snapshot_of(self._layers, weight).where_doubles_are()
 
     def refer_to(self, reference: Snapshot, fixed: bool = False) -> None:
         """Measures from ``reference`` from here on; untrained layers from when they are settled.
@@ -196,6 +199,7 @@ class Watch:
     def after_batch(self, batch: Any) -> None:
         """To be called after every training batch."""
         self._batches += 1
+        self._after = None
         if self._training is None or self._before is not None:
             # In validation, before which a sample is taken, every layer is in eval.
             self._training = [layer.training for layer in self._layers.values()]
@@ -203,6 +207,7 @@ class Watch:
         self._replaced = False
         if self._before is not None:
             before, after = self._before, self._now()
+            self._after = after
             seen = surprise(before, after, self._momenta)
             self._before = None
             most = most_of_one_batch(self._samples)
@@ -228,17 +233,18 @@ class Watch:
         self._replaced |= found
         return found
 
-    def sample(self, step: int, epoch: int, told: Container[tuple[str, str]] = ()) -> Sample:
+    def sample(self, step: int, epoch: int, told: Container[tuple[str, str]] = (), right_after: bool = False) -> Sample:
         """Measures all layers; waits for the device once.
 
         Args:
             step: Optimizer steps taken.
             epoch: The running epoch.
             told: Layers and diseases that were said before.
+            right_after: Whether nothing came since :meth:`after_batch`, which then has read the statistics already.
         """
         was_frozen = [bool(status.stats_frozen_by) for status in self._status]
         replaced = self.recalibrated(step)
-        current = self._now()
+        current = self._after if right_after and self._after is not None else self._now()
         found = vitals(current, self._earlier, self._batches)
         # Layers that started untrained have no drift yet: their reference follows them until they are settled.
         if not self._fixed:

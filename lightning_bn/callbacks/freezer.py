@@ -24,7 +24,7 @@ from lightning_bn.callbacks._lightning import (
 )
 from lightning_bn.callbacks._ranks import agree_on_ranks
 from lightning_bn.callbacks._task_of import TaskOf, listen, stop_listening
-from lightning_bn.functional.layers import batch_norm_layers
+from lightning_bn.functional.layers import batch_norm_layers, processes_of
 from lightning_bn.functional.plan import FreezePlan, plan, select_by_task
 from lightning_bn.functional.schedule import FreezeSchedule
 from lightning_bn.functional.wording import quoted
@@ -118,6 +118,7 @@ class BatchNormFreezer(Callback):
         self.report: FreezeReport | None = None
         self._task_of = TaskOf(task_key)
         self._freeze: Freeze | None = None
+        self._same_tasks = False
         self._batch_task: str | None = None
         self._in_batch = False
         self._swapped = False
@@ -214,6 +215,9 @@ class BatchNormFreezer(Callback):
             affine_cause=_affine_cause(trainer),
         )
         self._resumed, self._tasks_seen, self._swapped, self._said_unseen = None, set(), False, False
+        layers = batch_norm_layers(pl_module)
+        of_tasks = {name for names in by_task.values() for name in names}
+        self._same_tasks = self.stats and any(processes_of(layers[name]) > 1 for name in of_tasks)
         self._freeze.switch(self._is_on(trainer), trainer.global_step)
         listen(self._on_task)
         if not self._schedule.never_on(trainer.max_epochs, trainer.max_steps):
@@ -228,6 +232,9 @@ class BatchNormFreezer(Callback):
         self._say(freeze.glance(step))
         if self.by_task:
             self._batch_task = self._task_of(batch, batch_idx)
+            if self._same_tasks:
+                # A layer that is held on one rank takes no part in what the others of its group wait for.
+                agree_on_ranks(trainer, "freeze", dict, {"task": self._batch_task})
             self._in_batch = True
             self._on_task(None)
 

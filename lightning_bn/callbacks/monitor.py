@@ -225,7 +225,7 @@ class BatchNormMonitor(Callback):
     ) -> None:
         self._watching.after_batch(batch)
         if self._cadence is not None and self._cadence.samples(trainer.global_step):
-            self._sample(trainer)
+            self._sample(trainer, right_after=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before averaged weights are swapped in and statistics are recalibrated.
@@ -346,11 +346,11 @@ class BatchNormMonitor(Callback):
             raise RuntimeError("BatchNormMonitor has seen no on_train_start: it works inside Trainer.fit only.")
         return self._watch
 
-    def _sample(self, trainer: Trainer) -> None:
+    def _sample(self, trainer: Trainer, right_after: bool = False) -> None:
         watch, step = self._watching, trainer.global_step
         if trainer.barebones or not watch.is_new:
             return
-        sample = watch.sample(step, trainer.current_epoch, self._told)
+        sample = watch.sample(step, trainer.current_epoch, self._told, right_after)
         metrics = self._metrics(sample)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=step)
@@ -362,12 +362,11 @@ class BatchNormMonitor(Callback):
 
     def _judge(self, trainer: Trainer, sample: Sample) -> None:
         summary = sample.summary
-        said = f"step {sample.step:,}: {summary.in_words()} since {self._since()}{self._jump(summary.worst_layer)}"
         if self._warning.sounds(summary.max):
             rank_zero_warn(
-                f"BatchNormMonitor: {said}; {self.measure} {summary.max:.3g} is above warn_above={self.warn_above:g}. "
-                f"If it should not move, freeze it or give it statistics of its own; if it is meant to, leave it out "
-                f"with exclude."
+                f"BatchNormMonitor: {self._moved(sample)}; {self.measure} {summary.max:.3g} is above "
+                f"warn_above={self.warn_above:g}. If it should not move, freeze it or give it statistics of its own; "
+                f"if it is meant to, leave it out with exclude."
             )
         if self.act_above is None:
             return
@@ -375,6 +374,7 @@ class BatchNormMonitor(Callback):
         largest = largest_over_ranks(trainer, summary.max)
         if not self._action.sounds(largest):
             return
+        said = self._moved(sample)
         if not self._action.is_above(summary.max):
             said = f"step {sample.step:,}: statistics of another rank moved most"
         said = f"{said}; {self.measure} {largest:.3g} is above act_above={self.act_above:g}"
@@ -422,6 +422,10 @@ class BatchNormMonitor(Callback):
             f"{layers} moved most at {summary.in_words()} since {self._since()}; "
             f"{self.measure} mean {summary.mean:.2g}, max {summary.max:.2g}"
         )
+
+    def _moved(self, sample: Sample) -> str:
+        worst = sample.summary.worst_layer
+        return f"step {sample.step:,}: {sample.summary.in_words()} since {self._since()}{self._jump(worst)}"
 
     def _jump(self, layer: str) -> str:
         # Where the reference moves along, drift jumps by itself.

@@ -26,7 +26,7 @@ from lightning_bn.callbacks._lightning import (
     refuse_sharded,
     several_loaders,
 )
-from lightning_bn.callbacks._ranks import same_on_all_ranks
+from lightning_bn.callbacks._ranks import agree_on_ranks, same_on_all_ranks
 from lightning_bn.callbacks._sandbox import Weights, check_step, sandbox
 from lightning_bn.callbacks._sources import (
     RecentBatches,
@@ -184,7 +184,14 @@ class PreciseBatchNorm(Callback):
         check_step(pl_module, self.step)
         if self.source_method is not None:
             check_method(trainer, pl_module, self.source_method)
-        tracked_layers(pl_module, self.modules, self.exclude, self.root)
+        limits = ("num_samples", "max_standard_error", "every_n_validations", "start_epoch")
+        ways = ("source", "source_method", "step", "estimator", "restore")
+        settings = {name: getattr(self, name) for name in (*limits, *ways)}
+        agree_on_ranks(trainer, "recalibrate", lambda: self._channels(pl_module), settings)
+
+    def _channels(self, module: LightningModule) -> dict[str, int]:
+        layers = tracked_layers(module, self.modules, self.exclude, self.root)
+        return {name: layer.num_features for name, layer in layers.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not same_on_all_ranks(trainer, has_validation_batches(trainer)):

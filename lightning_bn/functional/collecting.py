@@ -214,9 +214,11 @@ class _Arena:
         self._before = self._gathered
         self._batch: Moments | None = None
         self._counts = [_NOT_CALLED] * len(channels)
+        # With others of its group a layer can do with one value.
+        self._alone = [processes_of(layer) == 1 for layer in layers.values()]
         # A layer whose tracking was switched off writes nothing; its own values are taken, whoever it normalises with.
-        self._processes = [processes_of(layer) if layer.track_running_stats else 1 for layer in layers.values()]
-        processes = torch.tensor(self._processes, dtype=self._exact).to(device)
+        sharing = [processes_of(layer) if layer.track_running_stats else 1 for layer in layers.values()]
+        processes = torch.tensor(sharing, dtype=self._exact).to(device)
         self._together = processes[self._layer_of]
         self._found: list[tuple[_BatchNorm, dict[str, Tensor | None], float | None, dict[str, Any]]] = []
 
@@ -248,7 +250,7 @@ class _Arena:
         counter = buffers["num_batches_tracked"]
         # torch's own forward does without the counter; counting costs a kernel.
         uncounted = None if type(layer).forward is _BatchNorm.forward else counter
-        alone = self._processes[index] == 1
+        alone = self._alone[index]
 
         def counted_forward(*args: Any, **kwargs: Any) -> Any:
             count = _count(name, channels, args, kwargs, alone)
@@ -258,7 +260,9 @@ class _Arena:
             if not layer.track_running_stats:
                 # Switched off after construction: the layer would not write, so that its statistics are computed here.
                 input: Tensor = args[0] if args else next(iter(kwargs.values()))
-                var, mean = torch.var_mean(input.detach().movedim(1, 0).flatten(1).to(self._exact), 1)
+                var, mean = torch.var_mean(
+                    input.detach().movedim(1, 0).flatten(1).to(self._exact), 1, correction=min(1, count - 1)
+                )
                 self._flat[0, part], self._flat[1, part] = mean, var
             counts[index] = count
             buffers["num_batches_tracked"] = uncounted

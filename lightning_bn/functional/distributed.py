@@ -18,6 +18,30 @@ from torch import Tensor
 from lightning_bn.functional.moments import Moments
 from lightning_bn.functional.population import Population
 
+_LOST = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
+"""What a collective says in which another process did not take part; gloo raises a plain RuntimeError."""
+
+
+@contextmanager
+def waiting(who: str) -> Iterator[None]:
+    """Says in words when the others did not come.
+
+    Args:
+        who: Waits.
+
+    Raises:
+        RuntimeError: Instead of what the process group raised.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _LOST):
+            raise RuntimeError(
+                f"{who} waited for another process, which failed, was too late or did something else; its own error "
+                f"says why. What was asked for has ended, and nothing was changed on this process."
+            ) from error
+        raise
+
 
 @dataclass(frozen=True)
 class Totals:
@@ -71,8 +95,9 @@ def agree_on_layers(
     digest = hashlib.sha256(repr(list(layers.items())).encode()).digest()
     number = torch.tensor(int.from_bytes(digest[:7], "big"), dtype=torch.int64, device=device)
     bounds = torch.stack((number, -number))
-    dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
-    largest, smallest = bounds.tolist()
+    with waiting("this process"):
+        dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
+        largest, smallest = bounds.tolist()
     if largest == -smallest:
         return
     # The slow way round, to say which.
@@ -123,8 +148,9 @@ def across_processes(
     nonfinite = [0 if gathered is None else gathered.nonfinite[name] for name in channels]
     heads = torch.tensor([float(value) for value in (*counts, *uses, *nonfinite)], dtype=torch.float64)
     flat = torch.cat((heads.to(device), rows.to(device).flatten()))
-    dist.all_reduce(flat, group=group)
-    heads, rows = flat[: len(heads)].cpu(), flat[len(heads) :].view(8, size)
+    with waiting("this process"):
+        dist.all_reduce(flat, group=group)
+        heads, rows = flat[: len(heads)].cpu(), flat[len(heads) :].view(8, size)
     failed, batches, skipped, samples, uncounted, ended_early = heads[:6].tolist()
     if failed and gathered is not None:
         raise RuntimeError(

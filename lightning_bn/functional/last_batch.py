@@ -31,8 +31,7 @@ def surprise(before: Snapshot, after: Snapshot, momentum: Tensor) -> Tensor:
     layer_of = after.layer_of()
     once = (after.num_batches_tracked - before.num_batches_tracked) == 1
     weight = torch.where(once & (momentum > 0), momentum, torch.nan)[layer_of]
-    eps = torch.tensor(after.eps, dtype=torch.float64, device=weight.device)[layer_of]
-    sigma = (before.var.to(torch.float64) + eps).sqrt()
+    sigma = (before.var.to(torch.float64) + after.eps_of()).sqrt()
     return (after.mean.to(torch.float64) - before.mean.to(torch.float64)) / weight / sigma
 
 
@@ -45,8 +44,7 @@ def gap(everywhere: Snapshot, here: Snapshot, momentum: Tensor) -> Tensor:
         momentum: Of the layers, as :func:`momenta` gives it.
     """
     layer_of = here.layer_of()
-    eps = torch.tensor(here.eps, dtype=torch.float64, device=momentum.device)[layer_of]
-    sigma = (here.var.to(torch.float64) + eps).sqrt()
+    sigma = (here.var.to(torch.float64) + here.eps_of()).sqrt()
     weight = torch.where(momentum > 0, momentum, torch.nan)[layer_of]
     return (here.mean.to(torch.float64) - everywhere.mean.to(torch.float64)) / weight / sigma
 

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-_LOST = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
-"""What a collective says in which another process did not take part; gloo raises a plain RuntimeError."""
+from lightning_bn.functional.distributed import waiting
 
 
 class Lockstep:
@@ -62,7 +61,7 @@ class Lockstep:
             RuntimeError: If the others did not come, and the forward was ended for that.
         """
         self._together = False
-        with _waiting("a SyncBatchNorm layer"):
+        with waiting("a SyncBatchNorm layer"):
             yield
         self._together = True
 
@@ -78,21 +77,7 @@ class Lockstep:
 
     def _tell(self, *values: int) -> list[int]:
         told = torch.tensor(values, dtype=torch.int64, device=self._device)
-        with _waiting("this process"):
+        with waiting("this process"):
             dist.all_reduce(told, group=self._group)
             totals: list[int] = told.tolist()
         return totals
-
-
-@contextmanager
-def _waiting(who: str) -> Iterator[None]:
-    """Says in words when the others did not come."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _LOST):
-            raise RuntimeError(
-                f"{who} waited for another process, which failed or ran another forward; its own error says why. The "
-                f"recalibration has ended and nothing was changed on this process."
-            ) from error
-        raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, fields, replace
-from functools import reduce
+from functools import lru_cache, reduce
 from itertools import accumulate
 from typing import Any
 
@@ -53,7 +53,11 @@ class Snapshot:
 
     def layer_of(self) -> Tensor:
         """The index of the layer that each channel belongs to, shape ``(C,)``, int64, on the statistics' device."""
-        return torch.arange(len(self)).repeat_interleave(torch.tensor(self.channels)).to(self.mean.device)
+        return _layer_of(self.channels, self.mean.device)
+
+    def eps_of(self) -> Tensor:
+        """Each channel's ``eps``, shape ``(C,)``, float64, on the statistics' device."""
+        return _eps_of(self.eps, self.channels, self.mean.device)
 
     def to(self, device: torch.device | str) -> Snapshot:
         """The same snapshot with its tensors on ``device``."""
@@ -135,8 +139,13 @@ def take_snapshot(model: nn.Module, modules: Patterns = None, exclude: Patterns 
     return snapshot_of(tracked_layers(model, modules, exclude, root))
 
 
-def snapshot_of(layers: Mapping[str, _BatchNorm]) -> Snapshot:
-    """The snapshot of layers that are already resolved; each must have running statistics."""
+def snapshot_of(layers: Mapping[str, _BatchNorm], weight: Tensor | None = None) -> Snapshot:
+    """The snapshot of layers that are already resolved; each must have running statistics.
+
+    Args:
+        layers: By name.
+        weight: What to take for their affine weights, ``(C,)``; None reads them.
+    """
     listed = list(layers.values())
     with torch.no_grad():
         return Snapshot(
@@ -145,7 +154,7 @@ def snapshot_of(layers: Mapping[str, _BatchNorm]) -> Snapshot:
             mean=_flat([_tensor(layer.running_mean) for layer in listed]),
             var=_flat([_tensor(layer.running_var) for layer in listed]),
             num_batches_tracked=_counters(listed),
-            weight=_flat([_weight(layer) for layer in listed]),
+            weight=_flat([_weight(layer) for layer in listed]) if weight is None else weight,
             eps=tuple(layer.eps for layer in listed),
         )
 
@@ -242,16 +251,32 @@ def _check_dtype(name: str, buffer: Tensor | None, values: Tensor) -> None:
 
 def _flat(tensors: list[Tensor]) -> Tensor:
     """One copy of all values, in the narrowest dtype that holds each of them exactly, where the first one lives."""
+    dtype, device = tensors[0].dtype, tensors[0].device
+    if all(tensor.dtype == dtype and tensor.device == device for tensor in tensors):
+        return torch.cat(tensors)
     dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
-    device = tensors[0].device
     return torch.cat([tensor.detach().to(device=device, dtype=dtype) for tensor in tensors])
 
 
 def _counters(layers: list[_BatchNorm]) -> Tensor:
     device = _tensor(layers[0].running_mean).device
+    counters = [layer.num_batches_tracked for layer in layers]
+    there = [counter for counter in counters if counter is not None and counter.device == device]
+    if len(there) == len(counters):
+        return torch.stack(there)
     missing = torch.tensor(_NO_COUNTER, device=device)
-    counters = [missing if layer.num_batches_tracked is None else layer.num_batches_tracked for layer in layers]
-    return torch.stack([counter.detach().to(device) for counter in counters])
+    return torch.stack([missing if counter is None else counter.to(device) for counter in counters])
+
+
+# The same for every sample of a fit.
+@lru_cache(maxsize=16)
+def _layer_of(channels: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.arange(len(channels)).repeat_interleave(torch.tensor(channels)).to(device)
+
+
+@lru_cache(maxsize=16)
+def _eps_of(eps: tuple[float, ...], channels: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(eps, dtype=torch.float64).repeat_interleave(torch.tensor(channels)).to(device)
 
 
 def _weight(layer: _BatchNorm) -> Tensor:

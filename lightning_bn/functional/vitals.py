@@ -45,7 +45,7 @@ def vitals(current: Snapshot, earlier: Snapshot, batches: int) -> Vitals:
         raise ValueError("signs of life need two snapshots of the same layers in the same order")
     mean, var = current.mean.to(torch.float64), current.var.to(torch.float64)
     layer_of = current.layer_of()
-    eps = torch.tensor(current.eps, dtype=torch.float64, device=mean.device)[layer_of]
+    eps = current.eps_of()
 
     def per_layer(channels: Tensor) -> Tensor:
         empty = torch.zeros(len(current), dtype=torch.float64, device=mean.device)
@@ -79,7 +79,7 @@ def died(current: Snapshot, reference: Snapshot, momentum: Tensor, below: float)
         below: Variance over that of the reference, ``eps`` added to both, from which on a dead channel was alive then.
     """
     layer_of = current.layer_of()
-    eps = torch.tensor(current.eps, dtype=torch.float64, device=momentum.device)[layer_of]
+    eps = current.eps_of()
     left = initial_shares(reference, momentum)[layer_of]
     now, then = current.var.to(torch.float64), reference.var.to(torch.float64) - left
     channels = (now < eps) & (now + eps < below * (then + eps))

@@ -79,6 +79,17 @@ class Raising(Module):
         return super().training_step(batch, batch_idx)
 
 
+class OtherTasks(Module):
+    """In the third step rank 1 trains another task."""
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        other = self.trainer.training and self.trainer.global_step == 2 and self.global_rank == 1
+        return {"batch": batch, "task": "b" if other else "a"} if self.trainer.training else batch
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        return super().training_step(batch["batch"], batch_idx)
+
+
 class ValidatesOnOne(Module):
     """Rank 1 has nothing to validate on, which Lightning has to be allowed."""
 
@@ -150,6 +161,13 @@ FAILURES: dict[str, Scenario] = {
     "frozen otherwise on one": (Module, lambda: [freezer("features" if dist.get_rank() else "head")], {}, {}),
     "frozen without affine on one": (Module, lambda: [freezer(affine=not dist.get_rank())], {}, {}),
     "frozen nothing on one": (Module, lambda: [freezer("laier" if dist.get_rank() else "head")], {}, {}),
+    "recalibrated otherwise on one": (Module, lambda: [precise(every_n_validations=1 + dist.get_rank())], {}, {}),
+    "another task on one": (
+        OtherTasks,
+        lambda: [BatchNormFreezer(by_task={"a": "net.features", "b": "net.head"}, task_key="task")],
+        {"plugins": ReferenceSync()},
+        {},
+    ),
     "monitored otherwise on one": (Module, lambda: [watching(1 + dist.get_rank())], {}, {}),
     # Where buffers are broadcast, DDP itself waits in the first validation forward.
     "validation on one": (

@@ -366,6 +366,7 @@ def test_early_stopping_by_its_defaults_ends_a_run_whose_drift_rises() -> None:
         EarlyStopping("bn/jeffreys_max", divergence_threshold=50.0, patience=1_000_000),
     ):
         watching = monitor()
+        pl.seed_everything(3, verbose=False)
         trainer = quiet(callbacks=[watching, stop], max_epochs=8)
         trainer.fit(module(lr=0.02), train_loader(), val_loader())
         epochs.append(trainer.current_epoch)

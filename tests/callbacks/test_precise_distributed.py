@@ -220,11 +220,17 @@ def test_ranks_of_which_some_have_nothing_to_validate_are_told_so_when_the_fit_s
         ("frozen otherwise on one", "would freeze different layers (rank 0: 1 layers; rank 1: 1 layers)"),
         ("frozen without affine on one", "affine=True"),
         ("monitored otherwise on one", "would monitor different layers"),
+        ("recalibrated otherwise on one", "every_n_validations=2"),
     ],
 )
 def test_ranks_with_other_settings_are_told_so_when_the_fit_starts(ranks: Results, scenario: str, said: str) -> None:
     for rank in ranks:
         assert said in rank[scenario]["told"]
+
+
+def test_ranks_that_would_train_other_tasks_with_synchronised_layers_are_told_so(ranks: Results) -> None:
+    for rank in ranks:
+        assert "they differ in ['task=a', 'task=b']" in rank["another task on one"]["told"]
 
 
 def test_a_selection_that_fails_on_one_rank_is_told_on_the_other(ranks: Results) -> None:

@@ -82,6 +82,7 @@ RIGHT: dict[str, Scenario] = {
     "used several times": (partial(network, SharedNorm), unequal, all_together, (), {}),
     "mean of batches": (network, unequal, all_together, (), {"estimator": "mean_of_batches"}),
     "tracking switched off": (switched_off, equal, all_together, (), {}),
+    "one value, tracking switched off": (switched_off, one_value, all_together, (), {}),
     "some of them": (network, equal, all_together, (), {"modules": ["layer1", "head"]}),
     "num_batches": (network, equal, all_together, (), {"num_batches": 2}),
     "num_samples": (network, unequal, all_together, (), {"num_samples": 9}),

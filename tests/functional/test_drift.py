@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from lightning_bn.functional.drift import MEASURES, DriftSummary, drift, layer_maxima, summarize
+from lightning_bn.functional.drift import MEASURES, DriftSummary, drift, layer_maxima, percentile_95, summarize
 from lightning_bn.functional.snapshots import Snapshot, take_snapshot
 from tests.models import SMALL_RESNET_NAMES, SmallResNet, fill_statistics
 
@@ -424,3 +424,16 @@ def test_what_is_not_finite_is_the_largest_of_its_layer_and_of_no_other(bad: flo
     layer = (0, 0, 1)[at]
     assert repr(float(largest[layer])) == repr(bad)
     assert float(largest[1 - layer]) == (2.0, 1.0)[layer]
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 19, 20, 21, 22, 101, 5000])
+def test_the_95th_percentile_is_torchs(count: int) -> None:
+    values = torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(count))
+    assert float(percentile_95(values)) == pytest.approx(float(values.quantile(0.95)), rel=1e-12)
+
+
+def test_the_95th_percentile_of_what_is_not_finite() -> None:
+    assert float(percentile_95(torch.full((40,), math.inf))) == math.inf
+    assert float(percentile_95(torch.tensor([0.0] * 18 + [1.0, math.inf]))) == math.inf
+    assert float(percentile_95(torch.tensor([0.0] * 39 + [math.inf]))) == 0.0
+    assert math.isnan(float(percentile_95(torch.tensor([0.0] * 39 + [math.nan]))))

@@ -82,11 +82,12 @@ def test_plain_layers_beside_them_count_each_ranks_batches(ranks: Results) -> No
     assert_statistics_of(model.get_submodule("bn1"), inputs["bn1"], 1e-6)
 
 
-def test_where_tracking_was_switched_off_statistics_are_those_of_all_values_too(ranks: Results) -> None:
-    model = RIGHT["tracking switched off"][0]()
-    recalibrate(model, steps("tracking switched off", len(ranks)))
+@pytest.mark.parametrize("scenario", ["tracking switched off", "one value, tracking switched off"])
+def test_where_tracking_was_switched_off_statistics_are_those_of_all_values_too(ranks: Results, scenario: str) -> None:
+    model = RIGHT[scenario][0]()
+    recalibrate(model, steps(scenario, len(ranks)))
     for key, value in model.state_dict().items():
-        torch.testing.assert_close(ranks[0]["tracking switched off"]["state"][key], value, rtol=1e-6, atol=1e-9)
+        torch.testing.assert_close(ranks[0][scenario]["state"][key], value, rtol=1e-6, atol=1e-9)
 
 
 def test_descriptions_and_plans_say_over_how_many_processes_a_layer_is_synchronised(ranks: Results) -> None:
