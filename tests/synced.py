@@ -43,6 +43,8 @@ class ReferenceSyncBatchNorm(_BatchNorm):
         if alone:
             return F.batch_norm(input, running_mean, running_var, self.weight, self.bias, from_batch, factor, self.eps)
         values = input.transpose(0, 1).flatten(1)
+        # Like torch's kernels, which sum up in float32 at least.
+        values = values.to(torch.promote_types(values.dtype, torch.float32))
         shape = (1, -1, *[1] * (input.dim() - 2))
         sums = torch.cat((values.sum(1), values.new_tensor([values.shape[1]])))
         sums = self._over_group(sums)
@@ -52,7 +54,8 @@ class ReferenceSyncBatchNorm(_BatchNorm):
             with torch.no_grad():
                 running_mean.mul_(1 - factor).add_(factor * mean.to(running_mean.dtype))
                 running_var.mul_(1 - factor).add_(factor * (m2 / (count - 1)).to(running_var.dtype))
-        out = (input - mean.view(shape)) * (m2 / count + self.eps).rsqrt().view(shape)
+        scale = (m2 / count + self.eps).rsqrt()
+        out = ((input.to(mean.dtype) - mean.view(shape)) * scale.view(shape)).to(input.dtype)
         return out if self.weight is None else out * self.weight.view(shape) + self.bias.view(shape)
 
     def _over_group(self, tensor: Tensor) -> Tensor:

@@ -18,13 +18,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
-from lightning_bn.functional.layers import processes_of
+from lightning_bn.functional.layers import is_synchronised, processes_of
 from lightning_bn.functional.moments import Moments, merge
 from lightning_bn.functional.population import Population
 from lightning_bn.functional.spread import Spread, relative_errors
 
 _REBOUND = ("running_mean", "running_var", "num_batches_tracked")
 _NOT_CALLED = -1
+_ALIGNED = 8
+"""Elements that a layer's part of the arena begins at a multiple of: kernels may load several of them at once."""
 
 
 class OneValuePerChannelError(ValueError):
@@ -85,7 +87,7 @@ class Collector:
             running = layer.running_mean
             if running is None:
                 raise ValueError(f"BatchNorm layer {name!r} has no running statistics to collect into")
-            grouped.setdefault((running.device, running.dtype), {})[name] = layer
+            grouped.setdefault((running.device, _read_in(layer, running.dtype)), {})[name] = layer
         self._names = tuple(layers)
         self._arenas = [_Arena(members, *key) for key, members in grouped.items()]
 
@@ -161,6 +163,15 @@ def _count(name: str, channels: int, args: tuple[Any, ...], kwargs: dict[str, An
     return count
 
 
+def _read_in(layer: _BatchNorm, dtype: torch.dtype) -> torch.dtype:
+    """The dtype in which a layer's statistics are read: that of its buffers.
+
+    In SyncBatchNorm's kernels counts have the dtype of the running statistics, which for float16 ends at 65,504.
+    """
+    narrow = dtype in (torch.float16, torch.bfloat16)
+    return torch.float32 if narrow and is_synchronised(layer) else dtype
+
+
 class _Batch:
     def __init__(self, arenas: list[_Arena]) -> None:
         self._arenas = arenas
@@ -199,7 +210,14 @@ class _Arena:
         # Ordinary tensors, also where the caller is in inference mode: they are written to again outside of it.
         with torch.inference_mode(False):
             self._layer_of = torch.arange(len(channels)).repeat_interleave(torch.tensor(channels)).to(device)
-            self._flat = torch.zeros(2, sum(channels), device=device, dtype=dtype)
+            ends = list(accumulate(-(-size // _ALIGNED) * _ALIGNED for size in channels))
+            self._flat = torch.zeros(2, ends[-1], device=device, dtype=dtype)
+            starts = [0, *ends[:-1]]
+            self._parts = {
+                name: slice(start, start + size) for name, start, size in zip(layers, starts, channels, strict=True)
+            }
+            filled = torch.cat([torch.arange(part.start, part.stop) for part in self._parts.values()])
+            self._filled = None if len(filled) == ends[-1] else filled.to(device)
             zeros = torch.zeros(sum(channels), device=device, dtype=self._exact)
             eps = torch.tensor([layer.eps for layer in layers.values()], dtype=self._exact).to(device)
             self._eps = eps[self._layer_of]
@@ -224,7 +242,7 @@ class _Arena:
 
     def bind(self) -> None:
         for index, (name, layer) in enumerate(self._layers.items()):
-            part = self._slices[name]
+            part = self._parts[name]
             own_forward = {"forward": layer.__dict__["forward"]} if "forward" in layer.__dict__ else {}
             found = {key: layer._buffers[key] for key in _REBOUND}
             self._found.append((layer, found, layer.momentum, own_forward))
@@ -291,7 +309,8 @@ class _Arena:
 
     def merge(self) -> None:
         """Adds what lies in the arena to the batch and clears it; layers with a non-finite statistic are left out."""
-        mean, var = self._flat.to(self._exact)
+        values = self._flat if self._filled is None else self._flat[:, self._filled]
+        mean, var = values.to(self._exact)
         counts = torch.tensor(self._counts, dtype=self._exact, device=mean.device)
         bad_channels = ~torch.isfinite(mean + var)
         bad = torch.zeros_like(counts).index_add_(0, self._layer_of, bad_channels.to(counts.dtype)) > 0

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -102,7 +102,8 @@ def agree_on_layers(
         return
     # The slow way round, to say which.
     plans: list[dict[str, int] | None] = [None] * dist.get_world_size(group)
-    dist.all_gather_object(plans, dict(layers), group=group)
+    with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+        dist.all_gather_object(plans, dict(layers), group=group)
     told = "; ".join(f"rank {rank}: {sum(map(bool, (plan or {}).values()))} layers" for rank, plan in enumerate(plans))
     others = [plan for plan in plans if plan != dict(layers) and plan is not None]
     differing = sorted({name for plan in others for name, _ in plan.items() ^ layers.items()})

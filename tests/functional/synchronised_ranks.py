@@ -21,7 +21,7 @@ from tests.functional.recalibrating_ranks import (
     network,
     shard,
 )
-from tests.models import SharedNorm, state_bits
+from tests.models import SharedNorm, SmallResNet, state_bits
 from tests.oracle import everything, generators
 from tests.ranks import take_part
 from tests.synced import ReferenceSyncBatchNorm, synchronised
@@ -62,6 +62,10 @@ def nonfinite(rank: int, world: int) -> list[Tensor]:
     return found
 
 
+def in_half(rank: int, world: int) -> list[Tensor]:
+    return [batch.bfloat16() for batch in equal(rank, world)]
+
+
 def switched_off() -> nn.Module:
     model = network()
     for name in ("bn1", "layer1.1.bn2"):
@@ -83,6 +87,7 @@ RIGHT: dict[str, Scenario] = {
     "mean of batches": (network, unequal, all_together, (), {"estimator": "mean_of_batches"}),
     "tracking switched off": (switched_off, equal, all_together, (), {}),
     "one value, tracking switched off": (switched_off, one_value, all_together, (), {}),
+    "half": (partial(network, SmallResNet, torch.bfloat16), in_half, all_together, (), {}),
     "some of them": (network, equal, all_together, (), {"modules": ["layer1", "head"]}),
     "num_batches": (network, equal, all_together, (), {"num_batches": 2}),
     "num_samples": (network, unequal, all_together, (), {"num_samples": 9}),

@@ -100,6 +100,16 @@ def test_descriptions_and_plans_say_over_how_many_processes_a_layer_is_synchroni
             assert set(found["groups"][key].values()) == {1 if rank == world - 1 else world - 1}
 
 
+def test_statistics_of_a_model_in_half_precision_are_read_in_more(ranks: Results) -> None:
+    # The first layer's input is the same in one process, as its convolution runs image by image.
+    model = RIGHT["half"][0]()
+    inputs = layer_inputs(model, steps("half", len(ranks)), ["bn1"])
+    state = ranks[0]["half"]["state"]
+    var, mean = torch.var_mean(inputs["bn1"].double(), 1)
+    torch.testing.assert_close(state["bn1.running_var"].double(), var, rtol=2**-8, atol=0)
+    torch.testing.assert_close(state["bn1.running_mean"].double(), mean, rtol=2**-8, atol=1e-4)
+
+
 def test_every_rank_runs_as_many_batches_as_the_one_with_the_fewest(ranks: Results) -> None:
     for rank in ranks:
         assert rank["unequal"]["num_batches"] == 2 * len(ranks)
