@@ -66,7 +66,11 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         try:
-            trainer.fit(module, train_loader(samples(2 * 8 * BATCHES), batch_size=2 if small else 8), val_loader())
+            trainer.fit(
+                module,
+                train_loader(samples(2 * 8 * BATCHES), batch_size={"small": 2, "small, synchronised": 1}.get(name, 8)),
+                val_loader(),
+            )
         except BatchNormDriftError as raised:
             error = str(raised)
     return {

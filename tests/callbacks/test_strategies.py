@@ -23,7 +23,12 @@ class DeepSpeedStrategy(pl.strategies.DDPStrategy):
     """Of the name of Lightning's, which cannot be constructed without the deepspeed package."""
 
 
+class XLAFSDPStrategy(pl.strategies.DDPStrategy):
+    """Of the name of one that takes TPUs."""
+
+
 SHARDED = [
+    XLAFSDPStrategy,
     pl.strategies.FSDPStrategy,
     pl.strategies.ModelParallelStrategy,
     DeepSpeedStrategy,

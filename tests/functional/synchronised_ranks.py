@@ -11,6 +11,8 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_bn.functional import describe, freeze_batch_norm, plan, recalibrate
+from lightning_bn.functional.layers import processes_of
+from lightning_bn.functional.lockstep import Lockstep
 from tests.functional.recalibrating_ranks import (
     Broken,
     BrokenLoader,
@@ -90,7 +92,7 @@ RIGHT: dict[str, Scenario] = {
     "half": (partial(network, SmallResNet, torch.bfloat16), in_half, all_together, (), {}),
     "some of them": (network, equal, all_together, (), {"modules": ["layer1", "head"]}),
     "num_batches": (network, equal, all_together, (), {"num_batches": 2}),
-    "num_samples": (network, unequal, all_together, (), {"num_samples": 9}),
+    "num_samples": (network, unequal, all_together, (), {"num_samples": 11}),
     "max_standard_error": (partial(network, SharedNorm), long, all_together, (), {"max_standard_error": 0.05}),
     "max_standard_error in groups": (
         partial(network, SharedNorm),
@@ -197,12 +199,30 @@ def run_fault(name: str, device: str) -> dict[str, Any]:
     }
 
 
+def run_votes() -> dict[str, Any]:
+    """What a lockstep decides on what the ranks say, and a layer whose group this rank is not in."""
+    rank, world, device = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
+    first = rank == 0
+    votes = {
+        "nobody": Lockstep(device).go_on(False, False, 5, None),
+        "one has ended": Lockstep(device).go_on(first, False, 5, None),
+        "one is precise": Lockstep(device).go_on(False, first, 5, None),
+        "all are precise": Lockstep(device).go_on(False, True, 5, None),
+        "enough samples": Lockstep(device).go_on(False, False, 5, 5 * world),
+        "one sample too few": Lockstep(device).go_on(False, False, 5, 5 * world + 1),
+    }
+    others = dist.new_group([0])
+    return {**votes, "processes": processes_of(ReferenceSyncBatchNorm(2, others if rank else None))}
+
+
 def run(device: str, name: str, folder: Path) -> dict[str, Any]:
+    if name == "votes":
+        return run_votes()
     return run_right(name, device) if name in RIGHT else run_fault(name, device)
 
 
 def main(device: str) -> None:
-    take_part(partial(run, device), [*FAULTS, *RIGHT], STRANDING)
+    take_part(partial(run, device), ["votes", *FAULTS, *RIGHT], STRANDING)
 
 
 if __name__ == "__main__":

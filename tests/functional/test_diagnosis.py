@@ -56,7 +56,7 @@ def test_a_healthy_model_has_nothing() -> None:
             {"spread": [0.1, 0.5, 0.6], "samples": 2, "processes": 4, "synchronised": [False, False, True]},
             "body.bn",
             "small batches",
-            ["the 2 samples of each rank", "scatter by 0.5 sigma", "normalises 8 samples together"],
+            ["body.bn normalises the 2 samples of each rank", "scatter by 0.5 sigma", "normalises 8 samples together"],
         ),
         ({"explosion": [2, 101, 99]}, "body.bn", "exploding", ["variances x1e+02 those", "0 to 255"]),
         ({"spread": [0.1, 1.5, 0.1], "bias": [0.1, 1.4, 0.1]}, "body.bn", "lagging", ["lags 1.4 sigma"]),
@@ -107,6 +107,11 @@ def test_one_cause_in_many_layers_is_one_line_with_the_first_of_them(row: str, d
     [one] = diagnose(symptoms(**{row: [0.0, 5.0, 5.0]}))
     assert (one.layer, one.disease) == ("body.bn", disease)
     assert "(and 1 more layer)" in one.sentence
+
+
+@pytest.mark.parametrize(("samples", "processes", "found_some"), [(4, 2, True), (5, 2, False), (4, 1, False)])
+def test_only_small_batches_of_several_ranks_are_called_small(samples: int, processes: int, found_some: bool) -> None:
+    assert bool(found(spread=[0.5] * 3, samples=samples, processes=processes)) is found_some
 
 
 def test_a_layer_fed_by_alternating_sources_is_not_also_called_lagging() -> None:

@@ -152,6 +152,10 @@ def test_error_asked_for_is_reached_by_all_ranks_together(ranks: Results) -> Non
         found = rank["max_standard_error"]
         assert 0 < found["standard_error"] <= 0.02 * 1.01
         assert 8 * len(ranks) <= found["num_batches"] < 120 * len(ranks)
+    # Together they need about as many as one process with all the batches.
+    build, _, options = RIGHT["max_standard_error"]
+    alone = recalibrate(build(), all_batches("max_standard_error", len(ranks)), **options).num_batches
+    assert ranks[0]["max_standard_error"]["num_batches"] < 1.4 * alone + 8 * len(ranks)
 
 
 @pytest.mark.parametrize("scenario", ["equal", "unequal", "an empty rank", "a layer reached on one rank"])

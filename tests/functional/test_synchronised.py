@@ -118,9 +118,22 @@ def test_every_rank_runs_as_many_batches_as_the_one_with_the_fewest(ranks: Resul
 
 
 def test_samples_asked_for_end_the_pass_on_all_ranks_at_the_same_batch(ranks: Results) -> None:
-    # 3 + 7 (+ 2) samples in the first step are enough for 9.
+    # 11 were asked for: 3 + 7 in the first step are too few, though more than rank 1's share, and 3 + 7 + 2 are not.
     for rank in ranks:
-        assert rank["num_samples"]["num_batches"] == len(ranks)
+        assert rank["num_samples"]["num_batches"] == {2: 2 * 2, 3: 3 * 1}[len(ranks)]
+
+
+def test_they_go_on_together(ranks: Results) -> None:
+    for index, rank in enumerate(ranks):
+        assert rank["votes"] == {
+            "nobody": True,
+            "one has ended": False,
+            "one is precise": True,
+            "all are precise": False,
+            "enough samples": False,
+            "one sample too few": True,
+            "processes": 1 if index else len(ranks),
+        }
 
 
 def test_the_error_is_that_of_as_many_samples_as_there_are_groups(ranks: Results) -> None:
