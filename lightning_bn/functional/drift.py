@@ -163,7 +163,9 @@ def summary_scalars(values: Tensor, shift: Tensor, ratio: Tensor, threshold: flo
     # NaN sorts as the largest: a channel that cannot be measured is the worst there is.
     worst = values.nan_to_num(nan=torch.inf, posinf=torch.inf).argmax()
     share = values.new_tensor(torch.nan) if threshold is None else (values > threshold).double().mean()
-    return [values.mean(), percentile_95(values), values.max(), ratio[worst], shift[worst], share, worst.double()]
+    # Indexing with a tensor would wait for the device.
+    of_worst = [torch.take(ratio, worst), torch.take(shift, worst)]
+    return [values.mean(), percentile_95(values), values.max(), *of_worst, share, worst.double()]
 
 
 def percentile_95(values: Tensor) -> Tensor:

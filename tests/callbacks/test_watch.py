@@ -1,8 +1,11 @@
 """What is known of layers between and at samples, without a Trainer."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bn.callbacks._watch import Watch
 from lightning_bn.functional import freeze_batch_norm, layer_status
@@ -33,6 +36,32 @@ def trained(layer: nn.Module, watch: Watch, count: int = 1, shift: float = 0.0) 
 
 def diseases(watch: Watch, step: int = 1) -> list[str]:
     return [one.disease for one in watch.sample(step, 0).diagnoses]
+
+
+class Reads(TorchDispatchMode):
+    """Counts single values that are read, for each of which an accelerator would be waited for."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += "_local_scalar_dense" in str(function)
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_sample_reads_no_value_but_all_of_them_at_once() -> None:
+    layer, watch = watched()
+    trained(layer, watch)
+    watch.sample(1, 0)
+    with Reads() as reads:
+        watch.before_batch()
+        watch.after_batch(batch(0))
+        watch.sample(2, 0, right_after=True)
+    assert reads.count == 0
+    with Reads() as reads:
+        float(layer.running_mean[0])  # type: ignore[index]
+    assert reads.count == 1, "or it counts nothing"
 
 
 @pytest.mark.parametrize(("factors", "found"), [([1e6, 1, 1, 1], []), ([200, 200, 200, 50], ["exploding"])])
