@@ -12,7 +12,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu lint format docs bench clean distclean
+.PHONY: help demo test test-gpu lint format docs bench bench-gpu clean distclean
 
 help: ## list what can be done here
 	@$(PYTHON) -c 'import re; [print("  make %-10s %s" % t) for t in re.findall(r"^([a-z-]+):.*?## (.+)$$", open("Makefile").read(), re.M)]'
@@ -47,6 +47,12 @@ bench: $(VENV)/.installed-bench ## run every benchmark (prints ratios of paired 
 	@found=; for f in benchmarks/[!_]*.py; do [ -e "$$f" ] || continue; found=1; \
 	echo "== $$f"; $(BIN)/python "$$f" || exit 1; done; \
 	[ -n "$$found" ] || echo "No benchmarks here yet."
+
+bench-gpu: $(VENV)/.installed-bench ## run the benchmarks that know CUDA (says so where there is none)
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
+	then for f in $$(grep -l asked_device benchmarks/[!_]*.py); do \
+	echo "== $$f"; $(BIN)/python "$$f" --device cuda || exit 1; done; \
+	else echo "No CUDA device here: NO benchmark was run."; fi
 
 clean: ## remove what these commands wrote, except the environment
 	@$(PYTHON) -c 'import glob, shutil; \

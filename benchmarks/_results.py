@@ -20,10 +20,12 @@ class Results:
     Args:
         name: Of the files.
         question: What is measured, in a sentence or two.
+        device: Where; its type is part of the files' names.
     """
 
-    def __init__(self, name: str, question: str) -> None:
-        self._name = name
+    def __init__(self, name: str, question: str, device: torch.device | None = None) -> None:
+        device = device or torch.device("cpu")
+        self._file = f"{name}-{device.type}"
         self._console = Console(width=140)
         self._environment = {
             "torch": torch.__version__,
@@ -31,11 +33,16 @@ class Results:
             "cpus": os.cpu_count(),
             "torch_threads": torch.get_num_threads(),
         }
+        command = f"python benchmarks/{name}.py"
         measured = (
             f"torch {torch.__version__}, Python {platform.python_version()}, {os.cpu_count()} CPUs, "
             f"{torch.get_num_threads()} thread"
         )
-        self._markdown = [f"# {name}, CPU", question, f"{measured}. Written by `python benchmarks/{name}.py`."]
+        if device.type == "cuda":
+            self._environment |= {"gpu": torch.cuda.get_device_name(device), "cuda": torch.version.cuda}
+            measured += f", {torch.cuda.get_device_name(device)}, CUDA {torch.version.cuda}"
+            command += " --device cuda"
+        self._markdown = [f"# {name}, {device.type.upper()}", question, f"{measured}. Written by `{command}`."]
         self._tables: dict[str, list[dict[str, Any]]] = {}
         self._console.print(f"[bold]{question}[/bold]\n{measured}\n")
 
@@ -56,9 +63,9 @@ class Results:
     def write(self) -> None:
         """Writes them as Markdown and JSON."""
         _FOLDER.mkdir(exist_ok=True)
-        (_FOLDER / f"{self._name}-cpu.md").write_text("\n\n".join(self._markdown) + "\n")
+        (_FOLDER / f"{self._file}.md").write_text("\n\n".join(self._markdown) + "\n")
         written = {"environment": self._environment, "tables": self._tables}
-        (_FOLDER / f"{self._name}-cpu.json").write_text(json.dumps(written, indent=2) + "\n")
+        (_FOLDER / f"{self._file}.json").write_text(json.dumps(written, indent=2) + "\n")
 
 
 def _shown(value: Any) -> str:

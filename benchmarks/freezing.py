@@ -7,9 +7,10 @@ setting them once is enough.
 import pytorch_lightning as pl
 import torch
 from _fits import fit_in_turns, timed, typical
+from _launches import MEANING, title
 from _networks import seeded
 from _results import Results
-from _rounds import compare
+from _rounds import Clock, asked_device, compare
 from torch import nn
 
 from lightning_bn import BatchNormFreezer
@@ -52,12 +53,14 @@ class ByHand(pl.Callback):
 
 def main() -> None:
     """Prints the ratios and the time of each hook and writes them to `benchmarks/results/`."""
+    device = asked_device()
+    clock = Clock(device)
     torch.manual_seed(0)
-    images = torch.randn(8, 3, 10, 10)
+    images = torch.randn(8, 3, 10, 10, device=device)
     stats, everything = BatchNormFreezer(affine=False), BatchNormFreezer()
-    hooks = {"statistics": timed(stats, HOOKS), "statistics and affine": timed(everything, HOOKS)}
+    hooks = {"statistics": timed(stats, HOOKS, clock), "statistics and affine": timed(everything, HOOKS, clock)}
     both, other, by_hand = "freezer, statistics and affine", "freezer, statistics", ".eval(), requires_grad_(False)"
-    seconds = fit_in_turns(
+    taken = fit_in_turns(
         {
             BASE: lambda: (network(), [ByHand()]),
             other: lambda: (network(), [stats]),
@@ -69,10 +72,12 @@ def main() -> None:
         TURNS,
         STEPS,
     )
-    results = Results("freezing", "What BatchNormFreezer adds to a training step with 100 frozen BatchNorm layers.")
+    results = Results(
+        "freezing", "What BatchNormFreezer adds to a training step with 100 frozen BatchNorm layers.", device
+    )
     rows = []
-    for name, taken in seconds.items():
-        found = compare(taken, seconds[BASE])
+    for name, seconds in taken.seconds.items():
+        found = compare(seconds, taken.seconds[BASE])
         rows.append(
             {
                 "layers frozen by": name,
@@ -88,13 +93,15 @@ def main() -> None:
         f"Against `{BASE}`, {TURNS} turns of {STEPS} steps. ratio: of the fastest steps; median and percentiles: of "
         "neighbouring turns. The last row is the measurement's own error.",
     )
-    step = 1e6 * min(seconds[BASE])
+    step = 1e6 * min(taken.seconds[BASE])
     rows = []
     for frozen, calls in hooks.items():
-        spent = {hook: typical(taken) for hook, taken in calls.items()}
+        spent = {hook: typical(marks, clock) for hook, marks in calls.items()}
         for hook, value in {**spent, "together": sum(spent.values())}.items():
             rows.append({"frozen": frozen, "hook": hook, "us": value, "share of the step, %": 100 * value / step})
     results.table("Time of its hooks", rows, "us: microseconds, median of all steps.")
+    rows = [{"layers frozen by": name, **row} for name, row in taken.counts.items()]
+    results.table(title(device, "step"), rows, MEANING[device.type])
     results.write()
 
 

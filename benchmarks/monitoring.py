@@ -6,9 +6,10 @@ Real Trainers that take turns of a few steps; the monitor's curves go to a CSVLo
 import pytorch_lightning as pl
 import torch
 from _fits import fit_in_turns, timed, typical
+from _launches import MEANING, title
 from _networks import resnet50, seeded
 from _results import Results
-from _rounds import compare
+from _rounds import Clock, asked_device, compare
 from torch import nn
 
 from lightning_bn import BatchNormMonitor
@@ -29,16 +30,19 @@ def network() -> nn.Module:
 
 def main() -> None:
     """Prints the ratios and the time of a sample and writes them to `benchmarks/results/`."""
+    device = asked_device()
+    clock = Clock(device)
     torch.manual_seed(0)
-    images = torch.randn(16, 3, 64, 64)
+    images = torch.randn(16, 3, 64, 64, device=device)
     interval = BatchNormMonitor().every_n_steps
     every, default = BatchNormMonitor(every_n_steps=1), BatchNormMonitor(every_n_steps=NEVER)
-    sample, no_sample = (timed(monitor, ["on_train_batch_end"])["on_train_batch_end"] for monitor in (every, default))
+    hook = "on_train_batch_end"
+    sample, no_sample = (timed(monitor, [hook], clock)[hook] for monitor in (every, default))
 
     def fit(*callbacks: pl.Callback) -> tuple[nn.Module, tuple[pl.Callback, ...]]:
         return network(), callbacks
 
-    seconds = fit_in_turns(
+    taken = fit_in_turns(
         {
             BASE: fit,
             "monitor, every step": lambda: fit(every),
@@ -50,11 +54,13 @@ def main() -> None:
         STEPS,
     )
     results = Results(
-        "monitoring", "What BatchNormMonitor adds to a training step of a ResNet-50, 53 layers, 26,560 channels."
+        "monitoring",
+        "What BatchNormMonitor adds to a training step of a ResNet-50, 53 layers, 26,560 channels.",
+        device,
     )
     rows = []
-    for name, taken in seconds.items():
-        found = compare(taken, seconds[BASE])
+    for name, seconds in taken.seconds.items():
+        found = compare(seconds, taken.seconds[BASE])
         rows.append(
             {
                 "fit": name,
@@ -70,13 +76,17 @@ def main() -> None:
         f"{TURNS} turns of {STEPS} steps with 16 images of 64x64. ratio: of the fastest steps; median and percentiles: "
         "of neighbouring turns. The last row is the measurement's own error.",
     )
-    step = 1e6 * min(seconds[BASE])
+    step = 1e6 * min(taken.seconds[BASE])
+    at_sample, between = typical(sample, clock), typical(no_sample, clock)
     costs = {
-        "every step": typical(sample),
-        f"every {interval} steps, the default": (typical(sample) + (interval - 1) * typical(no_sample)) / interval,
+        "every step": at_sample,
+        f"every {interval} steps, the default": (at_sample + (interval - 1) * between) / interval,
     }
     rows = [{"interval": name, "microseconds per step": us, "ratio": 1 + us / step} for name, us in costs.items()]
     results.table("Time of its hook over that of a step", rows, "Median of all calls over the fastest step.")
+    results.table(
+        title(device, "step"), [{"fit": name, **row} for name, row in taken.counts.items()], MEANING[device.type]
+    )
     results.write()
 
 

@@ -12,9 +12,10 @@ from dataclasses import dataclass, field
 from statistics import median
 
 import torch
+from _launches import MEANING, counting, title
 from _networks import densenet121, efficientnet_b0, mlp500, resnet50, seeded
 from _results import Results
-from _rounds import compare, now
+from _rounds import Clock, asked_device, compare
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
@@ -23,8 +24,14 @@ from lightning_bn.functional import recalibrate
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
 from fvcore.nn.precise_bn import update_bn_stats  # noqa: E402
 
-Tool = Callable[[nn.Module, Iterable[Tensor]], object]
+#: Given the network, the batches and how many they are.
+Tool = Callable[[nn.Module, Iterable[Tensor], int], object]
 OURS, FVCORE, TORCH = "lightning_bn recalibrate", "fvcore update_bn_stats", "torch update_bn"
+TOOLS: dict[str, Tool] = {
+    OURS: lambda model, batches, number: recalibrate(model, batches),
+    FVCORE: lambda model, batches, number: update_bn_stats(model, batches, num_iters=number),
+    TORCH: lambda model, batches, number: update_bn(batches, model),
+}
 BATCHES = 8
 
 
@@ -33,11 +40,13 @@ class Turns:
     """Times of one tool and of the bare forwards between its batches.
 
     Attributes:
+        clock: Of the device.
         tool: From being handed a batch to asking for the next one.
         bare: Of the forward just before.
         rest: What the tool did before the first batch and from the last one on, that batch's forward included.
     """
 
+    clock: Clock
     tool: list[float] = field(default_factory=list)
     bare: list[float] = field(default_factory=list)
     rest: list[float] = field(default_factory=list)
@@ -45,27 +54,23 @@ class Turns:
     def run(self, tool: Tool, network: nn.Module, copy: nn.Module, batch: Tensor) -> None:
         """One call of the tool on some batches."""
         gc.collect()
-        first = last = given = 0.0
+        now, asked, given = self.clock.now, [], []
 
         def batches() -> Iterator[Tensor]:
-            nonlocal first, last, given
-            for number in range(BATCHES):
-                asked = now()
-                if number == 0:
-                    first = asked
-                else:
-                    self.tool.append(asked - given)
+            for _ in range(BATCHES):
+                asked.append(now())
                 with torch.no_grad():
                     copy(batch)
-                given = last = now()
-                if number < BATCHES - 1:
-                    # Not every tool asks for another one after the last, so that its end is not seen.
-                    self.bare.append(given - asked)
+                given.append(now())
                 yield batch
 
         started = now()
-        tool(network, batches())
-        self.rest.append(now() - last + first - started)
+        tool(network, batches(), BATCHES)
+        ended = now()
+        # Not every tool asks for another one after the last, so that its end is not seen.
+        self.tool += self.clock.seconds(zip(given[:-1], asked[1:], strict=True))
+        self.bare += self.clock.seconds(zip(asked[:-1], given[:-1], strict=True))
+        self.rest.append(sum(self.clock.seconds([(started, asked[0]), (given[-1], ended)])))
 
     @property
     def added(self) -> float:
@@ -80,45 +85,63 @@ class Turns:
 
 def measure(network: nn.Module, batch: Tensor, calls: int) -> dict[str, Turns]:
     """All tools in turn."""
-    tools: dict[str, Tool] = {
-        OURS: recalibrate,
-        FVCORE: lambda model, batches: update_bn_stats(model, batches, num_iters=BATCHES),
-        TORCH: lambda model, batches: update_bn(batches, model),
-    }
+    clock = Clock(batch.device)
     network.train()
     copy = deepcopy(network)
     with torch.no_grad():
         network(batch)
         copy(batch)
-    turns = {name: Turns() for name in tools}
-    for _ in range(calls):
-        for name, tool in tools.items():
-            turns[name].run(tool, network, copy, batch)
+    turns = {name: Turns(clock) for name in TOOLS}
+    for number in range(clock.warm_up + calls):
+        for name, tool in TOOLS.items():
+            (turns[name] if number >= clock.warm_up else Turns(clock)).run(tool, network, copy, batch)
     return turns
+
+
+def bare(model: nn.Module, batches: Iterable[Tensor], number: int) -> None:
+    """Forwards alone."""
+    with torch.no_grad():
+        for batch in batches:
+            model(batch)
+
+
+def counts(tool: Tool, network: nn.Module, batch: Tensor) -> dict[str, int]:
+    """Operators or launches of a tool, per batch and once a call."""
+    network.train()
+    calls = []
+    for number in (2, 3):
+        with counting(batch.device) as found:
+            tool(network, [batch] * number, number)
+        calls.append(found)
+    two, three = calls
+    once = {f"{column}, once": 3 * two[column] - 2 * three[column] for column in two}
+    return {column: three[column] - two[column] for column in two} | once
 
 
 def main() -> None:
     """Prints the ratios of all networks and writes them to `benchmarks/results/`."""
+    device = asked_device()
     torch.manual_seed(0)
-    images, vectors = torch.randn(32, 3, 64, 64), torch.randn(32, 32)
+    images, vectors = torch.randn(32, 3, 64, 64, device=device), torch.randn(32, 32, device=device)
     results = Results(
-        "recalibration", "What a recalibration costs over the bare train-mode forward of the same batches."
+        "recalibration", "What a recalibration costs over the bare train-mode forward of the same batches.", device
     )
-    rows, overheads = [], []
-    for title, build, batch, tiny, calls in (
+    networks = (
         ("ResNet-50", resnet50, images, images[:2, :, :32, :32], 5),
         ("DenseNet-121", densenet121, images, images[:2, :, :32, :32], 5),
         ("EfficientNet-B0", efficientnet_b0, images, images[:2, :, :32, :32], 10),
         ("MLP, 500 layers", mlp500, vectors, vectors, 30),
-    ):
+    )
+    rows, overheads = [], []
+    for architecture, build, batch, tiny, calls in networks:
         # What is done once does not depend on the batch: beside a small one it is seen better.
-        added, once = {}, {name: turns.once for name, turns in measure(seeded(build), tiny, 8).items()}
-        for name, turns in measure(seeded(build), batch, calls).items():
+        added, once = {}, {name: turns.once for name, turns in measure(seeded(build).to(device), tiny, 8).items()}
+        for name, turns in measure(seeded(build).to(device), batch, calls).items():
             found = compare(turns.tool, turns.bare)
             added[name] = turns.added
             rows.append(
                 {
-                    "network": title,
+                    "network": architecture,
                     "tool": name,
                     "ms per batch": 1000 * found.seconds,
                     "ratio": found.ratio,
@@ -131,7 +154,7 @@ def main() -> None:
         if build is mlp500:
             # Where there is next to nothing else; elsewhere it is lost in the measurement's error.
             ours, theirs = added[OURS], added[FVCORE]
-            row = {"network": title, "ours, ms per batch": 1000 * ours, "fvcore, ms per batch": 1000 * theirs}
+            row = {"network": architecture, "ours, ms per batch": 1000 * ours, "fvcore, ms per batch": 1000 * theirs}
             overheads.append({**row, "share of fvcore's": ours / theirs})
     results.table(
         "Time against the bare forward",
@@ -142,6 +165,13 @@ def main() -> None:
         "batch.",
     )
     results.table("What is added to a batch's forward", overheads, "Median of the differences of neighbours.")
+    # Last, since the profiler may leave the process slower.
+    rows = [
+        {"network": architecture, "tool": name, **counts(tool, seeded(build).to(device), batch)}
+        for architecture, build, batch, _, _ in networks
+        for name, tool in {"bare forward": bare, **TOOLS}.items()
+    ]
+    results.table(title(device, "batch"), rows, f"{MEANING[device.type]} once: what a call has beside its batches.")
     results.write()
 
 

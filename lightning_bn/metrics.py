@@ -121,7 +121,8 @@ class BatchNormDrift(Metric):
         largest = self._largest()
         found = {"mean": values.mean(), "p95": percentile_95(values), "max": largest.max()}
         if self.threshold is not None:
-            found["share_above"] = (~(values <= self.threshold)).double().mean()
+            share = (~(values <= self.threshold)).double().mean()
+            found["share_above"] = torch.where(self.sums[_COUNT].max() > 0, share, torch.nan)
         return {f"{self.measure}_{name}": value for name, value in found.items()}
 
     def layers(self) -> dict[str, float]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import torch
 from rich import box
@@ -12,7 +12,7 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from lightning_bn.functional.drift import Measure, in_words, of_standardised, standardised
+from lightning_bn.functional.drift import Measure, of_standardised, standardised
 from lightning_bn.functional.history import DriftHistory
 from lightning_bn.functional.patterns import Patterns
 from lightning_bn.functional.plan import FreezePlan
@@ -138,6 +138,7 @@ def drift_table(
     measure: Measure,
     statuses: dict[str, LayerStatus] | None = None,
     training: Mapping[str, bool] | None = None,
+    unsettled: Collection[str] = (),
     most: int = 10,
 ) -> Table:
     """Drift layer by layer, the worst first, as a person reads it.
@@ -151,6 +152,7 @@ def drift_table(
         measure: By which layers are ordered.
         statuses: Who froze which layer, by name.
         training: Whether each layer is in train mode in training, by name; None for what ``behaviours`` say.
+        unsettled: Layers that are not measured yet.
         most: How many layers to show.
     """
     shift, ratio = standardised(reference, current)
@@ -169,27 +171,28 @@ def drift_table(
     )
     widest = _widest([layers[name] for name in order[:most]])
     table.add_column("layer and kind", overflow="fold", min_width=min(widest, 10))
-    for heading in ("trains with", "evaluates with", "frozen by"):
+    frozen_by = {name: ", ".join(status.stats_frozen_by) for name, status in (statuses or {}).items()}
+    anybody = any(frozen_by.get(name) for name in order[:most])
+    for heading in ("trains with", "evaluates with", *(["frozen by"] if anybody else [])):
         table.add_column(heading, min_width=max(map(len, heading.split())), overflow="fold")
     for heading in ("updates per\nbatch", "mean shift, sigma", "variance"):
         table.add_column(heading, justify="right", width=max(map(len, heading.split())))
-    table.add_column("history", no_wrap=True, width=8)
+    table.add_column(measure.replace("_", " "), justify="right", width=max(map(len, measure.split("_"))))
+    table.add_column("history", no_wrap=True, width=7)
     curves = dict(zip(history.names, history.values().T.tolist(), strict=True)) if len(history) else {}
     for name in order[:most]:
         layer, at = layers[name], worst[name]
-        status = (statuses or {}).get(name, LayerStatus())
-        frozen = ", ".join(status.stats_frozen_by)
+        frozen = frozen_by.get(name, "")
         trains = (training or {}).get(name, layer.training)
-        moved = in_words(float(ratio[at]), float(shift[at])).split(", ")
+        found = (f"{shift[at]:+.2f}", _times(float(ratio[at])), f"{values[at]:.2g}")
         table.add_row(
             escape(f"{_name(layer)} {layer.kind}"),
             "running" if frozen or not trains else _batch(layer),
             "batch" if layer.num_batches_tracked is None and layer.normalizes_with == "batch" else "running",
-            frozen or "-",
+            *([frozen or "-"] if anybody else []),
             "-" if math.isnan(rates[name]) else f"{rates[name]:.2g}",
-            moved[1].removeprefix("mean ").removesuffix(" sigma"),
-            moved[0].removeprefix("variance "),
-            sparkline(curves.get(name, []), width=8),
+            *(("not", "yet", "-") if name in unsettled else found),
+            sparkline(curves.get(name, []), width=7),
         )
     return table
 
@@ -208,6 +211,10 @@ def sparkline(values: Sequence[float], width: int = 12) -> str:
     top = max((value for value in bins if math.isfinite(value)), default=0.0) or 1.0
     bars = "▁▂▃▄▅▆▇█"
     return "".join(bars[round(7 * max(value, 0.0) / top)] if math.isfinite(value) else "!" for value in bins)
+
+
+def _times(ratio: float) -> str:
+    return f"x{ratio:.2f}" if 0.095 <= ratio < 9.95 else f"x{ratio:.2g}"
 
 
 def _normalizes_with(layer: LayerBehaviour) -> str:

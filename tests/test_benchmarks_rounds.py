@@ -89,8 +89,8 @@ def test_launches_copies_and_synchronisations_go_by_their_names(benchmarks: Simp
     events = [SimpleNamespace(name=name, cpu_parent=None) for name in names]
     assert benchmarks.launches.count(events, CUDA) == {
         "launches": 4,
-        "copies to host": 1,
-        "synchronisations": 2,
+        "copies": 1,
+        "waits": 2,
         "values read": 1,
     }
 
@@ -137,8 +137,8 @@ def test_launches_are_counted_on_cuda(benchmarks: SimpleNamespace) -> None:
     x = torch.ones(3, device=CUDA)
     assert read(benchmarks.launches, x) == {
         "launches": 3,
-        "copies to host": 1,
-        "synchronisations": 1,
+        "copies": 1,
+        "waits": 1,
         "values read": 1,
     }
 

@@ -75,7 +75,7 @@ def test_reset_forgets_updates_and_keeps_the_reference() -> None:
 
 @pytest.mark.filterwarnings("ignore:The ``compute`` method of metric BatchNormDrift was called before")
 def test_before_the_first_update_nothing_is_made_up() -> None:
-    metric = BatchNormDrift(layer_with([0.0], [1.0]))
+    metric = BatchNormDrift(layer_with([0.0], [1.0]), threshold=0.1)
     assert all(value != value for value in numbers(metric.compute()).values())
     assert all(value != value for value in metric.layers().values())
 

@@ -157,6 +157,18 @@ def test_what_happened_to_layers_is_in_the_legend_by_name() -> None:
     assert {"frozen", "unfrozen", "recalibrated", "reset"} <= said
 
 
+def test_where_a_layer_was_not_measured_yet_it_is_grey() -> None:
+    built = history()
+    for name in FEW[:2]:
+        built.mark(50, name, "untrained")
+    built.mark(300, FEW[0], "measured")
+    figure = drawn(built, "jeffreys")
+    _, grey = (one for one in figure.axes[0].collections if isinstance(one, QuadMesh))
+    shown = ~grey.get_array().mask.reshape(len(FEW), len(built))
+    assert shown.sum(1).tolist() == [5, 12, 0]
+    assert "not measured yet" in [text.get_text() for text in figure.legends[0].get_texts()]
+
+
 def test_what_happened_to_most_layers_is_one_line_and_covers_none_of_them() -> None:
     built = history(MANY)
     for name in MANY:

@@ -211,10 +211,16 @@ def test_drift_is_shown_layer_by_layer_the_worst_first_in_plain_units() -> None:
     text = drift_text(160, *drifted())
     assert "Running statistics of 3 BatchNorm layers, the worst first (jeffreys)" in " ".join(text.split())
     assert rows_of(text) == [
-        ["stage2", "BatchNorm2d", "batch", "running", "-", "1", "+2.0", "x3.0", "▁█"],
-        ["stage1", "BatchNorm2d", "batch", "running", "-", "1", "+1.0", "x2.0", "▁█"],
-        ["stage0", "BatchNorm2d", "batch", "running", "-", "1", "+0.0", "x1.0", "▁▁"],
+        ["stage2", "BatchNorm2d", "batch", "running", "1", "+2.00", "x3.00", "3.3", "▁█"],
+        ["stage1", "BatchNorm2d", "batch", "running", "1", "+1.00", "x2.00", "1", "▁█"],
+        ["stage0", "BatchNorm2d", "batch", "running", "1", "+0.00", "x1.00", "0", "▁▁"],
     ]
+
+
+def test_layers_that_are_not_measured_yet_say_so() -> None:
+    rows = {row[0]: row[5:8] for row in rows_of(drift_text(160, *drifted(), unsettled=["stage1"]))}
+    assert rows["stage1"] == ["not", "yet", "-"]
+    assert rows["stage2"] == ["+2.00", "x3.00", "3.3"]
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -236,7 +242,7 @@ def test_drift_is_not_cut_off_and_headings_are_whole_words(width: int, long: boo
     assert "…" not in text
     assert max(map(len, text.splitlines())) <= width
     words = text.replace(",", "").split()
-    for word in ("layer", "kind", "trains", "evaluates", "with", "frozen", "updates", "shift", "variance", "history"):
+    for word in ("layer", "kind", "trains", "evaluates", "with", "updates", "shift", "variance", "jeffreys", "history"):
         assert word in words, word
     if long:
         # Folded it may be, in a column of its own.
@@ -249,7 +255,7 @@ def test_a_frozen_layer_says_by_whom_and_an_unknown_rate_is_a_dash() -> None:
     text = drift_text(160, behaviours, reference, current, history, [1.0, float("nan"), 0.5], measure, statuses)
     rows = {row[0]: row[2:] for row in rows_of(text)}
     assert rows["stage1"][:4] == ["running", "running", "BatchNormFreezer", "-"]
-    assert rows["stage2"][3] == "0.5"
+    assert rows["stage2"][2:4] == ["-", "0.5"]
 
 
 @pytest.mark.parametrize(

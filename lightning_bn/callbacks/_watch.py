@@ -72,6 +72,7 @@ class Watched:
     Attributes:
         reference: What is measured from.
         unsettled: Layers that are not measured yet.
+        measured_since: The step from which on layers are measured that started untrained, or were reset.
         sampled: The statistics of the last sample.
         sample: What it found; None before the first.
         statuses: Who froze which layer then.
@@ -80,6 +81,7 @@ class Watched:
 
     reference: Snapshot
     unsettled: frozenset[str]
+    measured_since: dict[str, int]
     sampled: Snapshot
     sample: Sample | None
     statuses: dict[str, LayerStatus]
@@ -147,6 +149,8 @@ class Watch:
         self._idle = [0] * len(layers)
         self._replaced = False
         self._fixed = False
+        self._noted: set[str] = set()
+        self.measured_since: dict[str, int] = {}
         self._training: list[bool] | None = None
         self._samples: int | None = None
         self._status = [layer_status(layer) for layer in layers.values()]
@@ -168,11 +172,11 @@ class Watch:
         self.reference = reference.to(self.reference.mean.device)
         self.unsettled = {name for name, layer in self._layers.items() if has_initial_statistics(layer)}
 
-    def resume(self, reference: Snapshot, unsettled: set[str]) -> None:
+    def resume(self, reference: Snapshot, unsettled: set[str], measured_since: dict[str, int]) -> None:
         """Goes on with a reference from a checkpoint; layers that are not settled are not measured yet."""
         if not self._fixed:
             self.reference = reference.to(self.reference.mean.device)
-        self.unsettled = unsettled
+        self.unsettled, self._noted, self.measured_since = unsettled, set(unsettled), measured_since
 
     def refer_to_now(self) -> None:
         """Measures from the statistics of now from here on."""
@@ -182,7 +186,8 @@ class Watch:
         """What is known now."""
         statuses = dict(zip(self._layers, self._status, strict=True))
         training = dict(zip(self._layers, self._training or [], strict=False))
-        return Watched(self.reference, frozenset(self.unsettled), self._earlier, self.last, statuses, training)
+        since = dict(self.measured_since)
+        return Watched(self.reference, frozenset(self.unsettled), since, self._earlier, self.last, statuses, training)
 
     def before_batch(self) -> None:
         """To be called right before a batch that is to be judged."""
@@ -266,7 +271,8 @@ class Watch:
             self._momenta = momenta(list(self._layers.values()), current.mean.device)
             flat, rows = self._measured(current, found, over_ranks)
         shares = dict(zip(self._layers, rows.initial_share, strict=True))
-        self.unsettled = {name for name in self.unsettled | was_reset if shares[name] >= _SETTLED}
+        young = {name for name in self.unsettled | was_reset if shares[name] >= _SETTLED}
+        self._follow(young, (self.unsettled | was_reset) - young, step)
         for index, count in enumerate(rows.updates):
             # What is not finite stays so.
             moved = count != 0 and (rows.changed[index] or rows.nonfinite_here[index])
@@ -313,6 +319,16 @@ class Watch:
             self._surprises, self._gaps = Surprises.none(current.mean), Surprises.none(current.mean)
             self._judged = 0
         return self.last
+
+    def _follow(self, young: set[str], grown: set[str], step: int) -> None:
+        """Notes which layers are not measured yet, and which are from now on."""
+        for name in self._layers:
+            if name in young and name not in self._noted:
+                self._history.mark(step, name, "untrained")
+            elif name in grown:
+                self.measured_since[name] = step
+                self._history.mark(step, name, "measured")
+        self._noted, self.unsettled = set(young), young
 
     def _measured(self, current: Snapshot, found: Vitals, over_ranks: Tensor) -> tuple[list[float], _Rows]:
         """Scalars of the summary, and rows with a number for each layer; waits for the device once."""

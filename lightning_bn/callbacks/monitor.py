@@ -149,7 +149,7 @@ class BatchNormMonitor(Callback):
         self.history = DriftHistory()
         self._watch: Watch | None = None
         self._cadence: Cadence | None = None
-        self._resumed: tuple[Snapshot, set[str], str] | None = None
+        self._resumed: tuple[Snapshot, set[str], dict[str, int], str] | None = None
         self._warning = Alarm(warn_above)
         # One noisy sample does not stop a run.
         self._action = Alarm(act_above, in_a_row=2)
@@ -202,10 +202,10 @@ class BatchNormMonitor(Callback):
             watch.refer_to(snapshot_of_checkpoint(self.reference, watch.reference), fixed=True)
         if self._resumed is None:
             return
-        reference, unsettled, measured_from = self._resumed
+        reference, unsettled, since, measured_from = self._resumed
         now = watch.reference
         if (reference.names, reference.channels, measured_from) == (now.names, now.channels, self.reference):
-            watch.resume(reference, unsettled)
+            watch.resume(reference, unsettled, since)
         else:
             rank_zero_warn(
                 f"BatchNormMonitor: the checkpoint is of a monitor of other layers or of another reference "
@@ -261,7 +261,7 @@ class BatchNormMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         last = self._watching.last
         if last is not None and not trainer.barebones:
-            rank_zero_info(f"BatchNormMonitor: step {last.step:,}: {self._in_words(last.summary)}")
+            rank_zero_info(f"BatchNormMonitor: step {last.step:,}: {self._in_words(self._watching, last.summary)}")
             if self.report and trainer.is_global_zero:
                 self._show(trainer, pl_module)
         self._end()
@@ -280,6 +280,7 @@ class BatchNormMonitor(Callback):
         return {
             "reference": None if now is None else now.reference.state_dict(),
             "unsettled": [] if now is None else sorted(now.unsettled),
+            "measured_since": {} if now is None else now.measured_since,
             "measured_from": str(self.reference),
             "warning": self._warning.state_dict(),
             "action": self._action.state_dict(),
@@ -290,7 +291,8 @@ class BatchNormMonitor(Callback):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         if state_dict["reference"] is not None:
             reference = Snapshot.from_state_dict(state_dict["reference"])
-            self._resumed = (reference, set(state_dict["unsettled"]), state_dict["measured_from"])
+            since = dict(state_dict["measured_since"])
+            self._resumed = (reference, set(state_dict["unsettled"]), since, state_dict["measured_from"])
         self._warning.load_state_dict(state_dict["warning"])
         self._action.load_state_dict(state_dict["action"])
         self._told = {(layer, disease) for layer, disease in state_dict["told"]}
@@ -318,6 +320,7 @@ class BatchNormMonitor(Callback):
             self.measure,
             watched.statuses,
             watched.training,
+            watched.unsettled,
             most=most,
         )
 
@@ -377,8 +380,10 @@ class BatchNormMonitor(Callback):
         said = self._moved(sample)
         if not self._action.is_above(summary.max):
             said = f"step {sample.step:,}: statistics of another rank moved most"
-        said = f"{said}; {self.measure} {largest:.3g} is above act_above={self.act_above:g}"
+        said = f"{said}; {self.measure} {largest:.3g} is above act_above={self.act_above:g} in two samples in a row"
         if self.action == "raise":
+            if self.report and trainer.is_global_zero:
+                self._show(trainer, trainer.lightning_module)
             raise BatchNormDriftError(f"BatchNormMonitor: {said}")
         if self.action == "stop":
             trainer.should_stop = True
@@ -414,18 +419,23 @@ class BatchNormMonitor(Callback):
         Console().print(self.table(module))
         log_figure(trainer, self.figure, f"{self.prefix}_{self.measure}_drift")
 
-    def _in_words(self, summary: DriftSummary) -> str:
-        layers = f"running statistics of {counted(len(self.history.names), 'layer')}"
+    def _in_words(self, watch: Watch, summary: DriftSummary) -> str:
+        young = len(watch.unsettled)
+        late = f"{counted(young, 'layer')} started untrained and {'is' if young == 1 else 'are'} not measured yet"
+        if young == len(self.history.names):
+            return f"running statistics: {late}: their first values still count for more than 1 %"
+        measured = counted(len(self.history.names) - young, "layer")
+        rest = f"; {late}" if young else ""
         if not summary.max:
-            return f"{layers} did not move since {self._since()}"
+            return f"running statistics of {measured} did not move since {self._since(summary.worst_layer)}{rest}"
         return (
-            f"{layers} moved most at {summary.in_words()} since {self._since()}; "
-            f"{self.measure} mean {summary.mean:.2g}, max {summary.max:.2g}"
+            f"running statistics of {measured} moved most at {summary.in_words()} since "
+            f"{self._since(summary.worst_layer)}; {self.measure} mean {summary.mean:.2g}, max {summary.max:.2g}{rest}"
         )
 
     def _moved(self, sample: Sample) -> str:
         worst = sample.summary.worst_layer
-        return f"step {sample.step:,}: {sample.summary.in_words()} since {self._since()}{self._jump(worst)}"
+        return f"step {sample.step:,}: {sample.summary.in_words()} since {self._since(worst)}{self._jump(worst)}"
 
     def _jump(self, layer: str) -> str:
         # Where the reference moves along, drift jumps by itself.
@@ -433,7 +443,11 @@ class BatchNormMonitor(Callback):
         step = None if moves else self.history.jumped_at(layer)
         return "" if step is None else f"; its inputs changed at about step {step:,}"
 
-    def _since(self) -> str:
+    def _since(self, layer: str) -> str:
+        watched = self._watched
+        step = None if watched is None else watched.measured_since.get(layer)
+        if step is not None and self.reference == "fit_start":
+            return f"step {step:,}, untrained before"
         recalibrated = any(event == "recalibrated" for _, _, event in self.history.marks)
         words = {
             "fit_start": "fit start",

@@ -39,6 +39,10 @@ class DriftHistory:
         self._seen = 0
         self._provisional = False
 
+    def __repr__(self) -> str:
+        span = f", steps {self.steps[0]:,} to {self.steps[-1]:,}" if self.steps else ""
+        return f"DriftHistory({len(self)} samples of {len(self.names)} layers{span})"
+
     def __len__(self) -> int:
         return len(self.steps)
 
@@ -75,7 +79,7 @@ class DriftHistory:
         self.steps, self.epochs, self._rows = self.steps[which], self.epochs[which], self._rows[which]
 
     def mark(self, step: int, layer: str, event: str) -> None:
-        """Notes that something happened to a layer: frozen, unfrozen, recalibrated, reset."""
+        """Notes that something happened to a layer: frozen, unfrozen, recalibrated, reset, untrained, measured."""
         self.marks.append((step, layer, event))
         if len(self.marks) > 10 * self.most:
             self.marks = self.marks[::2]

@@ -439,6 +439,46 @@ def test_the_table_says_what_training_did_also_after_eval() -> None:
     assert list(watching.table(net.eval()).columns[1].cells) == ["batch"] * 3
 
 
+def test_layers_that_are_not_measured_yet_are_said_not_to_be(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    watching = monitor(report=True)
+    with caplog.at_level("INFO"):
+        fit(Module(seeded(Net)), watching, max_epochs=1, count=8 * 40)
+    assert "running statistics: 3 layers started untrained and are not measured yet" in caplog.text
+    assert "did not move" not in caplog.text
+    assert "the worst first" in capsys.readouterr().out
+    table = watching.table(module())
+    assert [list(table.columns[index].cells) for index in (4, 5)] == [["not"] * 3, ["yet"] * 3]
+
+
+def test_drift_of_layers_that_started_untrained_is_said_to_be_since_they_were_measured(
+    caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    watching = monitor(every_n_steps=5)
+    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
+    with caplog.at_level("INFO"):
+        fit(Module(seeded(Net)), watching, checkpoint, max_epochs=1, count=8 * 64, enable_checkpointing=True)
+    assert "since step 45, untrained before" in caplog.text
+    caplog.clear()
+    with caplog.at_level("INFO"):
+        fit(Module(seeded(Net)), monitor(every_n_steps=5), max_epochs=2, count=8 * 64, ckpt_path=tmp_path / "last.ckpt")
+    assert "since step 45, untrained before" in caplog.text
+
+
+def test_raising_shows_table_and_figure_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    logger = CSVLogger(tmp_path)
+    with pytest.raises(BatchNormDriftError, match="in two samples in a row"):
+        fit(
+            module(fault=shifted_from(5, 20.0)),
+            monitor(act_above=0.5, action="raise", report=True),
+            logger=logger,
+            max_epochs=1,
+        )
+    assert "the worst first" in capsys.readouterr().out
+    assert (Path(logger.log_dir) / "bn_jeffreys_drift.png").stat().st_size > 1000
+
+
 def test_without_a_sample_there_is_no_table() -> None:
     with pytest.raises(RuntimeError, match="no sample yet"):
         monitor().table(module())
