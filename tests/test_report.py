@@ -1,6 +1,7 @@
 """Tables that a stranger can read, on a narrow and on a wide terminal."""
 
 import re
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -247,6 +248,23 @@ def test_drift_is_not_cut_off_and_headings_are_whole_words(width: int, long: boo
     if long:
         # Folded it may be, in a column of its own.
         assert LONG.replace(".", "-") in "".join(line.split()[0] for line in text.splitlines() if line.strip())
+
+
+def test_tables_say_over_how_many_processes_a_layer_is_synchronised() -> None:
+    behaviours, *others = drifted()
+    behaviours = [replace(behaviours[0], processes=8), *behaviours[1:]]
+    rows = {row[0]: row for row in rows_of(drift_text(160, behaviours, *others))}
+    assert rows["stage0"][2:6] == ["batch", "of", "8", "processes"]
+    assert rows["stage1"][2:4] == ["batch", "running"]
+    console = Console(width=160)
+    with console.capture() as capture:
+        console.print(behaviour_table(behaviours))
+    assert capture.get().count("batch of 8 processes") == 1
+    planned = plan(nn.ModuleDict({name: nn.BatchNorm2d(4) for name in ("a", "b")}), "a")
+    synchronised = replace(planned, layers=(replace(planned.layers[0], processes=8), planned.layers[1]))
+    with console.capture() as capture:
+        print_plan(synchronised, console)
+    assert capture.get().count("BatchNorm2d over 8 processes") == 1
 
 
 def test_a_frozen_layer_says_by_whom_and_an_unknown_rate_is_a_dash() -> None:

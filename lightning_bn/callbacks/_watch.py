@@ -170,7 +170,8 @@ class Watch:
         """
         self._fixed = fixed
         self.reference = reference.to(self.reference.mean.device)
-        self.unsettled = {name for name, layer in self._layers.items() if has_initial_statistics(layer)}
+        # Those that were on their way still are.
+        self.unsettled |= {name for name, layer in self._layers.items() if has_initial_statistics(layer)}
 
     def resume(self, reference: Snapshot, unsettled: set[str], measured_since: dict[str, int]) -> None:
         """Goes on with a reference from a checkpoint; layers that are not settled are not measured yet."""
@@ -334,9 +335,8 @@ class Watch:
         """Scalars of the summary, and rows with a number for each layer; waits for the device once."""
         shift, ratio = standardised(self.reference, current)
         if self._fixed and self.unsettled:
-            settled = torch.tensor([name not in self.unsettled for name in self._layers]).to(shift.device)
-            of_settled = settled[current.layer_of()]
-            shift, ratio = torch.where(of_settled, shift, 0), torch.where(of_settled, ratio, 1)
+            young = self._among(self.unsettled)[current.layer_of()]
+            shift, ratio = torch.where(young, 0, shift), torch.where(young, 1, ratio)
         values = of_standardised(self._measure, shift, ratio, current.weight).abs()
         scalars = torch.stack(summary_scalars(values, shift, ratio, self._threshold))
         by_layer = _Rows(
@@ -360,10 +360,17 @@ class Watch:
         return flat[: len(scalars)], _Rows(*rows)
 
     def _copy_to_reference(self, names: set[str], current: Snapshot) -> None:
-        parts = self.reference.slices() if names else {}
-        for index, name in enumerate(self._layers):
-            if name not in names:
-                continue
-            self.reference.num_batches_tracked[index] = current.num_batches_tracked[index]
-            for then, now in ((self.reference.mean, current.mean), (self.reference.var, current.var)):
-                then[parts[name]] = now[parts[name]]
+        if not names:
+            return
+        then, chosen = self.reference, self._among(names)
+        of_chosen = chosen[current.layer_of()]
+        self.reference = replace(
+            then,
+            mean=torch.where(of_chosen, current.mean, then.mean),
+            var=torch.where(of_chosen, current.var, then.var),
+            num_batches_tracked=torch.where(chosen, current.num_batches_tracked, then.num_batches_tracked),
+        )
+
+    def _among(self, names: set[str]) -> Tensor:
+        """Which layers are among ``names``, ``(L,)``."""
+        return torch.tensor([name in names for name in self._layers]).to(self.reference.mean.device)

@@ -21,12 +21,10 @@ class Lockstep:
 
     Args:
         device: Where the process group can communicate.
-        group: Which processes; None for all.
     """
 
-    def __init__(self, device: torch.device, group: dist.ProcessGroup | None = None) -> None:
+    def __init__(self, device: torch.device) -> None:
         self._device = device
-        self._group = group
         self._together = True
         self._over = False
 
@@ -46,11 +44,11 @@ class Lockstep:
         if failed:
             self._together = False
             raise RuntimeError(
-                f"recalibration failed on {failed} of {dist.get_world_size(self._group)} processes, whose own error "
+                f"recalibration failed on {failed} of {dist.get_world_size()} processes, whose own error "
                 f"says why. Nothing was changed on this one."
             )
         enough = enough_samples is not None and total >= enough_samples
-        self._over = bool(anybody_ended) or enough or all_precise == dist.get_world_size(self._group)
+        self._over = bool(anybody_ended) or enough or all_precise == dist.get_world_size()
         return not self._over
 
     @contextmanager
@@ -78,6 +76,6 @@ class Lockstep:
     def _tell(self, *values: int) -> list[int]:
         told = torch.tensor(values, dtype=torch.int64, device=self._device)
         with waiting("this process"):
-            dist.all_reduce(told, group=self._group)
+            dist.all_reduce(told)
             totals: list[int] = told.tolist()
         return totals

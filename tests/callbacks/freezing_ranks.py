@@ -1,11 +1,6 @@
 """Fits on two real processes over gloo: what each rank was left with, for the tests to compare."""
 
-import os
-import sys
-import traceback
-import warnings
 from collections.abc import Callable
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +16,7 @@ from lightning_bn import BatchNormFreezer
 from tests.callbacks.freezing_fits import BATCHES, Classifier, adamw, freezer, loader, trainer_of, values
 from tests.callbacks.test_freezer_by_task import BY_TASK, MultiTask, batch_of, loader_of
 from tests.models import bits
+from tests.ranks import take_part
 
 WORLD = 2
 
@@ -149,7 +145,7 @@ SCENARIOS: dict[str, tuple[Callable[[], Any], Callable[[], BatchNormFreezer], di
 }
 
 
-def run(name: str) -> dict[str, Any]:
+def run(name: str, folder: Path) -> dict[str, Any]:
     """One fit of this rank; what is left, as plain data."""
     build, build_freezer, options, ddp = SCENARIOS[name]
     module, frozen, noting = build(), build_freezer(), Noting()
@@ -179,21 +175,5 @@ def run(name: str) -> dict[str, Any]:
     }
 
 
-def main(rank: int, folder: Path) -> None:
-    """Everything this rank has to do: all scenarios, one after the other, in one process group."""
-    warnings.simplefilter("ignore")
-    torch.set_num_threads(1)
-    store = f"file://{folder / 'rendezvous'}"
-    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=timedelta(seconds=45))
-    try:
-        torch.save({name: run(name) for name in SCENARIOS}, folder / f"rank{rank}.pt")
-        dist.barrier()
-    except BaseException:
-        (folder / f"rank{rank}.txt").write_text(traceback.format_exc())
-        os._exit(1)  # the other rank is waiting for this one
-    finally:
-        dist.destroy_process_group()
-
-
 if __name__ == "__main__":
-    main(int(sys.argv[1]), Path(sys.argv[2]))
+    take_part(run, list(SCENARIOS), [])

@@ -1,62 +1,20 @@
 """Frozen on two real processes: the same bits on both, before a freeze, in it and after it."""
 
-import os
-import subprocess
-import sys
-import time
-from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from filelock import FileLock
 
 from tests.callbacks.freezing_fits import BATCHES, BODY
+from tests.ranks import Results, results_of
 
-ROOT = Path(__file__).parents[2]
 WORLD = 2
 LIMIT = 100  # seconds for all scenarios together
 
 
-def ran(folder: Path) -> None:
-    """Runs both ranks to their end, or ends them."""
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-m", "tests.callbacks.freezing_ranks"]
-    with open(folder / "log.txt", "w") as log:
-        processes = [
-            subprocess.Popen([*command, str(rank), str(folder)], cwd=ROOT, env=environment, stdout=log, stderr=log)
-            for rank in range(WORLD)
-        ]
-        try:
-            end = time.monotonic() + LIMIT
-            while time.monotonic() < end and any(process.poll() is None for process in processes):
-                if any(process.poll() for process in processes):
-                    break
-                time.sleep(0.1)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
-
-
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
-    """What each rank was left with, by scenario; run once, also where several workers share the tests."""
-    base = tmp_path_factory.getbasetemp()
-    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "freezing_ranks"
-    folder.mkdir(exist_ok=True)
-    with FileLock(folder / "lock"):
-        if not (folder / "done").exists():
-            ran(folder)
-            (folder / "done").touch()
-    failed = sorted(folder.glob("rank*.txt"))
-    assert not failed, failed[0].read_text()
-    files = [folder / f"rank{rank}.pt" for rank in range(WORLD)]
-    assert all(file.exists() for file in files), (folder / "log.txt").read_text()[-5000:]
-    return [torch.load(file, weights_only=True) for file in files]
-
-
-Results = list[dict[str, Any]]
+def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
+    """What each rank was left with, by scenario."""
+    return results_of("tests.callbacks.freezing_ranks", WORLD, tmp_path_factory, LIMIT)
 
 
 def frozen_bits(result: dict[str, Any], step: int) -> dict[str, bytes]:

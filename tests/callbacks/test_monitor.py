@@ -153,6 +153,16 @@ def test_layers_that_start_untrained_have_no_drift_until_they_are_settled_and_ot
     assert (values[45:, 2] > 0).all()
 
 
+@pytest.mark.parametrize("reference", ["previous_epoch", "recalibrated"])
+def test_a_reference_that_moves_does_not_make_untrained_layers_settled(reference: str) -> None:
+    watching = monitor(reference=reference)
+    fit(Module(seeded(Net)), watching, PreciseBatchNorm(2, restore=True), max_epochs=5, count=8 * 16)
+    settled = [step >= 45 for step in watching.history.steps]
+    drifts = watching.history.values().max(1).values.tolist()
+    assert not any(drift for drift, known in zip(drifts, settled, strict=True) if not known)
+    assert any(drift for drift, known in zip(drifts, settled, strict=True) if known)
+
+
 def test_pretrained_statistics_without_a_counter_are_no_untrained_ones() -> None:
     # Checkpoints of old know no num_batches_tracked: it is 0 after loading.
     net = pretrained()

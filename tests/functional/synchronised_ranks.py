@@ -17,10 +17,12 @@ from tests.functional.recalibrating_ranks import (
     Broken,
     BrokenLoader,
     counted_collectives,
+    equal,
     failing,
     forward_failing,
     long,
     network,
+    nonfinite,
     shard,
 )
 from tests.models import SharedNorm, SmallResNet, state_bits
@@ -40,10 +42,6 @@ def all_but_the_last(world: int) -> list[list[int]]:
     return [list(range(world - 1)), [world - 1]]
 
 
-def equal(rank: int, world: int) -> list[Tensor]:
-    return shard(rank, (8, 8, 8))
-
-
 def unequal(rank: int, world: int) -> list[Tensor]:
     # Two steps on rank 0, which all ranks then run.
     return shard(rank, ((3, 8), (7, 4, 9), (2, 30, 5, 6))[rank])
@@ -55,13 +53,6 @@ def one_value(rank: int, world: int) -> list[Tensor]:
 
 def no_rows(rank: int, world: int) -> list[Tensor]:
     return shard(rank, (0, 4, 0) if rank == 1 else (4, 3, 5))
-
-
-def nonfinite(rank: int, world: int) -> list[Tensor]:
-    found = shard(rank, (4, 5, 6))
-    if rank == 1:
-        found[1] = torch.full_like(found[1], torch.nan)
-    return found
 
 
 def in_half(rank: int, world: int) -> list[Tensor]:

@@ -1,7 +1,5 @@
 """Synchronised layers: a batch is that of all processes of a group, all run as many, and nobody waits in vain."""
 
-import math
-
 import pytest
 import torch
 from torch import Tensor
@@ -212,7 +210,3 @@ def test_failure_inside_a_forward_is_a_bounded_wait_and_an_error_that_says_for_w
             assert rank[scenario]["seconds"] < STRANDED
         else:
             assert "waited for another process" in rank[scenario]["told"]
-
-
-def test_suite_has_its_scenarios() -> None:
-    assert math.prod(map(len, (FAULTS, RIGHT, STRANDING))) > 0
