@@ -2,7 +2,7 @@
 
 import argparse
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median, quantiles
 from typing import Any
@@ -84,3 +84,24 @@ def compare(times: list[float], base: list[float]) -> Comparison:
     ratios = [mine / other for mine, other in zip(times, base, strict=True)]
     deciles = quantiles(ratios, n=10)
     return Comparison(min(times), min(base), min(times) / min(base), median(ratios), deciles[0], deciles[-1])
+
+
+def step_rows(seconds: Mapping[str, list[float]], base: str, column: str) -> list[dict[str, object]]:
+    """Rows of a table that compares the steps of fits with those of one of them.
+
+    Args:
+        seconds: Of steps, by the name of the fit, turn by turn.
+        base: The fit to compare with.
+        column: What the names are of.
+    """
+    compared = {name: compare(times, seconds[base]) for name, times in seconds.items()}
+    return [
+        {
+            column: name,
+            "ms per step": 1000 * found.seconds,
+            "ratio": found.ratio,
+            "median": found.median,
+            "10 to 90 %": found.spread,
+        }
+        for name, found in compared.items()
+    ]

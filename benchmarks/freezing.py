@@ -10,7 +10,7 @@ from _fits import fit_in_turns, timed, typical
 from _launches import MEANING, title
 from _networks import seeded
 from _results import Results
-from _rounds import Clock, asked_device, compare
+from _rounds import Clock, asked_device, step_rows
 from torch import nn
 
 from lightning_bn import BatchNormFreezer
@@ -75,21 +75,9 @@ def main() -> None:
     results = Results(
         "freezing", "What BatchNormFreezer adds to a training step with 100 frozen BatchNorm layers.", device
     )
-    rows = []
-    for name, seconds in taken.seconds.items():
-        found = compare(seconds, taken.seconds[BASE])
-        rows.append(
-            {
-                "layers frozen by": name,
-                "ms per step": 1000 * found.seconds,
-                "ratio": found.ratio,
-                "median": found.median,
-                "10 to 90 %": found.spread,
-            }
-        )
     results.table(
         "Time of a step in a real fit",
-        rows,
+        step_rows(taken.seconds, BASE, "layers frozen by"),
         f"Against `{BASE}`, {TURNS} turns of {STEPS} steps. ratio: of the fastest steps; median and percentiles: of "
         "neighbouring turns. The last row is the measurement's own error.",
     )

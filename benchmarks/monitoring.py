@@ -9,7 +9,7 @@ from _fits import fit_in_turns, timed, typical
 from _launches import MEANING, title
 from _networks import resnet50, seeded
 from _results import Results
-from _rounds import Clock, asked_device, compare
+from _rounds import Clock, asked_device, step_rows
 from torch import nn
 
 from lightning_bn import BatchNormMonitor
@@ -58,21 +58,9 @@ def main() -> None:
         "What BatchNormMonitor adds to a training step of a ResNet-50, 53 layers, 26,560 channels.",
         device,
     )
-    rows = []
-    for name, seconds in taken.seconds.items():
-        found = compare(seconds, taken.seconds[BASE])
-        rows.append(
-            {
-                "fit": name,
-                "ms per step": 1000 * found.seconds,
-                "ratio": found.ratio,
-                "median": found.median,
-                "10 to 90 %": found.spread,
-            }
-        )
     results.table(
         "Time of a step in a real fit",
-        rows,
+        step_rows(taken.seconds, BASE, "fit"),
         f"{TURNS} turns of {STEPS} steps with 16 images of 64x64. ratio: of the fastest steps; median and percentiles: "
         "of neighbouring turns. The last row is the measurement's own error.",
     )
