@@ -59,7 +59,6 @@ BANNED = [
     (FUNCTIONAL, "from lightning_bn.report import behaviour_table"),
     (FUNCTIONAL, "from lightning_bn import plotting"),
     (FUNCTIONAL, "import lightning_bn.metrics"),
-    (FUNCTIONAL, "import lightning_bn.cli"),
     # neither inside a function nor for type checkers only
     (FUNCTIONAL, "def f():\n    import pytorch_lightning"),
     (FUNCTIONAL, "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pytorch_lightning"),
@@ -79,18 +78,14 @@ BANNED = [
     # callbacks do not know each other
     (FREEZER, "from lightning_bn.callbacks.monitor import BatchNormMonitor"),
     (FREEZER, "import lightning_bn.callbacks.precise"),
-    (FREEZER, "from lightning_bn.callbacks import tasks"),
     (MONITOR, "from lightning_bn.callbacks import freezer"),
     (MONITOR, "from lightning_bn.callbacks import BatchNormFreezer"),
     (FREEZER, "from lightning_bn.callbacks import BatchNormMonitor"),
     (FREEZER, "from lightning_bn.callbacks import PreciseBatchNorm"),
-    (FREEZER, "from lightning_bn.callbacks import TaskBatchNorm"),
     (MONITOR, "from lightning_bn import BatchNormFreezer"),
     (FREEZER, "from lightning_bn import BatchNormMonitor"),
     (FREEZER, "from lightning_bn import PreciseBatchNorm"),
-    (FREEZER, "from lightning_bn import TaskBatchNorm"),
     # nothing below imports what is above
-    (FREEZER, "import lightning_bn.cli"),
     (REPORT, "from lightning_bn.callbacks.freezer import BatchNormFreezer"),
     (REPORT, "from lightning_bn import BatchNormFreezer"),
     (REPORT, "from lightning_bn import BatchNormMonitor"),

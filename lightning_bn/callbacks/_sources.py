@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
@@ -14,47 +13,10 @@ from lightning_bn.callbacks._lightning import (
     combined,
     datamodule_of,
 )
-from lightning_bn.callbacks._second_pass import second_pass
 from lightning_bn.functional.undisturbed import preserved_rng
 
 Source: TypeAlias = Literal["train", "recent"]
 Prepare: TypeAlias = Callable[[Any], Any]
-
-
-class RecentBatches:
-    """The last batches that training used, already on the device.
-
-    Args:
-        most: How many are kept; what they hold on the device is the price.
-    """
-
-    def __init__(self, most: int) -> None:
-        self._batches: deque[Any] = deque(maxlen=most)
-
-    def add(self, batch: Any) -> None:
-        """Keeps one more and lets go of the oldest."""
-        self._batches.append(batch)
-
-    def clear(self) -> None:
-        """Lets go of all of them."""
-        self._batches.clear()
-
-    def __iter__(self) -> Iterator[Any]:
-        return iter(tuple(self._batches))
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-
-@contextmanager
-def batches_of_training(trainer: Trainer, most: int | None, prepare: Prepare) -> Iterator[Iterator[Any]]:
-    """Batches of a second pass over the training loaders, prepared for the step.
-
-    Raises:
-        MisconfigurationException: If a loader cannot be iterated a second time.
-    """
-    with second_pass(trainer, most) as batches:
-        yield (prepare(batch) for batch in batches)
 
 
 @contextmanager
@@ -66,20 +28,16 @@ def batches_of_method(
     Raises:
         MisconfigurationException: If there is no such method.
     """
-    with preserved_rng(), combined(_method(trainer, module, method)(), "min_size") as batches:
+    with preserved_rng(), combined(loader_method(trainer, module, method)(), "min_size") as batches:
         yield (prepare(batch) for batch in batches)
 
 
-def check_method(trainer: Trainer, module: LightningModule, method: str) -> None:
-    """Whether there is such a method.
+def loader_method(trainer: Trainer, module: LightningModule, method: str) -> Callable[[], Any]:
+    """The method of the datamodule or of the module that returns a loader.
 
     Raises:
-        MisconfigurationException: If there is not.
+        MisconfigurationException: If there is no such method.
     """
-    _method(trainer, module, method)
-
-
-def _method(trainer: Trainer, module: LightningModule, method: str) -> Callable[[], Any]:
     owner, _, name = method.partition(".")
     owners = {"datamodule": datamodule_of(trainer), "module": module}
     found = getattr(owners.get(owner), name, None) if name else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator, Sequence
 from contextlib import ExitStack, closing, contextmanager, nullcontext
 from typing import Any, get_args
@@ -28,13 +29,8 @@ from lightning_bn.callbacks._lightning import (
 )
 from lightning_bn.callbacks._ranks import agree_on_ranks, same_on_all_ranks
 from lightning_bn.callbacks._sandbox import Weights, check_step, sandbox
-from lightning_bn.callbacks._sources import (
-    RecentBatches,
-    Source,
-    batches_of_method,
-    batches_of_training,
-    check_method,
-)
+from lightning_bn.callbacks._second_pass import second_pass
+from lightning_bn.callbacks._sources import Source, batches_of_method, loader_method
 from lightning_bn.functional.budget import Budget
 from lightning_bn.functional.drift import summarize
 from lightning_bn.functional.layers import batch_norm_layers, tracked_layers
@@ -162,7 +158,7 @@ class PreciseBatchNorm(Callback):
         self._validations = 0
         self._due = False
         self._done_at_step = -1
-        self._recent = RecentBatches(num_batches or 0)
+        self._recent: deque[Any] = deque(maxlen=num_batches or 0)
         self._replaced: tuple[Snapshot, Snapshot] | None = None
         self._tree: list[nn.Module] = []
         self._tree_is_old = True
@@ -183,7 +179,7 @@ class PreciseBatchNorm(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_step(pl_module, self.step)
         if self.source_method is not None:
-            check_method(trainer, pl_module, self.source_method)
+            loader_method(trainer, pl_module, self.source_method)
         limits = ("num_samples", "max_standard_error", "every_n_validations", "start_epoch")
         ways = ("source", "source_method", "step", "estimator", "restore")
         settings = {name: getattr(self, name) for name in (*limits, *ways)}
@@ -229,7 +225,7 @@ class PreciseBatchNorm(Callback):
         else:
             self._remember_modes()
         if self.source == "recent" and self.source_method is None:
-            self._recent.add(batch)
+            self._recent.append(batch)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._due, self._validation_began = False, time.monotonic()
@@ -363,10 +359,10 @@ class PreciseBatchNorm(Callback):
                 yield from batches
         elif self.source == "recent":
             # Prepared when training used them.
-            yield from self._recent
+            yield from tuple(self._recent)
         else:
-            with batches_of_training(trainer, self.num_batches, prepare) as batches:
-                yield from batches
+            with second_pass(trainer, self.num_batches) as batches:
+                yield from map(prepare, batches)
 
     def _report(self, trainer: Trainer, done: Recalibration) -> None:
         rank_zero_info(f"PreciseBatchNorm: epoch {trainer.current_epoch}{self._averaged(trainer)}, {done}")

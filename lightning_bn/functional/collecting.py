@@ -41,25 +41,6 @@ class OneValuePerChannelError(ValueError):
         self.layer = layer
 
 
-@dataclass(frozen=True)
-class Collected:
-    """What one collector gathered of one layer.
-
-    Attributes:
-        moments: Over all uses with finite statistics; ``count`` of shape ``()``, the others ``(C,)``, float64.
-        spread: How far those of single batches are from it; ``(C,)`` each.
-        averages: Sums over uses of the batch mean and the unbiased batch variance, ``(2, C)``.
-        uses: Forwards with finite statistics.
-        nonfinite: Forwards left out because a statistic was not finite.
-    """
-
-    moments: Moments
-    spread: Spread
-    averages: Tensor
-    uses: int
-    nonfinite: int
-
-
 class Collector:
     """Collects statistics of ``layers`` as a context manager; afterwards they are exactly as they were.
 
@@ -75,7 +56,7 @@ class Collector:
         ...     for batch in (torch.tensor([[1.0], [3.0]]), torch.tensor([[5.0], [7.0]])):
         ...         with collector.batch():
         ...             _ = layer(batch)
-        >>> collector.collected()["bn"].moments.mean
+        >>> collector.population().moments.mean
         tensor([4.], dtype=torch.float64)
         >>> layer.running_mean
         tensor([0.])
@@ -116,13 +97,6 @@ class Collector:
     def population(self) -> Population:
         """What was gathered of all layers so far, flat and in their order."""
         return Population.of([arena.population() for arena in self._arenas], self._names)
-
-    def collected(self) -> dict[str, Collected]:
-        """What was gathered of each layer so far."""
-        gathered: dict[str, Collected] = {}
-        for arena in self._arenas:
-            gathered.update(arena.collected())
-        return {name: gathered[name] for name in self._names}
 
 
 @contextmanager
@@ -366,18 +340,3 @@ class _Arena:
             uses=dict(zip(self._slices, found.uses.tolist(), strict=True)),
             nonfinite=dict(zip(self._slices, found.nonfinite.tolist(), strict=True)),
         )
-
-    def collected(self) -> dict[str, Collected]:
-        found = self._gathered
-        uses, nonfinite = found.uses.tolist(), found.nonfinite.tolist()
-        gathered = {}
-        for index, (name, part) in enumerate(self._slices.items()):
-            count, mean, m2 = (values[part] for values in found.moments)
-            gathered[name] = Collected(
-                Moments(count[0], mean, m2),
-                found.spread.part(part),
-                found.averages[:, part],
-                uses[index],
-                nonfinite[index],
-            )
-        return gathered

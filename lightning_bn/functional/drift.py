@@ -94,14 +94,9 @@ def drift(reference: Snapshot, current: Snapshot, measure: Measure = "jeffreys")
 
     Source: Jeffreys (1946); Olkin & Pukelsheim (1982) for the 2-Wasserstein distance of Gaussians.
     """
-    flat = flat_drift(reference, current, measure)
-    return {name: flat[part] for name, part in reference.slices().items()}
-
-
-def flat_drift(reference: Snapshot, current: Snapshot, measure: Measure = "jeffreys") -> Tensor:
-    """:func:`drift` as one tensor of all channels of all layers."""
     shift, ratio = standardised(reference, current)
-    return of_standardised(measure, shift, ratio, current.weight)
+    flat = of_standardised(measure, shift, ratio, current.weight)
+    return {name: flat[part] for name, part in reference.slices().items()}
 
 
 def of_standardised(measure: Measure, shift: Tensor, ratio: Tensor, weight: Tensor) -> Tensor:

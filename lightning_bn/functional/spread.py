@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -64,10 +64,6 @@ class Spread:
             n2de=self.n2de + n2d * e,
             n2ee=self.n2ee + n2e * e,
         )
-
-    def part(self, channels: slice) -> Spread:
-        """Of some of the channels."""
-        return replace(self, **{name: value[channels] for name, value in vars(self).items()})
 
     def squared_deviations(self, pooled: Moments) -> tuple[Tensor, Tensor]:
         """Sums over batches of the squared n-fold distance of a batch's statistic from the pooled one: mean, variance.
