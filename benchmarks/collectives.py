@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_bn.functional.distributed import Totals, across_processes, agree_on_layers
-from lightning_bn.functional.moments import Moments, merge, variance
-from lightning_bn.functional.population import Population
+from lightning_bn.functional.distributed.agreement import Totals, across_processes, agree_on_layers
+from lightning_bn.functional.recalibration.population import Population
+from lightning_bn.functional.statistics.sample_moments import Moments, merge, variance
 
 CHANNELS = 256
 LAYERS = (50, 200, 1000)

@@ -9,7 +9,7 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 
 from lightning_bn.functional import recalibrate
-from lightning_bn.functional.recalibration import Estimator
+from lightning_bn.functional.recalibration.precise_bn import Estimator
 
 BATCH_SIZES = (2, 8, 32, 128)
 

@@ -9,8 +9,8 @@ from _results import Results
 from torch import Tensor, nn
 
 from lightning_bn.functional import recalibrate
-from lightning_bn.functional.moments import Moments, merge, moments, variance
-from lightning_bn.functional.recalibration import Estimator
+from lightning_bn.functional.recalibration.precise_bn import Estimator
+from lightning_bn.functional.statistics.sample_moments import Moments, merge, moments, variance
 
 SAMPLES = (32, 128, 512, 2048, 8192)
 DRAWS = 20

@@ -15,7 +15,7 @@ from _results import Results
 from torch import Tensor, nn
 
 from lightning_bn.functional import batch_norm_layers, recalibrate
-from lightning_bn.functional.collecting import Collector
+from lightning_bn.functional.recalibration.collector import Collector
 
 ALL = 1500
 ASKED = (0.1, 0.05, 0.02)

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
-from lightning_bn.functional.drift import (
+from lightning_bn.functional.layers.patterns import Patterns
+from lightning_bn.functional.statistics.drift_measures import (
     MEASURES,
     Measure,
     layer_maxima,
@@ -18,8 +19,7 @@ from lightning_bn.functional.drift import (
     percentile_95,
     standardised,
 )
-from lightning_bn.functional.patterns import Patterns
-from lightning_bn.functional.snapshots import Snapshot, take_snapshot
+from lightning_bn.functional.statistics.snapshots import Snapshot, take_snapshot
 
 _TOTAL, _LARGEST, _COUNT = 0, 1, 2
 

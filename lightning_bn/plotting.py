@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import isfinite
 from typing import Any
 
-from lightning_bn.functional.history import DriftHistory
+from lightning_bn.functional.monitoring.history import DriftHistory
 
 _MARKS = {
     "frozen": ("s", "white"),

@@ -12,14 +12,14 @@ from rich.markup import escape
 from rich.table import Table
 from torch import nn
 
-from lightning_bn.functional.drift import Measure, of_standardised, standardised
-from lightning_bn.functional.history import DriftHistory
-from lightning_bn.functional.patterns import Patterns
-from lightning_bn.functional.plan import FreezePlan
-from lightning_bn.functional.semantics import LayerBehaviour, describe
-from lightning_bn.functional.snapshots import Snapshot
-from lightning_bn.functional.status import LayerStatus, status_by_name
-from lightning_bn.functional.wording import counted
+from lightning_bn.functional._text import counted
+from lightning_bn.functional.freezing.freeze_plan import FreezePlan
+from lightning_bn.functional.layers.behavior import LayerBehaviour, describe
+from lightning_bn.functional.layers.patterns import Patterns
+from lightning_bn.functional.layers.status import LayerStatus, status_by_name
+from lightning_bn.functional.monitoring.history import DriftHistory
+from lightning_bn.functional.statistics.drift_measures import Measure, of_standardised, standardised
+from lightning_bn.functional.statistics.snapshots import Snapshot
 
 
 def print_behaviour(

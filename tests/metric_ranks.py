@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from lightning_bn import BatchNormDrift
-from tests.functional.test_drift import layer_with
+from tests.functional.statistics.test_drift_measures import layer_with
 from tests.ranks import take_part
 
 #: Means and variances that each rank's layer has at each of its updates; rank 1 has one update more, rank 2 none.

@@ -98,13 +98,16 @@ BANNED = [
 ]
 
 ALLOWED = [
-    (FUNCTIONAL, "import math\nimport torch\nfrom lightning_bn.functional.layers import batch_norm_layers"),
+    (FUNCTIONAL, "import math\nimport torch\nfrom lightning_bn.functional.layers.selection import batch_norm_layers"),
     (FREEZER, "from lightning_bn.callbacks import _lightning\nfrom lightning_bn.callbacks._task_of import task_of"),
-    (FREEZER, "from lightning_bn.functional import describe\nfrom lightning_bn.functional.status import is_frozen"),
+    (
+        FREEZER,
+        "from lightning_bn.functional import describe\nfrom lightning_bn.functional.layers.status import is_frozen",
+    ),
     (MONITOR, "import torch\nfrom lightning_bn import plotting, report"),
     (REPORT, "from rich.table import Table\nfrom lightning_bn.functional import LayerBehaviour"),
     ("lightning_bn/metrics.py", "from torchmetrics import Metric\nfrom lightning_bn.functional import drift"),
-    ("lightning_bn/callbacks/_lightning.py", "import pytorch_lightning"),
+    ("lightning_bn/callbacks/_lightning/trainer.py", "import pytorch_lightning"),
     ("lightning_bn/callbacks/__init__.py", "from lightning_bn.callbacks.freezer import BatchNormFreezer"),
     ("lightning_bn/__init__.py", "from lightning_bn.callbacks.freezer import BatchNormFreezer"),
     ("tests/test_planted.py", "import pytorch_lightning\nfrom lightning_bn import BatchNormFreezer"),

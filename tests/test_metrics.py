@@ -17,7 +17,7 @@ from lightning_bn import BatchNormDrift
 from lightning_bn.functional import MEASURES, drift, take_snapshot
 from tests.callbacks.fits import quiet, train_loader, val_loader
 from tests.callbacks.monitoring_fits import Module, pretrained
-from tests.functional.test_drift import layer_with
+from tests.functional.statistics.test_drift_measures import layer_with
 from tests.metric_ranks import BY_RANK
 from tests.models import SmallResNet, fill_statistics, seeded
 from tests.ranks import Results, results_of

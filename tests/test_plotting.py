@@ -9,7 +9,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from torch import Tensor
 
-from lightning_bn.functional.history import DriftHistory
+from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.plotting import drift_figure
 
 FEW = ("net.features.1", "net.bn", "net.head.1")

@@ -10,8 +10,8 @@ from rich.console import Console
 from torch import nn
 
 from lightning_bn.functional import FreezeSchedule, SelectionError, describe, freeze_batch_norm, plan, take_snapshot
-from lightning_bn.functional.history import DriftHistory
-from lightning_bn.functional.status import LayerStatus, status_by_name
+from lightning_bn.functional.layers.status import LayerStatus, status_by_name
+from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.report import behaviour_table, drift_table, print_behaviour, print_plan, sparkline
 from tests.models import SMALL_RESNET_NAMES, Holder, SmallResNet, fill_statistics, seeded
 

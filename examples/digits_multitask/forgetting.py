@@ -15,7 +15,7 @@ from torch import nn
 
 from lightning_bn import BatchNormMonitor
 from lightning_bn.functional import DriftSummary, summarize, take_snapshot
-from lightning_bn.functional.history import DriftHistory
+from lightning_bn.functional.monitoring.history import DriftHistory
 from model import DigitsModule
 from tables import in_line, results_table, spread
 from yaml_fit import fit_yaml

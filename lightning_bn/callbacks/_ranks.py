@@ -8,8 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bn.callbacks._lightning import Trainer
-from lightning_bn.functional.distributed import agree_on_layers, others_told
+from lightning_bn.callbacks._lightning.trainer import Trainer
+from lightning_bn.functional.distributed.agreement import agree_on_layers, others_told
 
 
 def agree_on_ranks(

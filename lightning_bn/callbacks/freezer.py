@@ -9,8 +9,7 @@ from typing import Any
 from torch import nn
 from torch.optim import LBFGS
 
-from lightning_bn.callbacks._freeze import Freeze, FreezeReport, Trip, in_words
-from lightning_bn.callbacks._lightning import (
+from lightning_bn.callbacks._lightning.trainer import (
     Callback,
     LightningModule,
     MisconfigurationException,
@@ -24,10 +23,11 @@ from lightning_bn.callbacks._lightning import (
 )
 from lightning_bn.callbacks._ranks import agree_on_ranks
 from lightning_bn.callbacks._task_of import TaskOf, listen, stop_listening
-from lightning_bn.functional.layers import batch_norm_layers, processes_of
-from lightning_bn.functional.plan import FreezePlan, plan, select_by_task
-from lightning_bn.functional.schedule import FreezeSchedule
-from lightning_bn.functional.wording import quoted
+from lightning_bn.functional._text import quoted
+from lightning_bn.functional.freezing.freeze_plan import FreezePlan, plan, select_by_task
+from lightning_bn.functional.freezing.schedule import FreezeSchedule
+from lightning_bn.functional.freezing.session import Freeze, FreezeReport, Trip, in_words
+from lightning_bn.functional.layers.selection import batch_norm_layers, processes_of
 
 
 class BatchNormFreezer(Callback):

@@ -10,8 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_bn.callbacks._cadence import Cadence
-from lightning_bn.callbacks._lightning import (
+from lightning_bn.callbacks._lightning.trainer import (
     Callback,
     LightningModule,
     MisconfigurationException,
@@ -28,15 +27,16 @@ from lightning_bn.callbacks._ranks import (
     max_over_ranks,
     mean_over_ranks,
 )
-from lightning_bn.callbacks._watch import Sample, Watch, Watched
-from lightning_bn.functional.alarm import Alarm
-from lightning_bn.functional.checkpoints import snapshot_of_checkpoint
-from lightning_bn.functional.drift import MEASURES, DriftSummary, Measure
-from lightning_bn.functional.history import DriftHistory
-from lightning_bn.functional.layers import tracked_layers
-from lightning_bn.functional.semantics import describe
-from lightning_bn.functional.snapshots import Snapshot, snapshot_of
-from lightning_bn.functional.wording import counted, quoted
+from lightning_bn.functional._text import counted, quoted
+from lightning_bn.functional.layers.behavior import describe
+from lightning_bn.functional.layers.selection import tracked_layers
+from lightning_bn.functional.monitoring.cadence import Cadence
+from lightning_bn.functional.monitoring.history import DriftHistory
+from lightning_bn.functional.monitoring.session import Sample, Watch, Watched
+from lightning_bn.functional.monitoring.threshold import Alarm
+from lightning_bn.functional.recalibration.checkpoint import snapshot_of_checkpoint
+from lightning_bn.functional.statistics.drift_measures import MEASURES, DriftSummary, Measure
+from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of
 from lightning_bn.report import drift_table
 
 _REFERENCES = ("fit_start", "previous_epoch", "recalibrated")

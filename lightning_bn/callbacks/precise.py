@@ -10,7 +10,7 @@ from typing import Any, get_args
 
 from torch import nn
 
-from lightning_bn.callbacks._lightning import (
+from lightning_bn.callbacks._lightning.trainer import (
     Callback,
     LightningModule,
     MisconfigurationException,
@@ -28,18 +28,18 @@ from lightning_bn.callbacks._lightning import (
     several_loaders,
 )
 from lightning_bn.callbacks._ranks import agree_on_ranks, same_on_all_ranks
-from lightning_bn.callbacks._sandbox import Weights, check_step, sandbox
-from lightning_bn.callbacks._second_pass import second_pass
-from lightning_bn.callbacks._sources import Source, batches_of_method, loader_method
-from lightning_bn.functional.budget import Budget
-from lightning_bn.functional.drift import summarize
-from lightning_bn.functional.layers import batch_norm_layers, tracked_layers
-from lightning_bn.functional.population import Estimator
-from lightning_bn.functional.recalibrated import Recalibration, RecalibrationError
-from lightning_bn.functional.recalibration import recalibrate
-from lightning_bn.functional.snapshots import Snapshot, restore_where_unchanged
-from lightning_bn.functional.status import is_frozen, update_status
-from lightning_bn.functional.undisturbed import preserved_modes
+from lightning_bn.callbacks._second_run.loaders import second_pass
+from lightning_bn.callbacks._second_run.sources import Source, batches_of_method, loader_method
+from lightning_bn.callbacks._second_run.step import Weights, check_step, sandbox
+from lightning_bn.functional.layers.selection import batch_norm_layers, tracked_layers
+from lightning_bn.functional.layers.status import is_frozen, update_status
+from lightning_bn.functional.recalibration.isolation import preserved_modes
+from lightning_bn.functional.recalibration.population import Estimator
+from lightning_bn.functional.recalibration.precise_bn import recalibrate
+from lightning_bn.functional.recalibration.result import Recalibration, RecalibrationError
+from lightning_bn.functional.recalibration.stopping import Budget
+from lightning_bn.functional.statistics.drift_measures import summarize
+from lightning_bn.functional.statistics.snapshots import Snapshot, restore_where_unchanged
 
 _LONG = 3.0
 """Seconds after which a pass says that it is under way."""

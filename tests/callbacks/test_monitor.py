@@ -20,7 +20,7 @@ from wandb.proto import wandb_internal_pb2
 from lightning_bn import BatchNormMonitor, PreciseBatchNorm
 from lightning_bn.callbacks.monitor import BatchNormDriftError
 from lightning_bn.functional import take_snapshot
-from lightning_bn.functional.drift import drift
+from lightning_bn.functional.statistics.drift_measures import drift
 from tests.callbacks.fits import Classifier, Net, quiet, samples, train_loader, trajectory, val_loader
 from tests.callbacks.monitoring_fits import Module, csv_rows, fit, monitor, norms, pretrained, warned
 from tests.models import bits, seeded

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
-from lightning_bn.functional.batches import default_forward, model_device, num_samples, to_device
+from lightning_bn.functional._batches import default_forward, model_device, num_samples, to_device
 
 META = torch.device("meta")  # the second device that every machine has
 

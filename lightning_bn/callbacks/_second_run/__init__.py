@@ -1,0 +1,1 @@
+"""The user's loaders and step once more, without a trace."""

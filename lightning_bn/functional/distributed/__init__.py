@@ -1,0 +1,1 @@
+"""What processes agree on, and who waits for whom."""

@@ -1,0 +1,1 @@
+"""Layers kept as they are, and the verification that they were."""

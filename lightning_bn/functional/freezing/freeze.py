@@ -1,0 +1,292 @@
+"""Keeping running statistics and affine parameters of BatchNorm layers fixed, and letting go of them again."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from copy import copy
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.functional._text import counted, quoted
+from lightning_bn.functional.freezing.eval_mode import GIVEN_MODE, HOLDERS, hold_in_eval, let_go
+from lightning_bn.functional.layers.behavior import has_initial_statistics
+from lightning_bn.functional.layers.patterns import Patterns, SelectionError
+from lightning_bn.functional.layers.selection import (
+    affine_parameters,
+    batch_norm_layers,
+    has_running_statistics,
+    refuse_lazy,
+    select_layers,
+)
+from lightning_bn.functional.layers.status import layer_status, update_status
+
+_OWNER = "freeze_batch_norm"
+_REQUIRED_GRAD = "_lightning_bn_required_grad"
+_OWN_ATTRIBUTES = (_REQUIRED_GRAD, GIVEN_MODE, HOLDERS)
+
+
+def freeze_batch_norm(
+    model: nn.Module,
+    modules: Patterns = None,
+    exclude: Patterns = None,
+    *,
+    stats: bool = True,
+    affine: bool = True,
+    root: str = "",
+) -> tuple[str, ...]:
+    """Freezes the selected BatchNorm layers in place until :func:`unfreeze_batch_norm`; returns their names.
+
+    With ``stats`` a layer normalises with its running statistics in training and in evaluation, and they do not move:
+    it stays in eval mode through ``.train()`` on itself or on any parent, through deepcopy, pickling and
+    ``load_state_dict`` (which may set the values, since it was asked to). The layer object, its tensors and its state
+    dict keys stay what they were; its class becomes a subclass of the one it had. With ``affine`` its ``weight`` and
+    ``bias`` no longer require a gradient, and one that is there is dropped, so that no optimizer moves them. Freezing
+    twice is freezing once.
+
+    Layers that share a parameter are to be frozen, and let go of, together. Not survived: conversion to SyncBatchNorm,
+    which builds new layers (freeze afterwards), and a later ``model.requires_grad_(True)``, which asks for affine
+    training again.
+
+    Args:
+        model: Any module.
+        modules: As for :func:`~lightning_bn.functional.batch_norm_layers`.
+        exclude: As for ``batch_norm_layers``.
+        stats: Whether to freeze the running statistics.
+        affine: Whether to freeze ``weight`` and ``bias``.
+        root: As for ``batch_norm_layers``.
+
+    Raises:
+        SelectionError: As for ``batch_norm_layers``; under ``stats`` also if a selected layer has no running
+            statistics.
+        ValueError: If neither ``stats`` nor ``affine`` is asked for.
+
+    Warns:
+        UserWarning: If statistics are frozen that are still those of construction.
+
+    Example:
+        >>> import torch
+        >>> net = nn.Sequential(nn.Conv2d(1, 4, 3), nn.BatchNorm2d(4))
+        >>> _ = net(torch.randn(8, 1, 5, 5))
+        >>> freeze_batch_norm(net)
+        ('1',)
+        >>> net.train()[1].training
+        False
+    """
+    layers = select_to_freeze(model, modules, exclude, stats=stats, affine=affine, root=root)
+    if stats:
+        warn_of_initial_statistics(layers)
+    found = [_State(layer) for layer in layers.values()]
+    try:
+        freeze_layers(layers, stats=stats, affine=affine)
+    except BaseException:
+        for state in found:
+            state.restore()
+        raise
+    return tuple(layers)
+
+
+def unfreeze_batch_norm(
+    model: nn.Module,
+    modules: Patterns = None,
+    exclude: Patterns = None,
+    *,
+    stats: bool = True,
+    affine: bool = True,
+    root: str = "",
+) -> tuple[str, ...]:
+    """Lets go of what :func:`freeze_batch_norm` froze among the selected layers; returns the names of those it changed.
+
+    A layer goes back to the mode it would be in had it not been frozen (that of the last ``.train()`` or ``.eval()``
+    it was given, else the one it had), its parameters to the ``requires_grad`` they had. Layers that were not frozen
+    are left alone.
+
+    Args:
+        model: Any module.
+        modules: As for :func:`~lightning_bn.functional.batch_norm_layers`.
+        exclude: As for ``batch_norm_layers``.
+        stats: Whether to let go of the running statistics.
+        affine: Whether to let go of ``weight`` and ``bias``.
+        root: As for ``batch_norm_layers``.
+
+    Raises:
+        SelectionError: As for ``batch_norm_layers``.
+    """
+    layers = batch_norm_layers(model, modules, exclude, root)
+    return unfreeze_layers(layers, stats=stats, affine=affine, parent_trains=model.training)
+
+
+@contextmanager
+def frozen_batch_norm(
+    model: nn.Module,
+    modules: Patterns = None,
+    exclude: Patterns = None,
+    *,
+    stats: bool = True,
+    affine: bool = True,
+    root: str = "",
+) -> Iterator[tuple[str, ...]]:
+    """A context in which the selected layers are frozen; yields their names.
+
+    At its end, also after an exception, each layer is exactly as it was found: class, mode, ``requires_grad``, and
+    frozen or not.
+
+    Args:
+        model: Any module.
+        modules: As for :func:`freeze_batch_norm`.
+        exclude: As for ``freeze_batch_norm``.
+        stats: As for ``freeze_batch_norm``.
+        affine: As for ``freeze_batch_norm``.
+        root: As for ``freeze_batch_norm``.
+
+    Raises:
+        SelectionError: As for ``freeze_batch_norm``.
+        ValueError: As for ``freeze_batch_norm``.
+    """
+    layers = select_to_freeze(model, modules, exclude, stats=stats, affine=affine, root=root)
+    if stats:
+        warn_of_initial_statistics(layers, stacklevel=4)  # past contextlib's frame
+    found = {name: _State(layer) for name, layer in layers.items()}
+    try:
+        freeze_layers(layers, stats=stats, affine=affine)
+        yield tuple(layers)
+    finally:
+        for state in found.values():
+            state.restore()
+
+
+def select_to_freeze(
+    model: nn.Module,
+    modules: Patterns,
+    exclude: Patterns,
+    *,
+    stats: bool,
+    affine: bool,
+    root: str,
+    argument: str = "modules",
+) -> dict[str, _BatchNorm]:
+    """The layers that a freeze with these arguments means, checked: nothing is changed.
+
+    Raises:
+        SelectionError: As for :func:`freeze_batch_norm`.
+        ValueError: As for :func:`freeze_batch_norm`.
+    """
+    if not stats and not affine:
+        raise ValueError("stats=False with affine=False freezes nothing: ask for at least one of them.")
+    layers = select_layers(model, modules, exclude, root, argument)
+    if not stats:
+        return layers
+    without = [name for name, layer in layers.items() if not has_running_statistics(layer)]
+    if without:
+        raise SelectionError(
+            f"BatchNorm without running statistics to freeze: {quoted(without)} (constructed with "
+            f"track_running_stats=False). Leave it out with exclude, or freeze with stats=False."
+        )
+    refuse_lazy(layers)
+    return layers
+
+
+def warn_of_initial_statistics(layers: Mapping[str, _BatchNorm], stacklevel: int = 3) -> None:
+    """Warns where statistics are about to be frozen that are still those of construction."""
+    initial = [name for name, layer in layers.items() if has_initial_statistics(layer)]
+    if initial:
+        warnings.warn(
+            f"freezing {counted(len(initial), 'BatchNorm layer')} with the running statistics of construction, mean 0 "
+            f"and variance 1: {quoted(initial)}. That would normalise nothing: load the pre-trained weights "
+            f"before freezing, or recalibrate first.",
+            stacklevel=stacklevel,
+        )
+
+
+def freeze_layers(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, by: str = _OWNER) -> None:
+    """Freezes layers that are already resolved; ``by`` is who asks, and who has to let go again."""
+    if affine:
+        # All of them before any changes: layers may share a parameter.
+        for layer in layers.values():
+            layer.__dict__.setdefault(_REQUIRED_GRAD, tuple(p.requires_grad for p in affine_parameters(layer)))
+    declare_frozen(layers, stats=stats, affine=affine, by=by)
+    for layer in layers.values():
+        if stats:
+            hold_in_eval(layer, by)
+        if affine:
+            for parameter in affine_parameters(layer):
+                parameter.requires_grad_(False)
+                # An optimizer moves by a gradient that is still there, and skips a parameter that has none.
+                parameter.grad = None
+
+
+def unfreeze_layers(
+    layers: Mapping[str, _BatchNorm],
+    *,
+    stats: bool,
+    affine: bool,
+    by: str = _OWNER,
+    parent_trains: bool = False,
+) -> tuple[str, ...]:
+    """Lets go of layers that ``by`` froze; one that someone else also holds stays frozen. Names of those changed."""
+    given_back: dict[nn.Parameter, bool] = {}
+    changed = declare_unfrozen(layers, stats=stats, affine=affine, by=by)
+    for name in changed:
+        layer = layers[name]
+        if stats:
+            let_go(layer, by, parent_trains=parent_trains)
+        if affine and not layer_status(layer).affine_frozen_by:
+            required = layer.__dict__.pop(_REQUIRED_GRAD, ())
+            for parameter, requires_grad in zip(affine_parameters(layer), required, strict=False):
+                # Of layers that share a parameter, those frozen later found it frozen already.
+                given_back[parameter] = requires_grad or given_back.get(parameter, False)
+    for parameter, requires_grad in given_back.items():
+        parameter.requires_grad_(requires_grad)
+    return changed
+
+
+def declare_frozen(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, by: str) -> None:
+    """Records that ``by`` keeps these layers frozen, without doing anything to them."""
+    for layer in layers.values():
+        status = layer_status(layer)
+        if stats and by not in status.stats_frozen_by:
+            update_status(layer, stats_frozen_by=(*status.stats_frozen_by, by))
+        if affine and by not in status.affine_frozen_by:
+            update_status(layer, affine_frozen_by=(*status.affine_frozen_by, by))
+
+
+def declare_unfrozen(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, by: str) -> tuple[str, ...]:
+    """Takes back what :func:`declare_frozen` recorded; names of the layers where there was something."""
+    changed = []
+    for name, layer in layers.items():
+        status = layer_status(layer)
+        if stats:
+            update_status(layer, stats_frozen_by=tuple(owner for owner in status.stats_frozen_by if owner != by))
+        if affine:
+            update_status(layer, affine_frozen_by=tuple(owner for owner in status.affine_frozen_by if owner != by))
+        if layer_status(layer) != status:
+            changed.append(name)
+    return tuple(changed)
+
+
+class _State:
+    """Everything about one layer that freezing may change, as it is now."""
+
+    def __init__(self, layer: _BatchNorm) -> None:
+        self._layer = layer
+        self._class = type(layer)
+        self._training = layer.training
+        self._status = layer_status(layer)
+        self._own = {name: copy(layer.__dict__[name]) for name in _OWN_ATTRIBUTES if name in layer.__dict__}
+        self._gradients = [
+            (parameter, parameter.requires_grad, parameter.grad) for parameter in affine_parameters(layer)
+        ]
+
+    def restore(self) -> None:
+        layer = self._layer
+        layer.__class__ = self._class
+        layer.training = self._training
+        for name in _OWN_ATTRIBUTES:
+            layer.__dict__.pop(name, None)
+        layer.__dict__.update(self._own)
+        update_status(layer, **vars(self._status))
+        for parameter, requires_grad, gradient in self._gradients:
+            parameter.requires_grad_(requires_grad)
+            parameter.grad = gradient

@@ -1,0 +1,1 @@
+"""What moved, what is wrong, and since when."""

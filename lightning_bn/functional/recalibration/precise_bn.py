@@ -1,0 +1,261 @@
+"""Population statistics from batches (precise BN), written into the layers."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack, nullcontext
+from typing import Any, get_args
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.functional._batches import default_forward, model_device
+from lightning_bn.functional._text import counted, quoted
+from lightning_bn.functional.distributed.agreement import Totals, across_processes, agree_on_layers, others_told
+from lightning_bn.functional.distributed.lockstep import Lockstep
+from lightning_bn.functional.layers.patterns import Patterns
+from lightning_bn.functional.layers.selection import (
+    batch_norm_layers,
+    has_running_statistics,
+    is_synchronised,
+    processes_of,
+    tracked_layers,
+)
+from lightning_bn.functional.layers.status import is_frozen
+from lightning_bn.functional.recalibration.collector import Collector, single_values_refused
+from lightning_bn.functional.recalibration.isolation import (
+    preserved_buffers,
+    preserved_modes,
+    preserved_rng,
+    run_as_written,
+    set_modes_for_statistics,
+)
+from lightning_bn.functional.recalibration.population import Estimator, Population
+from lightning_bn.functional.recalibration.result import Recalibration, RecalibrationError
+from lightning_bn.functional.recalibration.stopping import Budget, Usage
+from lightning_bn.functional.statistics.snapshots import snapshot_of
+
+
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    *,
+    modules: Patterns = None,
+    exclude: Patterns = None,
+    root: str = "",
+    forward: Callable[[Any, Any], Any] | None = None,
+    num_batches: int | None = None,
+    num_samples: int | None = None,
+    max_standard_error: float | None = None,
+    estimator: Estimator = "pooled",
+    distributed: bool = False,
+) -> Recalibration:
+    """Replaces running statistics by those of the population that ``batches`` are drawn from, with the weights of now.
+
+    Every batch is run forward once, without gradients, each layer normalising with the batch as in training. What a
+    layer sees is pooled over all batches, positions and uses in float64; the mean and the unbiased variance of the
+    pooled values are written in place, ``num_batches_tracked`` stays. Everything else is afterwards as it was, also
+    after a failure, which leaves the statistics as they were too: modes, momentum, hooks, other buffers, random number
+    generators, gradients.
+
+    Rewritten are the selected layers except those that were frozen through this package and those in eval inside a
+    model in training; where the whole model is in eval, all selected ones. For the pass other leaf modules are in eval
+    (no dropout) and containers keep their mode.
+
+    Args:
+        model: Any module.
+        batches: What to feed, for instance a DataLoader. 10^3 to 10^4 samples are near-optimal; batches may be larger
+            than in training.
+        modules: As for :func:`~lightning_bn.functional.batch_norm_layers`.
+        exclude: As for ``batch_norm_layers``.
+        root: As for ``batch_norm_layers``.
+        forward: Runs the model on one batch: ``forward(model, batch)``. By default the model is called on a tensor, on
+            the first element of a tuple or list, or with the items of a dict as keywords. The batch has been moved to
+            the model's device. Of a model in DistributedDataParallel it is given the module inside.
+        num_batches: How many batches at most, in each process; None for all.
+        num_samples: How many samples at most, over all processes; None for all.
+        max_standard_error: Stop as soon as the standard error of every channel's mean (in standard deviations) and
+            variance (relative) is below this, estimated from the spread between batches, of which at least 8 are used.
+        estimator: ``"pooled"``: one mean and variance of all values. ``"mean_of_batches"``: means of the batches' own
+            means and unbiased variances, as ``momentum=None`` and other tools have it; it misses the variance between
+            batches.
+        distributed: Whether all processes of the default process group take part, each with batches of its own: the
+            statistics are then merged and the same on all of them. Every process has to call this. With SyncBatchNorm
+            layers, whose forwards wait for each other, all run as many batches as the one that has the fewest.
+
+    Returns:
+        What was done; printed, it is one sentence.
+
+    Raises:
+        ValueError: If a number is below 1 or not positive, or a layer is synchronised and ``distributed`` is not set.
+        RecalibrationError: A ValueError too: if all selected layers are frozen; if there is no batch, or none that can
+            be used; if no selected layer was reached.
+        SelectionError: As for ``batch_norm_layers``, or if a selected layer has no running statistics.
+        TypeError: If ``batches`` is one tensor, or a batch cannot be fed without ``forward``.
+        RuntimeError: Under ``distributed``, if the processes mean different layers or another one failed.
+
+    Source: Wu & Johnson (2021), "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3; Ioffe & Szegedy
+    (2015), arXiv 1502.03167, algorithm 2. Pooling follows Chan, Golub & LeVeque (1979).
+
+    Example:
+        >>> data = torch.arange(12.0).reshape(6, 2)
+        >>> layer = nn.BatchNorm1d(2)
+        >>> result = recalibrate(layer, data.split(2))
+        >>> layer.running_mean, layer.running_var
+        (tensor([5., 6.]), tensor([14., 14.]))
+        >>> result.num_batches, result.num_samples
+        (3, 6)
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"recalibrate(model, batches): model is a {type(model).__name__}, not a torch.nn.Module; are the two "
+            f"swapped?"
+        )
+    started = time.monotonic()
+    processes = dist.get_world_size() if distributed else 1
+    device = model_device(model)
+    with others_told(device) if distributed else nullcontext():
+        budget = Budget(num_batches, num_samples, max_standard_error, processes)
+        _check(batches, estimator)
+        selected = tracked_layers(model, modules, exclude, root)
+        targets = _targets(model, selected)
+        channels = {name: layer.num_features for name, layer in targets.items()}
+        synchronised = [name for name, layer in targets.items() if is_synchronised(layer)]
+        if synchronised and not distributed:
+            _check_alone(targets)
+    if distributed:
+        others = [
+            f"estimator={estimator}",
+            f"num_samples={num_samples}",
+            *(f"{name} is synchronised" for name in synchronised),
+        ]
+        agree_on_layers({**channels, **dict.fromkeys(others, 0)}, device)
+    usage = Usage(budget)
+    lockstep = Lockstep(device) if synchronised and distributed else None
+    gathered: Population | None = None
+    try:
+        gathered = _collect(_inside_ddp(model), targets, batches, forward or default_forward, usage, device, lockstep)
+    finally:
+        # Also after a failure here, which the other processes are waiting to hear of.
+        totals = Totals(usage.batches, usage.skipped, usage.samples, int(usage.ended_early))
+        if distributed and (lockstep is None or lockstep.settle()):
+            eps = {name: layer.eps for name, layer in targets.items()}
+            gathered, totals = across_processes(gathered, channels, eps, totals, device)
+    reached = {name: targets[name] for name in gathered.reached()}
+    if not reached:
+        why = None if totals.batches else usage.why_nothing(lockstep is not None)
+        raise RecalibrationError(why or _why_none(gathered, totals.batches))
+    before = snapshot_of(reached)
+    _write(reached, gathered, estimator)
+    return Recalibration(
+        layers=tuple(reached),
+        before=before,
+        after=snapshot_of(reached),
+        num_batches=totals.batches,
+        num_samples=totals.samples,
+        requested_batches=num_batches,
+        skipped_batches=totals.skipped,
+        standard_error=gathered.standard_error(),
+        processes=processes,
+        ended_early=totals.ended_early,
+        nonfinite={name: count for name, count in gathered.nonfinite.items() if count},
+        unreached=tuple(name for name in channels if not gathered.uses[name] and not gathered.nonfinite[name]),
+        frozen=tuple(name for name in selected if name not in targets),
+        seconds=time.monotonic() - started,
+    )
+
+
+def _inside_ddp(model: nn.Module) -> nn.Module:
+    """The module itself: DDP's forward exchanges buffers, for which a process with fewer batches would not come."""
+    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+
+
+def _check(batches: Any, estimator: str) -> None:
+    if estimator not in get_args(Estimator):
+        raise ValueError(f"estimator={estimator!r} is not one of {', '.join(get_args(Estimator))}.")
+    if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
+        raise TypeError(
+            f"batches is a {type(batches).__name__}, not an iterable of batches: pass a DataLoader, or [batch] for "
+            f"a single one."
+        )
+
+
+def _collect(
+    model: nn.Module,
+    targets: Mapping[str, _BatchNorm],
+    batches: Iterable[Any],
+    forward: Callable[[Any, Any], Any],
+    usage: Usage,
+    device: torch.device,
+    lockstep: Lockstep | None,
+) -> Population:
+    """Runs the batches and gives what the targets saw; the model is as it was before, whatever happens."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(run_as_written())
+        stack.enter_context(preserved_rng())
+        stack.enter_context(preserved_modes(model))
+        stack.enter_context(preserved_buffers(model))
+        stack.enter_context(single_values_refused(_always_batch(model)))
+        collector = stack.enter_context(Collector(targets))
+        set_modes_for_statistics(model, targets.values())
+        usage.run(batches, lambda batch: forward(model, batch), collector, device, lockstep)
+        return collector.population()
+
+
+def _targets(model: nn.Module, selected: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
+    """The selected layers that are not frozen; eval says frozen only where something else is in training."""
+    in_training = any(module.training for module in model.modules())
+    targets = {
+        name: layer for name, layer in selected.items() if not is_frozen(layer) and (layer.training or not in_training)
+    }
+    if not targets:
+        raise RecalibrationError(
+            f"nothing to recalibrate: {counted(len(selected), 'selected BatchNorm layer')}, every one frozen or in "
+            f"eval inside a model in training ({quoted(list(selected))}). Unfreeze them, or call model.eval() if eval "
+            f"was not meant to freeze them."
+        )
+    return targets
+
+
+def _check_alone(targets: Mapping[str, _BatchNorm]) -> None:
+    synchronised = [name for name, layer in targets.items() if processes_of(layer) > 1]
+    if synchronised:
+        name = synchronised[0]
+        more = f" (and {counted(len(synchronised) - 1, 'more layer')})" if len(synchronised) > 1 else ""
+        raise ValueError(
+            f"BatchNorm layer {name!r}{more} is synchronised over {processes_of(targets[name])} processes: each of its "
+            f"forwards waits for theirs. Pass distributed=True, in every process."
+        )
+
+
+def _always_batch(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Layers that normalise with the batch in every mode, as they have nothing else."""
+    layers = batch_norm_layers(model)
+    return {name: layer for name, layer in layers.items() if not has_running_statistics(layer)}
+
+
+def _why_none(gathered: Population, batches: int) -> str:
+    bad = [name for name, count in gathered.nonfinite.items() if count]
+    if bad:
+        return (
+            f"no statistics could be collected from {counted(batches, 'batch', 'batches')}: the input of {quoted(bad)} "
+            f"was never finite. Nothing was changed; look for inf or NaN in the data or the weights."
+        )
+    return (
+        f"none of the {len(gathered.channels)} selected BatchNorm layers was reached by the forward in {batches} "
+        f"batches: {quoted(list(gathered.channels))}. Nothing was changed; pass a forward= that runs them."
+    )
+
+
+def _write(layers: Mapping[str, _BatchNorm], gathered: Population, estimator: Estimator) -> None:
+    statistics = gathered.statistics(estimator)
+    with torch.no_grad():
+        for name, layer in layers.items():
+            for buffer, values in zip((layer.running_mean, layer.running_var), statistics[name], strict=True):
+                if buffer is not None:
+                    buffer.copy_(values)

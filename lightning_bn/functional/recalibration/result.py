@@ -1,0 +1,81 @@
+"""What one recalibration did, as data and as one sentence."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from lightning_bn.functional._text import counted, quoted
+from lightning_bn.functional.statistics.drift_measures import summarize
+from lightning_bn.functional.statistics.snapshots import Snapshot
+
+
+class RecalibrationError(ValueError):
+    """Nothing could be recalibrated from the data that came; nothing was changed."""
+
+
+_WORTH_SAYING = 0.01
+"""Jeffreys divergence, a variance ratio of about 1.15: below it nobody's validation changes."""
+
+
+@dataclass(frozen=True)
+class Recalibration:
+    """What one recalibration did.
+
+    Attributes:
+        layers: Names of the layers whose statistics were rewritten.
+        before: Their running statistics as they were.
+        after: Their population statistics, as they are now.
+        num_batches: Batches used, of all processes.
+        num_samples: Samples in them; None if a batch has no tensor to count them by.
+        requested_batches: Batches that each process was asked for; None for all there are.
+        skipped_batches: Batches left out because a layer saw one value per channel.
+        standard_error: Largest relative standard error of any channel: of its mean in standard deviations or of its
+            variance in variances, estimated from the spread between batches; infinite for a single batch.
+        processes: How many took part.
+        ended_early: Processes whose data ended before what was asked for.
+        nonfinite: By layer, forwards left out because a batch statistic was not finite.
+        unreached: Layers that no forward reached; left as they were.
+        frozen: Selected layers left alone because they are frozen, or in eval inside a model in training.
+        seconds: How long it took.
+    """
+
+    layers: tuple[str, ...]
+    before: Snapshot
+    after: Snapshot
+    num_batches: int
+    num_samples: int | None
+    requested_batches: int | None
+    skipped_batches: int
+    standard_error: float
+    processes: int
+    ended_early: int
+    nonfinite: dict[str, int]
+    unreached: tuple[str, ...]
+    frozen: tuple[str, ...]
+    seconds: float
+
+    def __str__(self) -> str:
+        amount = f"{self.num_batches:,} batches" if self.num_samples is None else f"{self.num_samples:,} samples"
+        ranks = f" on {self.processes} ranks" if self.processes > 1 else ""
+        error = f", standard error {self.standard_error:.2g}" if math.isfinite(self.standard_error) else ""
+        layers = counted(len(self.layers), "BatchNorm layer")
+        said = [f"{layers} recalibrated from {amount}{ranks} in {self.seconds:.2g} s{error}"]
+        if self.ended_early and self.requested_batches is not None:
+            asked = self.requested_batches * self.processes
+            said.append(f"the data ended after {self.num_batches + self.skipped_batches:,} of {asked:,} batches")
+        worst = summarize(reference=self.after, current=self.before)
+        if not math.isfinite(worst.max):
+            bad = int((~(self.before.mean + self.before.var).isfinite()).sum())
+            said.append(f"replaced statistics that were not finite in {bad} channels, {worst.worst_layer} first")
+        elif worst.max > _WORTH_SAYING:
+            said.append(f"replaced statistics that were off most at {worst.in_words()}")
+        if self.frozen:
+            said.append(f"{len(self.frozen)} frozen untouched")
+        if self.skipped_batches:
+            said.append(f"{self.skipped_batches} batches skipped, one value per channel")
+        if self.nonfinite:
+            said.append(f"non-finite batches left out at {quoted(list(self.nonfinite))}")
+        if self.unreached:
+            said.append(f"not reached and left as they were: {quoted(self.unreached)}")
+        return "; ".join(said)

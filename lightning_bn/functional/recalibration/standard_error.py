@@ -1,0 +1,105 @@
+"""How far the statistics of single batches are from the pooled ones: the standard error of what is being estimated."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from lightning_bn.functional.statistics.sample_moments import Moments, variance
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Sums over batches from which standard errors of the pooled mean and variance follow.
+
+    With n values in a batch, d the distance of its mean from that of the first batch and e its mean squared distance
+    from there: the contribution of a batch to the pooled variance is linear in d and e, so that sums of their products
+    with n^2 are enough, whatever the pooled mean turns out to be. The batch is the unit: positions within an image, and
+    several uses of a layer in one forward, are not independent.
+
+    Attributes:
+        batches: How many, per channel, shape ``(C,)`` like all others.
+        origin: Mean of the first batch.
+        n2: Sum of n^2.
+        n2d: Sum of n^2 d.
+        n2dd: Sum of n^2 d^2.
+        n2e: Sum of n^2 e.
+        n2de: Sum of n^2 d e.
+        n2ee: Sum of n^2 e^2.
+
+    Source: Cochran (1977), "Sampling Techniques", section 9A: the ratio estimator over clusters.
+    """
+
+    batches: Tensor
+    origin: Tensor
+    n2: Tensor
+    n2d: Tensor
+    n2dd: Tensor
+    n2e: Tensor
+    n2de: Tensor
+    n2ee: Tensor
+
+    @classmethod
+    def none(cls, zeros: Tensor) -> Spread:
+        """Of no batch yet; ``zeros`` gives shape, dtype and device."""
+        return cls(*[zeros] * 8)
+
+    def with_batch(self, batch: Moments) -> Spread:
+        """With one batch more; channels with count 0 are not in it."""
+        there = batch.count > 0
+        origin = torch.where(self.batches > 0, self.origin, batch.mean)
+        d = torch.where(there, batch.mean - origin, 0)
+        e = torch.where(there, batch.m2 / batch.count.clamp(min=1), 0) + d.square()
+        n2 = batch.count.square()
+        n2d, n2e = n2 * d, n2 * e
+        return Spread(
+            batches=self.batches + there,
+            origin=origin,
+            n2=self.n2 + n2,
+            n2d=self.n2d + n2d,
+            n2dd=self.n2dd + n2d * d,
+            n2e=self.n2e + n2e,
+            n2de=self.n2de + n2d * e,
+            n2ee=self.n2ee + n2e * e,
+        )
+
+    def squared_deviations(self, pooled: Moments) -> tuple[Tensor, Tensor]:
+        """Sums over batches of the squared n-fold distance of a batch's statistic from the pooled one: mean, variance.
+
+        Corrected by b / (b - 1) for b batches; infinite for fewer than two. Divided by the squared count they are the
+        squared standard errors, so that those of disjoint samples add up.
+        """
+        shift = pooled.mean - self.origin
+        # Of the mean: d - shift. Of the variance: q - v with q = e - 2 shift d + shift^2.
+        about = shift.square() - variance(pooled, unbiased=False)
+        mean = self.n2dd - 2 * shift * self.n2d + shift.square() * self.n2
+        var = (
+            self.n2ee
+            - 4 * shift * self.n2de
+            + 4 * shift.square() * self.n2dd
+            + 2 * about * (self.n2e - 2 * shift * self.n2d)
+            + about.square() * self.n2
+        )
+        enough = self.batches > 1
+        correction = self.batches / (self.batches - 1).clamp(min=1)
+        # Rounding may leave a little below zero.
+        return (
+            torch.where(enough, mean.clamp(min=0) * correction, torch.inf),
+            torch.where(enough, var.clamp(min=0) * correction, torch.inf),
+        )
+
+
+def relative_errors(pooled: Moments, mean: Tensor, var: Tensor, eps: Tensor) -> Tensor:
+    """The standard error of the mean in standard deviations, or that of the variance in variances if it is larger.
+
+    Args:
+        pooled: The statistics that were estimated.
+        mean: Squared deviations of the mean, as :meth:`Spread.squared_deviations` gives them.
+        var: Of the variance.
+        eps: Added to the variance, so that a dead channel has no error.
+    """
+    count = pooled.count.clamp(min=1)
+    scale = variance(pooled, unbiased=False) + eps
+    return torch.maximum((mean / scale).sqrt() / count, var.sqrt() / scale / count)

@@ -1,0 +1,1 @@
+"""Values of running statistics: copied, written back, merged, compared."""

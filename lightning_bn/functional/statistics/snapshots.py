@@ -1,0 +1,290 @@
+"""Running statistics of many layers as one named, flat value: take, write back, compare."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, fields, replace
+from functools import lru_cache, reduce
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.functional._bits import same_bits
+from lightning_bn.functional._text import quoted
+from lightning_bn.functional.layers.patterns import Patterns
+from lightning_bn.functional.layers.selection import batch_norm_layers, is_lazy, tracked_layers
+
+_NO_COUNTER = -1
+
+
+@dataclass(frozen=True, eq=False)
+class Snapshot:
+    """Running statistics of L layers with C channels altogether, copied at one moment.
+
+    Attributes:
+        names: Canonical names of the layers, L of them, in registration order.
+        channels: Channels of each layer; they lie one after another in the flat tensors.
+        mean: ``running_mean`` of all layers, shape ``(C,)``, in units of each layer's input.
+        var: ``running_var`` of all layers, shape ``(C,)``, unbiased, in squared units of the input.
+        num_batches_tracked: Shape ``(L,)``, int64; -1 for a layer without the counter.
+        weight: The affine ``weight`` of all layers, shape ``(C,)``, 1 where there is none. Only read, by measures of
+            drift that ask what a change does to a layer's output; never written back.
+        eps: Each layer's ``eps``.
+    """
+
+    names: tuple[str, ...]
+    channels: tuple[int, ...]
+    mean: Tensor
+    var: Tensor
+    num_batches_tracked: Tensor
+    weight: Tensor
+    eps: tuple[float, ...]
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def slices(self) -> dict[str, slice]:
+        """Where each layer's channels lie in the flat tensors."""
+        ends = list(accumulate(self.channels))
+        return {name: slice(end - size, end) for name, size, end in zip(self.names, self.channels, ends, strict=True)}
+
+    def layer_of(self) -> Tensor:
+        """The index of the layer that each channel belongs to, shape ``(C,)``, int64, on the statistics' device."""
+        return _layer_of(self.channels, self.mean.device)
+
+    def eps_of(self) -> Tensor:
+        """Each channel's ``eps``, shape ``(C,)``, float64, on the statistics' device."""
+        return _eps_of(self.eps, self.channels, self.mean.device)
+
+    def to(self, device: torch.device | str) -> Snapshot:
+        """The same snapshot with its tensors on ``device``."""
+        return replace(
+            self,
+            mean=self.mean.to(device),
+            var=self.var.to(device),
+            num_batches_tracked=self.num_batches_tracked.to(device),
+            weight=self.weight.to(device),
+        )
+
+    def where_doubles_are(self) -> Snapshot:
+        """The same snapshot, on the CPU if its device has no float64, as Apple's MPS has not."""
+        return self.to("cpu") if self.mean.device.type == "mps" else self
+
+    def only(self, names: Collection[str]) -> Snapshot:
+        """Of some of the layers, in the order of this snapshot."""
+        parts = self.slices()
+        chosen = [index for index, name in enumerate(self.names) if name in names]
+        kept = [self.names[index] for index in chosen]
+
+        def pick(flat: Tensor) -> Tensor:
+            return torch.cat([flat[parts[name]] for name in kept])
+
+        return Snapshot(
+            names=tuple(kept),
+            channels=tuple(self.channels[index] for index in chosen),
+            mean=pick(self.mean),
+            var=pick(self.var),
+            num_batches_tracked=self.num_batches_tracked[chosen],
+            weight=pick(self.weight),
+            eps=tuple(self.eps[index] for index in chosen),
+        )
+
+    def same_bits(self, other: Snapshot) -> bool:
+        """Whether both describe the same layers with bit-identical statistics and counters (NaN equals itself)."""
+        return (
+            (self.names, self.channels) == (other.names, other.channels)
+            and same_bits(self.mean, other.mean)
+            and same_bits(self.var, other.var)
+            and torch.equal(self.num_batches_tracked, other.num_batches_tracked.to(self.num_batches_tracked.device))
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors, lists and strings only, for a checkpoint that is read with ``weights_only=True``."""
+        values = {field.name: getattr(self, field.name) for field in fields(self)}
+        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> Snapshot:
+        """The snapshot that :meth:`state_dict` described."""
+        values: dict[str, Any] = {
+            name: tuple(value) if isinstance(value, list) else value for name, value in state.items()
+        }
+        return cls(**values)
+
+
+def take_snapshot(model: nn.Module, modules: Patterns = None, exclude: Patterns = None, root: str = "") -> Snapshot:
+    """Copies of the running statistics of the selected layers; nothing in ``model`` changes.
+
+    Args:
+        model: Any module.
+        modules: As for :func:`~lightning_bn.functional.batch_norm_layers`; None takes every layer that keeps running
+            statistics.
+        exclude: As for ``batch_norm_layers``.
+        root: As for ``batch_norm_layers``.
+
+    Raises:
+        SelectionError: As for ``batch_norm_layers``, or if a layer selected by ``modules`` has no running statistics.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(2)
+        >>> before = take_snapshot(layer)
+        >>> _ = layer(torch.randn(8, 2))
+        >>> restore_snapshot(layer, before)
+        >>> take_snapshot(layer).same_bits(before)
+        True
+    """
+    return snapshot_of(tracked_layers(model, modules, exclude, root))
+
+
+def snapshot_of(layers: Mapping[str, _BatchNorm], weight: Tensor | None = None) -> Snapshot:
+    """The snapshot of layers that are already resolved; each must have running statistics.
+
+    Args:
+        layers: By name.
+        weight: What to take for their affine weights, ``(C,)``; None reads them.
+    """
+    listed = list(layers.values())
+    with torch.no_grad():
+        return Snapshot(
+            names=tuple(layers),
+            channels=tuple(layer.num_features for layer in listed),
+            mean=_flat([_tensor(layer.running_mean) for layer in listed]),
+            var=_flat([_tensor(layer.running_var) for layer in listed]),
+            num_batches_tracked=_counters(listed),
+            weight=_flat([_weight(layer) for layer in listed]) if weight is None else weight,
+            eps=tuple(layer.eps for layer in listed),
+        )
+
+
+def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
+    """Writes a snapshot's running statistics and counters back, in place and bit-exactly.
+
+    The buffers stay the same tensor objects. Layers that the snapshot does not name, and all weights, are left alone.
+    Where layers differ in dtype, a NaN stays a NaN but may lose its payload.
+    Everything is checked before anything is written.
+
+    Args:
+        model: The module the snapshot was taken of, or one with BatchNorm layers of the same names and channels.
+        snapshot: What to write.
+
+    Raises:
+        ValueError: If a layer of the snapshot is missing in ``model``, has no running statistics, another number of
+            channels or buffers of a dtype that cannot hold the values.
+    """
+    layers = batch_norm_layers(model)
+    missing = [name for name in snapshot.names if name not in layers]
+    if missing:
+        raise ValueError(
+            f"the snapshot has statistics of {quoted(missing)}, but the model has no BatchNorm layer of that name; "
+            f"it has {quoted(list(layers))}. Restore into the model the snapshot was taken of."
+        )
+    write_snapshot({name: layers[name] for name in snapshot.names}, snapshot)
+
+
+def restore_where_unchanged(model: nn.Module, snapshot: Snapshot, written: Snapshot) -> tuple[str, ...]:
+    """Writes ``snapshot`` into those layers that still hold, bit for bit, what ``written`` holds; their names.
+
+    Args:
+        model: Where the layers are.
+        snapshot: What to write.
+        written: What the layers held when they were last written to; of the same layers.
+
+    Raises:
+        ValueError: As for :func:`restore_snapshot`.
+    """
+    layers = batch_norm_layers(model)
+    names = [name for name in written.names if name in layers]
+    parts = written.slices()
+    unchanged = {
+        name: layers[name]
+        for name in names
+        if same_bits(_tensor(layers[name].running_mean).to(written.mean.dtype), written.mean[parts[name]])
+        and same_bits(_tensor(layers[name].running_var).to(written.var.dtype), written.var[parts[name]])
+    }
+    if unchanged:
+        write_snapshot(unchanged, snapshot.only(unchanged))
+    return tuple(unchanged)
+
+
+def write_snapshot(layers: Mapping[str, _BatchNorm], snapshot: Snapshot) -> None:
+    """Writes a snapshot into layers that are already resolved, all of its names and no other.
+
+    Raises:
+        ValueError: As for :func:`restore_snapshot`.
+    """
+    parts = snapshot.slices()
+    for name, size in zip(snapshot.names, snapshot.channels, strict=True):
+        running = layers[name].running_mean
+        if running is None or layers[name].running_var is None:
+            raise ValueError(f"BatchNorm layer {name!r} has no running statistics to write a snapshot into.")
+        if is_lazy(running) or running.shape != (size,):
+            raise ValueError(
+                f"BatchNorm layer {name!r} has {layers[name].num_features} channels, the snapshot has {size} for it: "
+                f"it was taken of another model"
+                + (", or run one forward first so that the lazy layer has any." if is_lazy(running) else ".")
+            )
+        for buffer, values in ((running, snapshot.mean), (layers[name].running_var, snapshot.var)):
+            _check_dtype(name, buffer, values[parts[name]])
+    counters = snapshot.num_batches_tracked.tolist()
+    with torch.no_grad():
+        for index, (name, part) in enumerate(parts.items()):
+            layer = layers[name]
+            _tensor(layer.running_mean).copy_(snapshot.mean[part])
+            _tensor(layer.running_var).copy_(snapshot.var[part])
+            if layer.num_batches_tracked is not None and counters[index] != _NO_COUNTER:
+                layer.num_batches_tracked.copy_(snapshot.num_batches_tracked[index])
+
+
+def _check_dtype(name: str, buffer: Tensor | None, values: Tensor) -> None:
+    """Narrowing is exact for what was widened, as in a model of several dtypes; anything else would round silently."""
+    if buffer is None or torch.promote_types(buffer.dtype, values.dtype) == buffer.dtype:
+        return
+    if not torch.equal(values.to(buffer.dtype).to(values.dtype).nan_to_num(nan=0.0), values.nan_to_num(nan=0.0)):
+        raise ValueError(
+            f"BatchNorm layer {name!r} has {buffer.dtype} running statistics that cannot hold the snapshot's "
+            f"{values.dtype} values exactly: convert the model to {values.dtype} first."
+        )
+
+
+def _flat(tensors: list[Tensor]) -> Tensor:
+    """One copy of all values, in the narrowest dtype that holds each of them exactly, where the first one lives."""
+    dtype, device = tensors[0].dtype, tensors[0].device
+    if all(tensor.dtype == dtype and tensor.device == device for tensor in tensors):
+        return torch.cat(tensors)
+    dtype = reduce(torch.promote_types, (tensor.dtype for tensor in tensors))
+    return torch.cat([tensor.detach().to(device=device, dtype=dtype) for tensor in tensors])
+
+
+def _counters(layers: list[_BatchNorm]) -> Tensor:
+    device = _tensor(layers[0].running_mean).device
+    counters = [layer.num_batches_tracked for layer in layers]
+    there = [counter for counter in counters if counter is not None and counter.device == device]
+    if len(there) == len(counters):
+        return torch.stack(there)
+    missing = torch.tensor(_NO_COUNTER, device=device)
+    return torch.stack([missing if counter is None else counter.to(device) for counter in counters])
+
+
+# The same for every sample of a fit.
+@lru_cache(maxsize=16)
+def _layer_of(channels: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.arange(len(channels)).repeat_interleave(torch.tensor(channels)).to(device)
+
+
+@lru_cache(maxsize=16)
+def _eps_of(eps: tuple[float, ...], channels: tuple[int, ...], device: torch.device) -> Tensor:
+    return torch.tensor(eps, dtype=torch.float64).repeat_interleave(torch.tensor(channels)).to(device)
+
+
+def _weight(layer: _BatchNorm) -> Tensor:
+    weight: Tensor | None = layer.weight
+    return torch.ones_like(_tensor(layer.running_mean)) if weight is None else weight
+
+
+def _tensor(value: Tensor | None) -> Tensor:
+    if value is None:
+        raise ValueError("a BatchNorm layer without running statistics reached a place that needs them")
+    return value

@@ -1,0 +1,172 @@
+"""Symptoms and the one sentence that names the disease, the layer and the remedy."""
+
+from typing import Any
+
+import pytest
+
+from lightning_bn.functional.monitoring.diagnosis import (
+    ALTERNATING,
+    FEWEST_BATCHES,
+    LAGGING,
+    RANKS_DIFFER,
+    Symptoms,
+    diagnose,
+)
+
+NAMES = ("stem.bn", "body.bn", "head.bn")
+
+
+def symptoms(**changed: Any) -> Symptoms:
+    """Of three healthy layers, but for what is given."""
+    healthy: dict[str, Any] = {
+        "names": NAMES,
+        "training": [True] * 3,
+        "frozen_by": [""] * 3,
+        "nonfinite": [0.0] * 3,
+        "nonfinite_here": [0.0] * 3,
+        "died": [0.0] * 3,
+        "explosion": [1.0] * 3,
+        "updates": [1.0] * 3,
+        "changed": [True] * 3,
+        "idle": [0] * 3,
+        "samples": 32,
+        "judged": FEWEST_BATCHES,
+        "bias": [0.1] * 3,
+        "spread": [0.1] * 3,
+        "gap": [0.0] * 3,
+        "processes": 1,
+        "synchronised": [False] * 3,
+    }
+    return Symptoms(**{**healthy, **changed})
+
+
+def found(**changed: Any) -> list[tuple[str, str]]:
+    return [(one.layer, one.disease) for one in diagnose(symptoms(**changed))]
+
+
+def test_a_healthy_model_has_nothing() -> None:
+    assert diagnose(symptoms()) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "layer", "disease", "words"),
+    [
+        (
+            {"nonfinite": [0, 2, 0], "nonfinite_here": [0, 2, 0]},
+            "body.bn",
+            "not finite",
+            ["2 channels", "finite, and a"],
+        ),
+        ({"nonfinite": [0, 1, 0]}, "body.bn", "not finite", ["1 channel whose", "not finite on another rank"]),
+        ({"died": [0, 2, 1]}, "body.bn", "died", ["(and 1 more layer)", "2 channels whose variance fell below eps"]),
+        (
+            {"spread": [0.1, 0.5, 0.6], "samples": 2, "processes": 4, "synchronised": [False, False, True]},
+            "body.bn",
+            "small batches",
+            ["body.bn normalises the 2 samples of each rank", "scatter by 0.5 sigma", "normalises 8 samples together"],
+        ),
+        ({"explosion": [2, 101, 99]}, "body.bn", "exploding", ["variances x1e+02 those", "0 to 255"]),
+        ({"spread": [0.1, 1.5, 0.1], "bias": [0.1, 1.4, 0.1]}, "body.bn", "lagging", ["lags 1.4 sigma"]),
+        (
+            {"updates": [1, 0, 1], "idle": [0, 20, 0], "changed": [True, False, True]},
+            "body.bn",
+            "stalled",
+            ["not updated in 20 batches", "no forward reaches it"],
+        ),
+        ({"updates": [1, 1, 2]}, "head.bn", "updated twice", ["2 times per batch", "more than once in a forward"]),
+        (
+            {"frozen_by": ["", "BatchNormFreezer", ""]},
+            "body.bn",
+            "frozen but moves",
+            ["frozen by BatchNormFreezer", "train mode"],
+        ),
+        (
+            {"frozen_by": ["", "me", ""], "updates": [1, 0, 1]},
+            "body.bn",
+            "frozen but moves",
+            ["frozen by me", "written to"],
+        ),
+        ({"bias": [0.1, 2.0, 0.1]}, "body.bn", "lagging", ["lags 2.0 sigma", "PreciseBatchNorm", "learning rate"]),
+        (
+            {"spread": [0.1, 3.0, 0.1]},
+            "body.bn",
+            "alternating",
+            ["sources that alternate", "3.0 sigma", "statistics of its own"],
+        ),
+        ({"gap": [0.0, 2.0, 0.0]}, "body.bn", "ranks differ", ["2.0 sigma", "rank 0's", "SyncBatchNorm"]),
+    ],
+)
+def test_each_disease_is_named_in_one_sentence_that_starts_with_the_layer(
+    changed: dict[str, Any], layer: str, disease: str, words: list[str]
+) -> None:
+    [one] = diagnose(symptoms(**changed))
+    assert (one.layer, one.disease) == (layer, disease)
+    assert one.sentence.startswith(layer)
+    assert one.sentence.endswith(".")
+    for word in words:
+        assert word in one.sentence
+
+
+@pytest.mark.parametrize(
+    ("row", "disease"), [("nonfinite", "not finite"), ("bias", "lagging"), ("spread", "alternating")]
+)
+def test_one_cause_in_many_layers_is_one_line_with_the_first_of_them(row: str, disease: str) -> None:
+    [one] = diagnose(symptoms(**{row: [0.0, 5.0, 5.0]}))
+    assert (one.layer, one.disease) == ("body.bn", disease)
+    assert "(and 1 more layer)" in one.sentence
+
+
+@pytest.mark.parametrize(("samples", "processes", "found_some"), [(4, 2, True), (5, 2, False), (4, 1, False)])
+def test_only_small_batches_of_several_ranks_are_called_small(samples: int, processes: int, found_some: bool) -> None:
+    assert bool(found(spread=[0.5] * 3, samples=samples, processes=processes)) is found_some
+
+
+def test_a_layer_fed_by_alternating_sources_is_not_also_called_lagging() -> None:
+    assert found(spread=[3.0, 0.1, 0.1], bias=[1.4, 0.1, 0.1]) == [("stem.bn", "alternating")]
+
+
+def test_nothing_is_said_of_batches_before_enough_of_them_were_judged() -> None:
+    changed = {"bias": [9.0] * 3, "spread": [9.0] * 3, "gap": [9.0] * 3}
+    assert found(**changed, judged=FEWEST_BATCHES - 1) == []
+    assert found(**changed, judged=FEWEST_BATCHES)
+
+
+def test_a_layer_is_not_called_stalled_before_enough_batches_passed_it_by() -> None:
+    assert found(updates=[1, 0, 1], idle=[0, FEWEST_BATCHES - 1, 0]) == []
+    assert found(updates=[1, 0, 1], idle=[0, FEWEST_BATCHES, 0]) == [("body.bn", "stalled")]
+
+
+def test_a_layer_in_eval_and_a_frozen_one_that_stands_still_are_no_faults() -> None:
+    still = {"updates": [1, 0, 1], "idle": [0, 50, 0], "changed": [True, False, True]}
+    assert found(**still, training=[True, False, True]) == []
+    assert found(**still, frozen_by=["", "me", ""], training=[True, False, True]) == []
+
+
+def test_what_is_not_known_of_updates_is_no_fault() -> None:
+    assert found(updates=[float("nan")] * 3) == []
+
+
+def test_small_batches_are_given_what_they_differ_by_by_chance() -> None:
+    spread = [ALTERNATING + 0.3, 0.1, 0.1]
+    assert found(spread=spread, samples=4) == []
+    assert found(spread=spread, samples=256) == [("stem.bn", "alternating")]
+
+
+def test_the_thresholds_are_where_they_are_said_to_be() -> None:
+    many = 10**8
+    assert found(bias=[LAGGING * 0.99] * 3) == []
+    assert found(bias=[LAGGING * 1.01] * 3) == [("stem.bn", "lagging")]
+    assert found(spread=[ALTERNATING * 0.99] * 3, samples=many) == []
+    assert found(spread=[ALTERNATING * 1.01] * 3, samples=many) == [("stem.bn", "alternating")]
+    assert found(gap=[RANKS_DIFFER * 0.99] * 3, samples=many) == []
+    assert found(gap=[RANKS_DIFFER * 1.01] * 3, samples=many) == [("stem.bn", "ranks differ")]
+
+
+def test_a_batch_of_unknown_size_is_judged_as_the_smallest() -> None:
+    assert found(spread=[ALTERNATING + 1.9, 0.1, 0.1], samples=None) == []
+    assert found(spread=[ALTERNATING + 2.1, 0.1, 0.1], samples=None) == [("stem.bn", "alternating")]
+
+
+def test_values_that_are_not_a_number_are_no_faults_of_batches() -> None:
+    nan = [float("nan")] * 3
+    assert found(bias=nan, spread=nan, gap=nan) == []

@@ -1,6 +1,0 @@
-"""The same recalibrations with torch's own SyncBatchNorm, all ranks on one CUDA device."""
-
-from tests.functional.synchronised_ranks import main
-
-if __name__ == "__main__":
-    main("cuda")
