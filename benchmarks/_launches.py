@@ -27,7 +27,7 @@ _COUNTED = {
 #: What the columns mean, by type of device.
 MEANING = {
     "cpu": "operators: of ATen, those called by other ones left out. values read: by `.item()` and the like.",
-    "cuda": "launches: of kernels. copies: from the device to the host. waits: synchronisations with the device, a "
+    "cuda": "launches: of kernels. copies: from the device to the host. waits: synchronizations with the device, a "
     "stream or an event. values read: by `.item()` and the like; one on the device takes a copy and a wait.",
 }
 
@@ -68,7 +68,7 @@ def counting(device: torch.device) -> Iterator[dict[str, int]]:
 
 @cache
 def profilers_own(device: torch.device) -> dict[str, int]:
-    """What an empty profile has: on CUDA it is synchronised, by us and by the profiler.
+    """What an empty profile has: on CUDA it is synchronized, by us and by the profiler.
 
     The first profile of a process belongs in its main thread: in another one the profiler complains, on stderr.
     """

@@ -77,7 +77,7 @@ def _conv(
 
 
 def _before(inputs: int, outputs: int, kernel: int) -> nn.Sequential:
-    """Normalised before it is convolved."""
+    """Normalized before it is convolved."""
     convolution = nn.Conv2d(inputs, outputs, kernel, padding=kernel // 2, bias=False)
     return nn.Sequential(nn.BatchNorm2d(inputs), nn.ReLU(), convolution)
 

@@ -61,7 +61,7 @@ class Comparison:
         seconds: Its fastest turn.
         base: The other's fastest turn.
         ratio: Of the two.
-        median: Of the ratios of neighbouring turns.
+        median: Of the ratios of neighboring turns.
         low: Their 10th percentile.
         high: Their 90th percentile.
     """
@@ -75,12 +75,12 @@ class Comparison:
 
     @property
     def spread(self) -> str:
-        """How far the ratios of neighbouring turns are apart."""
+        """How far the ratios of neighboring turns are apart."""
         return f"{self.low:.3f} to {self.high:.3f}"
 
 
 def compare(times: list[float], base: list[float]) -> Comparison:
-    """Compares turns, of which those with the same index were neighbours."""
+    """Compares turns, of which those with the same index were neighbors."""
     ratios = [mine / other for mine, other in zip(times, base, strict=True)]
     deciles = quantiles(ratios, n=10)
     return Comparison(min(times), min(base), min(times) / min(base), median(ratios), deciles[0], deciles[-1])

@@ -311,7 +311,7 @@ def main() -> None:
     results.table(
         f"Time, as a multiple of that of {OURS}",
         rows,
-        "Ratios: of the fastest rounds, and the median of neighbouring rounds. A round takes as long as it does for "
+        "Ratios: of the fastest rounds, and the median of neighboring rounds. A round takes as long as it does for "
         f"the slowest process, waiting included. {os.cpu_count()} CPUs for up to {max(PROCESSES)} processes, each with "
         "threads of gloo beside its own: absolute times mean nothing; ratios do, but they too differ from run to run. "
         f"Those of per buffer and per layer are of all layers on {whole} processes; for more than {parts} processes "

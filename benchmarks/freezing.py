@@ -79,7 +79,7 @@ def main() -> None:
         "Time of a step in a real fit",
         step_rows(taken.seconds, BASE, "layers frozen by"),
         f"Against `{BASE}`, {TURNS} turns of {STEPS} steps. ratio: of the fastest steps; median and percentiles: of "
-        "neighbouring turns. The last row is the measurement's own error.",
+        "neighboring turns. The last row is the measurement's own error.",
     )
     step = 1e6 * min(taken.seconds[BASE])
     rows = []

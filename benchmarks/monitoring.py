@@ -62,7 +62,7 @@ def main() -> None:
         "Time of a step in a real fit",
         step_rows(taken.seconds, BASE, "fit"),
         f"{TURNS} turns of {STEPS} steps with 16 images of 64x64. ratio: of the fastest steps; median and percentiles: "
-        "of neighbouring turns. The last row is the measurement's own error.",
+        "of neighboring turns. The last row is the measurement's own error.",
     )
     step = 1e6 * min(taken.seconds[BASE])
     at_sample, between = typical(sample, clock), typical(no_sample, clock)

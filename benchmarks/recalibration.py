@@ -74,7 +74,7 @@ class Turns:
 
     @property
     def added(self) -> float:
-        """Seconds that a batch costs more than its bare forward, the median of neighbours."""
+        """Seconds that a batch costs more than its bare forward, the median of neighbors."""
         return median(mine - bare for mine, bare in zip(self.tool, self.bare, strict=True))
 
     @property
@@ -160,11 +160,11 @@ def main() -> None:
         "Time against the bare forward",
         rows,
         "ratio: of the fastest batch of the tool and of the bare forwards between its batches; median and percentiles: "
-        "of neighbours. torch's tool adds next to nothing: what it reads is the measurement's own error. once: what a "
+        "of neighbors. torch's tool adds next to nothing: what it reads is the measurement's own error. once: what a "
         "call costs beside its batches. 200 batches: median and once together. 32 images of 64x64, or 32 vectors, a "
         "batch.",
     )
-    results.table("What is added to a batch's forward", overheads, "Median of the differences of neighbours.")
+    results.table("What is added to a batch's forward", overheads, "Median of the differences of neighbors.")
     # Last, since the profiler may leave the process slower.
     rows = [
         {"network": architecture, "tool": name, **counts(tool, seeded(build).to(device), batch)}

@@ -38,7 +38,7 @@ def independent(size: int) -> Iterator[Tensor]:
 
 
 def by_scene(size: int) -> Iterator[Tensor]:
-    """Batches whose images share a part of their brightness, as neighbouring frames do."""
+    """Batches whose images share a part of their brightness, as neighboring frames do."""
     for images in independent(size):
         yield images + 0.5 * torch.randn(1)
 

@@ -15,9 +15,9 @@ from lightning_bn.functional.statistics.drift_measures import (
     MEASURES,
     Measure,
     layer_maxima,
-    of_standardised,
+    of_standardized,
     percentile_95,
-    standardised,
+    standardized,
 )
 from lightning_bn.functional.statistics.snapshots import Snapshot, take_snapshot
 
@@ -110,8 +110,8 @@ class BatchNormDrift(Metric):
         """
         current = self._snapshot(model)
         self.reference = self.reference.to(current.mean.device)
-        shift, ratio = standardised(self.reference, current)
-        values = of_standardised(self.measure, shift, ratio, current.weight).abs().to(self.sums)
+        shift, ratio = standardized(self.reference, current)
+        values = of_standardized(self.measure, shift, ratio, current.weight).abs().to(self.sums)
         largest = torch.maximum(self.sums[_LARGEST], values)
         setattr(self, self._state, torch.stack((self.sums[_TOTAL] + values, largest, self.sums[_COUNT] + 1)))
 

@@ -22,8 +22,8 @@ def drift_figure(history: DriftHistory, measure: str, threshold: float | None = 
 
     Args:
         history: Samples, at least one.
-        measure: Its name, for the colour bar.
-        threshold: Where the colour scale changes from blue to red; None for 0.1, a variance ratio of 1.56.
+        measure: Its name, for the color bar.
+        threshold: Where the color scale changes from blue to red; None for 0.1, a variance ratio of 1.56.
 
     Returns:
         A ``matplotlib.figure.Figure`` that belongs to no window.
@@ -40,7 +40,7 @@ def drift_figure(history: DriftHistory, measure: str, threshold: float | None = 
     if not len(history):
         raise ValueError("the history has no sample to draw")
     middle = threshold or 0.1
-    # Fixed, so that one layer that explodes does not make all others look alike; beyond it is one colour.
+    # Fixed, so that one layer that explodes does not make all others look alike; beyond it is one color.
     most = 10 * middle
     values = history.values()
     unmeasured = values.isnan()
@@ -59,8 +59,8 @@ def drift_figure(history: DriftHistory, measure: str, threshold: float | None = 
     )
     young = _young(history)
     if young.any():
-        grey = ma.masked_array(young.T, ~young.T)
-        axes.pcolormesh(edges, [index - 0.5 for index in range(layers + 1)], grey, cmap=ListedColormap(["lightgrey"]))
+        gray = ma.masked_array(young.T, ~young.T)
+        axes.pcolormesh(edges, [index - 0.5 for index in range(layers + 1)], gray, cmap=ListedColormap(["lightgray"]))
     bar = figure.colorbar(mesh, ax=axes, extend="max", ticks=[0.0, middle / 2, middle, most / 2, most])
     bar.ax.set_yticklabels([f"{value:.3g}" for value in (0.0, middle / 2, middle, most / 2, most)])
     bar.set_label(f"{measure}\n(largest channel)", fontsize=8)
@@ -179,7 +179,7 @@ def _young(history: DriftHistory) -> Any:
 
 
 def _edges(steps: list[int]) -> list[float]:
-    """Where one sample's colour ends and the next one's begins."""
+    """Where one sample's color ends and the next one's begins."""
     if len(steps) == 1:
         return [steps[0] - 0.5, steps[0] + 0.5]
     middles = [(a + b) / 2 for a, b in pairwise(steps)]
@@ -191,7 +191,7 @@ def _mark(figure: Any, axes: Any, history: DriftHistory, unmeasured: bool, young
 
     rows = {name: index for index, name in enumerate(history.names)}
     shown = [mark for mark in history.marks if mark[1] in rows]
-    for event, (shape, colour) in _MARKS.items():
+    for event, (shape, color) in _MARKS.items():
         by_step: dict[int, set[int]] = {}
         for step, name, what in shown:
             if what == event:
@@ -204,17 +204,17 @@ def _mark(figure: Any, axes: Any, history: DriftHistory, unmeasured: bool, young
         outlined = {"markeredgecolor": "black", "markeredgewidth": 0.6 if size > 3 else 0.3, "clip_on": False}
         if at:
             steps, layers = zip(*at, strict=True)
-            axes.plot(steps, layers, shape, color=colour, label=event, markersize=size, **outlined)
+            axes.plot(steps, layers, shape, color=color, label=event, markersize=size, **outlined)
         for step in lines:
             axes.axvline(step, color="black", linewidth=1.6)
             label = None if step != lines[0] else event if not at else f"{event}, most layers"
-            axes.axvline(step, color=colour, linewidth=0.8, label=label)
+            axes.axvline(step, color=color, linewidth=0.8, label=label)
         for step in lines:
             # On top of the frame, where they cover nothing.
-            axes.plot(step, -0.5, shape, color=colour, markersize=5, **outlined)
+            axes.plot(step, -0.5, shape, color=color, markersize=5, **outlined)
     handles, labels = axes.get_legend_handles_labels()
     if young:
-        handles, labels = [*handles, Patch(color="lightgrey")], [*labels, "not measured yet"]
+        handles, labels = [*handles, Patch(color="lightgray")], [*labels, "not measured yet"]
     if unmeasured:
         handles, labels = [*handles, Patch(color="black")], [*labels, "not a number"]
     if handles:

@@ -14,15 +14,15 @@ from torch import nn
 
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.freezing.freeze_plan import FreezePlan
-from lightning_bn.functional.layers.behavior import LayerBehaviour, describe
+from lightning_bn.functional.layers.behavior import LayerBehavior, describe
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.status import LayerStatus, status_by_name
 from lightning_bn.functional.monitoring.history import DriftHistory
-from lightning_bn.functional.statistics.drift_measures import Measure, of_standardised, standardised
+from lightning_bn.functional.statistics.drift_measures import Measure, of_standardized, standardized
 from lightning_bn.functional.statistics.snapshots import Snapshot
 
 
-def print_behaviour(
+def print_behavior(
     model: nn.Module,
     modules: Patterns = None,
     exclude: Patterns = None,
@@ -41,36 +41,36 @@ def print_behaviour(
     Raises:
         SelectionError: As for ``batch_norm_layers``.
     """
-    table = behaviour_table(describe(model, modules, exclude, root), status_by_name(model))
+    table = behavior_table(describe(model, modules, exclude, root), status_by_name(model))
     (console or Console()).print(table)
 
 
-def behaviour_table(behaviours: Sequence[LayerBehaviour], statuses: dict[str, LayerStatus] | None = None) -> Table:
+def behavior_table(behaviors: Sequence[LayerBehavior], statuses: dict[str, LayerStatus] | None = None) -> Table:
     """What each layer's next forward does, as a table that can be read without knowing torch's flags.
 
     Args:
-        behaviours: What :func:`~lightning_bn.functional.describe` gave.
+        behaviors: What :func:`~lightning_bn.functional.describe` gave.
         statuses: Who froze which layer, by name; None if nobody asks.
     """
-    training = sum(layer.training for layer in behaviours)
+    training = sum(layer.training for layer in behaviors)
     table = Table(
-        title=f"{len(behaviours)} BatchNorm layers, {training} in train mode: what the next forward does",
-        caption="\n".join(f"{_name(layer)}: {surprise}." for layer in behaviours for surprise in layer.surprises),
+        title=f"{len(behaviors)} BatchNorm layers, {training} in train mode: what the next forward does",
+        caption="\n".join(f"{_name(layer)}: {surprise}." for layer in behaviors for surprise in layer.surprises),
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
         padding=(0, 1, 0, 0),
     )
     # One cell, so that a narrow terminal breaks between the two.
-    table.add_column("layer and kind", overflow="fold", min_width=_widest(behaviours))
+    table.add_column("layer and kind", overflow="fold", min_width=_widest(behaviors))
     # Columns as wide as the longest word in them: nothing is cut in the middle of one.
     table.add_column("channels", justify="right", min_width=8)
     table.add_column("mode", min_width=5)
-    table.add_column("normalises with", min_width=10)
+    table.add_column("normalizes with", min_width=10)
     table.add_column("running statistics", min_width=10)
     table.add_column("updates", justify="right", min_width=7)
     table.add_column("weight, bias", min_width=7)
-    for layer in behaviours:
+    for layer in behaviors:
         status = (statuses or {}).get(layer.name, LayerStatus())
         table.add_row(
             escape(f"{_name(layer)} {layer.kind}"),
@@ -130,7 +130,7 @@ def plan_table(plan: FreezePlan) -> Table:
 
 
 def drift_table(
-    behaviours: Sequence[LayerBehaviour],
+    behaviors: Sequence[LayerBehavior],
     reference: Snapshot,
     current: Snapshot,
     history: DriftHistory,
@@ -144,21 +144,21 @@ def drift_table(
     """Drift layer by layer, the worst first, as a person reads it.
 
     Args:
-        behaviours: Of the layers, as :func:`~lightning_bn.functional.describe` gives them.
+        behaviors: Of the layers, as :func:`~lightning_bn.functional.describe` gives them.
         reference: What drift is measured from.
         current: The statistics now.
         history: Samples so far, for the little curves.
         updates: Of each layer per training batch; NaN where it is not known.
         measure: By which layers are ordered.
         statuses: Who froze which layer, by name.
-        training: Whether each layer is in train mode in training, by name; None for what ``behaviours`` say.
+        training: Whether each layer is in train mode in training, by name; None for what ``behaviors`` say.
         unsettled: Layers that are not measured yet.
         most: How many layers to show.
     """
-    shift, ratio = standardised(reference, current)
-    values = of_standardised(measure, shift, ratio, current.weight).abs().nan_to_num(nan=torch.inf)
+    shift, ratio = standardized(reference, current)
+    values = of_standardized(measure, shift, ratio, current.weight).abs().nan_to_num(nan=torch.inf)
     rates = dict(zip(current.names, updates, strict=True))
-    layers = {layer.name: layer for layer in behaviours}
+    layers = {layer.name: layer for layer in behaviors}
     worst = {name: int(values[part].argmax()) + part.start for name, part in current.slices().items()}
     order = sorted(worst, key=lambda name: -float(values[worst[name]]))
     table = Table(
@@ -217,24 +217,24 @@ def _times(ratio: float) -> str:
     return f"x{ratio:.2f}" if 0.095 <= ratio < 9.95 else f"x{ratio:.2g}"
 
 
-def _normalizes_with(layer: LayerBehaviour) -> str:
+def _normalizes_with(layer: LayerBehavior) -> str:
     return _batch(layer) if layer.normalizes_with == "batch" and layer.training else layer.normalizes_with
 
 
-def _batch(layer: LayerBehaviour) -> str:
+def _batch(layer: LayerBehavior) -> str:
     return "batch" if layer.processes == 1 else f"batch of {layer.processes} processes"
 
 
-def _name(layer: LayerBehaviour) -> str:
+def _name(layer: LayerBehavior) -> str:
     return layer.name or "(the model itself)"
 
 
-def _widest(layers: Sequence[LayerBehaviour]) -> int:
+def _widest(layers: Sequence[LayerBehavior]) -> int:
     """Wide enough for every name and kind to stay in one piece, as far as a terminal allows."""
     return min(max((max(len(_name(layer)), len(layer.kind)) for layer in layers), default=0), 28)
 
 
-def _running(layer: LayerBehaviour, status: LayerStatus) -> str:
+def _running(layer: LayerBehavior, status: LayerStatus) -> str:
     if layer.averaging == "exponential":
         return f"take {layer.momentum:.3g} of each batch"
     if layer.averaging == "cumulative":
@@ -244,7 +244,7 @@ def _running(layer: LayerBehaviour, status: LayerStatus) -> str:
     return "frozen" if status.stats_frozen_by else "do not move"
 
 
-def _affine(layer: LayerBehaviour, status: LayerStatus) -> str:
+def _affine(layer: LayerBehavior, status: LayerStatus) -> str:
     if not layer.affine:
         return "none"
     if status.affine_frozen_by:

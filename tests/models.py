@@ -138,7 +138,7 @@ class FrozenBatchNorm2d(nn.Module):
 
 
 def images(batch: int = 8, *, seed: int = 0, size: int = 6, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A batch of (batch, 3, size, size) values that are not standardised: mean 1.5, standard deviation 2."""
+    """A batch of (batch, 3, size, size) values that are not standardized: mean 1.5, standard deviation 2."""
     generator = torch.Generator().manual_seed(seed)
     return 1.5 + 2 * torch.randn(batch, 3, size, size, generator=generator, dtype=dtype)
 

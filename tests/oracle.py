@@ -44,7 +44,7 @@ def captured_inputs(layers: dict[str, nn.Module]):
 def layer_inputs(
     model: nn.Module, batches: Iterable[Any], names: Sequence[str] | None = None, run: Run = first
 ) -> dict[str, Tensor]:
-    """By layer all values it sees, (C, n): the named layers normalise with the batch, dropout and the like are off.
+    """By layer all values it sees, (C, n): the named layers normalize with the batch, dropout and the like are off.
 
     Works on a copy of the model. By default all BatchNorm layers with running statistics are meant.
     """

@@ -1,4 +1,4 @@
-"""A synchronised BatchNorm that runs on a CPU, by the contract of torch's, which needs an accelerator in train mode."""
+"""A synchronized BatchNorm that runs on a CPU, by the contract of torch's, which needs an accelerator in train mode."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 
 class ReferenceSyncBatchNorm(_BatchNorm):
-    """Normalises the batches of all processes of its group as one; in eval, and alone, it is a BatchNorm.
+    """Normalizes the batches of all processes of its group as one; in eval, and alone, it is a BatchNorm.
 
     Not derived from `nn.SyncBatchNorm`, which DDP refuses on a CPU.
     """
@@ -64,10 +64,10 @@ class ReferenceSyncBatchNorm(_BatchNorm):
         return all_reduce(tensor, group=group)
 
 
-def synchronised(
+def synchronized(
     model: nn.Module, group: dist.ProcessGroup | None = None, but: tuple[str, ...] = (), device: str = "cpu"
 ) -> nn.Module:
-    """The model with its BatchNorm layers replaced by synchronised ones, torch's own on an accelerator."""
+    """The model with its BatchNorm layers replaced by synchronized ones, torch's own on an accelerator."""
     made: dict[nn.Module, nn.Module] = {}
     for name, layer in list(model.named_modules(remove_duplicate=False)):
         if not isinstance(layer, _BatchNorm) or name in but:
@@ -95,7 +95,7 @@ class ReferenceSync(LayerSync):
 
     def apply(self, model: nn.Module) -> nn.Module:
         self.kinds = {name: type(layer) for name, layer in model.named_modules() if isinstance(layer, _BatchNorm)}
-        return synchronised(model, but=self.but)
+        return synchronized(model, but=self.but)
 
     def revert(self, model: nn.Module) -> nn.Module:
         for name, layer in list(model.named_modules()):

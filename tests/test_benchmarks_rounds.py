@@ -68,7 +68,7 @@ def test_nothing_is_counted_as_nothing(benchmarks: SimpleNamespace) -> None:
     assert counts == {"operators": 0, "values read": 0}
 
 
-def test_launches_copies_and_synchronisations_go_by_their_names(benchmarks: SimpleNamespace) -> None:
+def test_launches_copies_and_synchronizations_go_by_their_names(benchmarks: SimpleNamespace) -> None:
     names = [
         "aten::add",
         "cudaLaunchKernel",

@@ -56,7 +56,7 @@ BANNED = [
     (FUNCTIONAL, "from lightning_bn import BatchNormMonitor"),
     (FUNCTIONAL, "from lightning_bn import BatchNormDrift"),
     (FUNCTIONAL, "from lightning_bn import PreciseBatchNorm"),
-    (FUNCTIONAL, "from lightning_bn.report import behaviour_table"),
+    (FUNCTIONAL, "from lightning_bn.report import behavior_table"),
     (FUNCTIONAL, "from lightning_bn import plotting"),
     (FUNCTIONAL, "import lightning_bn.metrics"),
     # neither inside a function nor for type checkers only
@@ -105,7 +105,7 @@ ALLOWED = [
         "from lightning_bn.functional import describe\nfrom lightning_bn.functional.layers.status import is_frozen",
     ),
     (MONITOR, "import torch\nfrom lightning_bn import plotting, report"),
-    (REPORT, "from rich.table import Table\nfrom lightning_bn.functional import LayerBehaviour"),
+    (REPORT, "from rich.table import Table\nfrom lightning_bn.functional import LayerBehavior"),
     ("lightning_bn/metrics.py", "from torchmetrics import Metric\nfrom lightning_bn.functional import drift"),
     ("lightning_bn/callbacks/_lightning/trainer.py", "import pytorch_lightning"),
     ("lightning_bn/callbacks/__init__.py", "from lightning_bn.callbacks.freezer import BatchNormFreezer"),

@@ -1,4 +1,4 @@
-"""The figure: everything is inside, in words, and its colours turn at the threshold."""
+"""The figure: everything is inside, in words, and its colors turn at the threshold."""
 
 from typing import Any
 
@@ -14,7 +14,7 @@ from lightning_bn.plotting import drift_figure
 
 FEW = ("net.features.1", "net.bn", "net.head.1")
 MANY = tuple(
-    f"model.backbone_2d.blocks.{i // 4}.residual_stage.deformable_convolution.{i % 4}.batch_normalisation"
+    f"model.backbone_2d.blocks.{i // 4}.residual_stage.deformable_convolution.{i % 4}.batch_normalization"
     for i in range(200)
 )
 
@@ -77,7 +77,7 @@ def test_no_text_is_cut_off_or_lies_on_another(names: tuple[str, ...], marks: bo
 
 
 @pytest.mark.parametrize("measure", ["jeffreys", "log_variance_ratio"])
-def test_the_label_of_the_colour_bar_is_no_longer_than_the_figure(measure: str) -> None:
+def test_the_label_of_the_color_bar_is_no_longer_than_the_figure(measure: str) -> None:
     figure = drawn(history(), measure)
     label = figure.axes[1].yaxis.label
     assert measure in label.get_text()
@@ -110,19 +110,19 @@ def test_at_200_layers_names_are_fewer_and_whole() -> None:
 
 
 @pytest.mark.parametrize("threshold", [None, 0.25, 10.0])
-def test_colours_turn_at_the_threshold(threshold: float | None) -> None:
+def test_colors_turn_at_the_threshold(threshold: float | None) -> None:
     figure = drawn(history(), "jeffreys", threshold=threshold)
-    colours = mesh(figure)
-    assert float(colours.norm(threshold or 0.1)) == pytest.approx(0.5)
-    assert float(colours.norm(0.0)) == 0
+    colors = mesh(figure)
+    assert float(colors.norm(threshold or 0.1)) == pytest.approx(0.5)
+    assert float(colors.norm(0.0)) == 0
     assert any(float(tick) == pytest.approx(threshold or 0.1) for tick in figure.axes[1].get_yticks())
 
 
 def test_one_exploding_layer_does_not_hide_ten_times_the_threshold() -> None:
     built = history()
     built.append(650, 3, FEW, torch.tensor([1e9, 1.0, 0.0], dtype=torch.float64))
-    colours = mesh(drawn(built, "jeffreys"))
-    assert float(colours.norm(1.0)) > 0.75
+    colors = mesh(drawn(built, "jeffreys"))
+    assert float(colors.norm(1.0)) > 0.75
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -130,8 +130,8 @@ def test_what_is_not_finite_is_drawn_and_not_as_healthy(bad: float) -> None:
     built = history()
     built.append(650, 3, FEW, torch.tensor([bad, 0.0, 0.0], dtype=torch.float64))
     figure = drawn(built, "jeffreys")
-    colours = mesh(figure)
-    red, _, blue, _ = colours.to_rgba(colours.get_array())[0, -1]
+    colors = mesh(figure)
+    red, _, blue, _ = colors.to_rgba(colors.get_array())[0, -1]
     assert not blue > red
 
 
@@ -157,14 +157,14 @@ def test_what_happened_to_layers_is_in_the_legend_by_name() -> None:
     assert {"frozen", "unfrozen", "recalibrated", "reset"} <= said
 
 
-def test_where_a_layer_was_not_measured_yet_it_is_grey() -> None:
+def test_where_a_layer_was_not_measured_yet_it_is_gray() -> None:
     built = history()
     for name in FEW[:2]:
         built.mark(50, name, "untrained")
     built.mark(300, FEW[0], "measured")
     figure = drawn(built, "jeffreys")
-    _, grey = (one for one in figure.axes[0].collections if isinstance(one, QuadMesh))
-    shown = ~grey.get_array().mask.reshape(len(FEW), len(built))
+    _, gray = (one for one in figure.axes[0].collections if isinstance(one, QuadMesh))
+    shown = ~gray.get_array().mask.reshape(len(FEW), len(built))
     assert shown.sum(1).tolist() == [5, 12, 0]
     assert "not measured yet" in [text.get_text() for text in figure.legends[0].get_texts()]
 

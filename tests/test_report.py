@@ -12,7 +12,7 @@ from torch import nn
 from lightning_bn.functional import FreezeSchedule, SelectionError, describe, freeze_batch_norm, plan, take_snapshot
 from lightning_bn.functional.layers.status import LayerStatus, status_by_name
 from lightning_bn.functional.monitoring.history import DriftHistory
-from lightning_bn.report import behaviour_table, drift_table, print_behaviour, print_plan, sparkline
+from lightning_bn.report import behavior_table, drift_table, print_behavior, print_plan, sparkline
 from tests.models import SMALL_RESNET_NAMES, Holder, SmallResNet, fill_statistics, seeded
 
 
@@ -30,7 +30,7 @@ def network() -> nn.Module:
 def printed(model: nn.Module, width: int, **selection: str) -> str:
     console = Console(width=width)
     with console.capture() as capture:
-        print_behaviour(model, console=console, **selection)  # type: ignore[arg-type]
+        print_behavior(model, console=console, **selection)  # type: ignore[arg-type]
     return capture.get()
 
 
@@ -46,7 +46,7 @@ def test_nothing_is_cut_off_and_every_layer_has_its_whole_name(width: int) -> No
 @pytest.mark.parametrize("width", [80, 160])
 def test_headings_are_whole_words(width: int) -> None:
     words = printed(network(), width).split()
-    for word in ("layer", "kind", "channels", "mode", "normalises", "with", "running", "statistics", "updates"):
+    for word in ("layer", "kind", "channels", "mode", "normalizes", "with", "running", "statistics", "updates"):
         assert word in words, word
 
 
@@ -83,7 +83,7 @@ def test_only_selected_layers_are_printed() -> None:
 
 
 def test_a_long_name_loses_no_character_on_a_narrow_terminal() -> None:
-    name = "backbone_2d.blocks.residual_stage.deformable_convolution.batch_normalisation"
+    name = "backbone_2d.blocks.residual_stage.deformable_convolution.batch_normalization"
     net: nn.Module = nn.BatchNorm2d(3)
     for part in reversed(name.split(".")):
         net = nn.ModuleDict({part: net})
@@ -100,8 +100,8 @@ def test_a_layer_that_is_the_model_itself_is_called_so() -> None:
 
 def test_without_statuses_a_frozen_layer_is_one_that_does_not_move() -> None:
     net = network()
-    with_status = behaviour_table(describe(net), status_by_name(net))
-    without = behaviour_table(describe(net))
+    with_status = behavior_table(describe(net), status_by_name(net))
+    without = behavior_table(describe(net))
     console = Console(width=160)
     with console.capture() as capture:
         console.print(without)
@@ -175,7 +175,7 @@ def test_a_plan_loses_nothing_on_a_narrow_terminal(width: int) -> None:
 # drift
 
 
-LONG = "backbone_2d.blocks.residual_stage.deformable_convolution.batch_normalisation"
+LONG = "backbone_2d.blocks.residual_stage.deformable_convolution.batch_normalization"
 
 
 def drifted(count: int = 3, *, bad: float | None = None, long: bool = False) -> tuple[Any, ...]:
@@ -250,27 +250,27 @@ def test_drift_is_not_cut_off_and_headings_are_whole_words(width: int, long: boo
         assert LONG.replace(".", "-") in "".join(line.split()[0] for line in text.splitlines() if line.strip())
 
 
-def test_tables_say_over_how_many_processes_a_layer_is_synchronised() -> None:
-    behaviours, *others = drifted()
-    behaviours = [replace(behaviours[0], processes=8), *behaviours[1:]]
-    rows = {row[0]: row for row in rows_of(drift_text(160, behaviours, *others))}
+def test_tables_say_over_how_many_processes_a_layer_is_synchronized() -> None:
+    behaviors, *others = drifted()
+    behaviors = [replace(behaviors[0], processes=8), *behaviors[1:]]
+    rows = {row[0]: row for row in rows_of(drift_text(160, behaviors, *others))}
     assert rows["stage0"][2:6] == ["batch", "of", "8", "processes"]
     assert rows["stage1"][2:4] == ["batch", "running"]
     console = Console(width=160)
     with console.capture() as capture:
-        console.print(behaviour_table(behaviours))
+        console.print(behavior_table(behaviors))
     assert capture.get().count("batch of 8 processes") == 1
     planned = plan(nn.ModuleDict({name: nn.BatchNorm2d(4) for name in ("a", "b")}), "a")
-    synchronised = replace(planned, layers=(replace(planned.layers[0], processes=8), planned.layers[1]))
+    synchronized = replace(planned, layers=(replace(planned.layers[0], processes=8), planned.layers[1]))
     with console.capture() as capture:
-        print_plan(synchronised, console)
+        print_plan(synchronized, console)
     assert capture.get().count("BatchNorm2d over 8 processes") == 1
 
 
 def test_a_frozen_layer_says_by_whom_and_an_unknown_rate_is_a_dash() -> None:
-    behaviours, reference, current, history, _, measure, statuses = drifted()
+    behaviors, reference, current, history, _, measure, statuses = drifted()
     statuses = {**statuses, "stage1": LayerStatus(stats_frozen_by=("BatchNormFreezer",))}
-    text = drift_text(160, behaviours, reference, current, history, [1.0, float("nan"), 0.5], measure, statuses)
+    text = drift_text(160, behaviors, reference, current, history, [1.0, float("nan"), 0.5], measure, statuses)
     rows = {row[0]: row[2:] for row in rows_of(text)}
     assert rows["stage1"][:4] == ["running", "running", "BatchNormFreezer", "-"]
     assert rows["stage2"][2:4] == ["-", "0.5"]

@@ -1,6 +1,6 @@
 """Experiment 3: two tasks alternate through one backbone, and share one set of running statistics.
 
-In training every batch is normalised with statistics of its own task. The moving average is of both, and describes
+In training every batch is normalized with statistics of its own task. The moving average is of both, and describes
 neither. The weights are the same in all rows; only the statistics that evaluation uses differ.
 """
 

@@ -13,7 +13,7 @@ from forgetting import Outcome, by_row, worst
 from lagging import EPOCHS, SETTINGS, Pair
 
 WITHOUT, WITH = "#c8553d", "#2a6f97"
-"""Colours: statistics that nobody looks after, and those that this package does."""
+"""Colors: statistics that nobody looks after, and those that this package does."""
 SHADES = ("#8c2f1b", "#c8553d", "#e8a598")
 """One for each BatchNorm layer of the backbone, where it is not frozen."""
 
@@ -38,15 +38,15 @@ def draw_old_task(axes: Axes, seeds: Sequence[dict[str, Outcome]]) -> None:
     """A dot per seed and a line at the mean, for each row of table 1, against the accuracy before."""
     rows = by_row(seeds)
     before = fmean(outcomes["no callbacks"].old_before for outcomes in seeds)
-    axes.axhline(before, color="grey", linestyle=":", zorder=0, label=f"before: {before:.1f} %")
+    axes.axhline(before, color="gray", linestyle=":", zorder=0, label=f"before: {before:.1f} %")
     for position, outcomes in enumerate(rows.values()):
         after = [outcome.old[-1] for outcome in outcomes]
-        colour = WITH if all(outcome.statistics_kept for outcome in outcomes) else WITHOUT
+        color = WITH if all(outcome.statistics_kept for outcome in outcomes) else WITHOUT
         offsets = [position + 0.4 * (index + 0.5 - len(after) / 2) / len(after) for index in range(len(after))]
-        axes.plot(offsets, after, "o", color=colour, alpha=0.6)
-        axes.hlines(fmean(after), position - 0.3, position + 0.3, color=colour, linewidth=2)
+        axes.plot(offsets, after, "o", color=color, alpha=0.6)
+        axes.hlines(fmean(after), position - 0.3, position + 0.3, color=color, linewidth=2)
         above = (position, max(after))
-        axes.annotate(f"{fmean(after):.1f} %", above, (0, 8), textcoords="offset points", ha="center", color=colour)
+        axes.annotate(f"{fmean(after):.1f} %", above, (0, 8), textcoords="offset points", ha="center", color=color)
     axes.set_xticks(range(len(rows)), rows)
     axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 20))
@@ -73,27 +73,27 @@ def draw_drift(axes: Axes, seeds: Sequence[dict[str, Outcome]]) -> None:
     axes.legend(by_label.values(), by_label.keys(), frameon=False, loc="upper right", bbox_to_anchor=(1, 0.82))
 
 
-def draw_histories(axes: Axes, outcomes: Sequence[Outcome], colours: Sequence[str], label: str) -> None:
+def draw_histories(axes: Axes, outcomes: Sequence[Outcome], colors: Sequence[str], label: str) -> None:
     """A curve per layer: seeds thin, mean thick."""
     histories = [outcome.history for outcome in outcomes if outcome.history is not None]
     curves = torch.stack([history.values() for history in histories])
     steps, names = histories[0].steps, histories[0].names
-    for name, colour, of_seeds in zip(names, colours, curves.unbind(dim=2), strict=True):
-        axes.plot(steps, of_seeds.T, color=colour, linewidth=0.6, alpha=0.4)
+    for name, color, of_seeds in zip(names, colors, curves.unbind(dim=2), strict=True):
+        axes.plot(steps, of_seeds.T, color=color, linewidth=0.6, alpha=0.4)
         said = label.format(layer=name.removeprefix("network."))
-        axes.plot(steps, of_seeds.mean(dim=0), color=colour, linewidth=2.5, label=said)
+        axes.plot(steps, of_seeds.mean(dim=0), color=color, linewidth=2.5, label=said)
 
 
 def draw_validation(axes: Axes, pairs: Sequence[Pair]) -> None:
     """Accuracy by epoch with both kinds of statistics: seeds thin, mean thick."""
     epochs = range(1, EPOCHS + 1)
     kinds = {"moving average": (WITHOUT, "moving_average"), "precise statistics": (WITH, "precise")}
-    for label, (colour, attribute) in kinds.items():
+    for label, (color, attribute) in kinds.items():
         curves = [getattr(pair, attribute) for pair in pairs]
         for curve in curves:
-            axes.plot(epochs, curve, color=colour, linewidth=0.8, alpha=0.5)
+            axes.plot(epochs, curve, color=color, linewidth=0.8, alpha=0.5)
         means = [fmean(values) for values in zip(*curves, strict=True)]
-        axes.plot(epochs, means, color=colour, linewidth=2.5, label=label)
+        axes.plot(epochs, means, color=color, linewidth=2.5, label=label)
     axes.set_xticks(epochs)
     axes.set_ylim(0, 104)
     axes.set_xlabel("epoch")

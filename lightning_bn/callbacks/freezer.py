@@ -33,7 +33,7 @@ from lightning_bn.functional.layers.selection import batch_norm_layers, processe
 class BatchNormFreezer(Callback):
     """Keeps running statistics and affine parameters of the BatchNorm layers of some submodules fixed during a fit.
 
-    Statistics: the layers normalise with their running statistics in training too, and stay so through any
+    Statistics: the layers normalize with their running statistics in training too, and stay so through any
     ``.train()``. Affine: their gradients are dropped before every optimizer step; the parameters stay in their
     optimizer groups and keep ``requires_grad``, so that distributed training, resuming and unfreezing are not
     disturbed. Whatever else moves a frozen value is noticed, put back and reported; at the end of the fit all of them

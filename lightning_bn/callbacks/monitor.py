@@ -325,7 +325,7 @@ class BatchNormMonitor(Callback):
         )
 
     def figure(self) -> Any:
-        """The history as a ``matplotlib.figure.Figure``: layers by depth against steps, coloured by drift.
+        """The history as a ``matplotlib.figure.Figure``: layers by depth against steps, colored by drift.
 
         Raises:
             ValueError: If there is no sample yet.

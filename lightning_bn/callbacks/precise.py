@@ -370,7 +370,7 @@ class PreciseBatchNorm(Callback):
             self._said_mixture = True
             rank_zero_info(
                 "PreciseBatchNorm: the training batches come from several loaders. Pooled statistics describe their "
-                "mixture, which is not what each of them was normalised with: where they differ, recalibrate on each "
+                "mixture, which is not what each of them was normalized with: where they differ, recalibrate on each "
                 "one's own data (source_method) before it is evaluated."
             )
         drift = summarize(reference=done.after, current=done.before)

@@ -3,7 +3,7 @@
 from lightning_bn.functional.freezing.freeze import freeze_batch_norm, frozen_batch_norm, unfreeze_batch_norm
 from lightning_bn.functional.freezing.freeze_plan import FreezePlan, PlannedLayer, plan
 from lightning_bn.functional.freezing.schedule import FreezeSchedule
-from lightning_bn.functional.layers.behavior import LayerBehaviour, describe
+from lightning_bn.functional.layers.behavior import LayerBehavior, describe
 from lightning_bn.functional.layers.patterns import SelectionError
 from lightning_bn.functional.layers.selection import batch_norm_layers, tracked_layers
 from lightning_bn.functional.layers.status import LayerStatus, is_frozen, layer_status
@@ -19,7 +19,7 @@ __all__ = [
     "DriftSummary",
     "FreezePlan",
     "FreezeSchedule",
-    "LayerBehaviour",
+    "LayerBehavior",
     "LayerStatus",
     "Measure",
     "Moments",

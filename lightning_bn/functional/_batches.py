@@ -20,7 +20,7 @@ def model_device(model: nn.Module) -> torch.device:
 
 def to_device(batch: Any, device: torch.device) -> Any:
     """The batch with every tensor in it on ``device``; lists, tuples, named tuples and mappings are followed."""
-    # What knows how to move itself first: tensors, packed sequences, tokenisers' encodings, graphs.
+    # What knows how to move itself first: tensors, packed sequences, tokenizers' encodings, graphs.
     if callable(getattr(batch, "to", None)):
         return batch.to(device)
     if isinstance(batch, Mapping):

@@ -92,7 +92,7 @@ class Joint(ByRank):
 
 
 class ByKey(MultiTask):
-    """Both ranks train the same task, each with data of its own; notes the statistics a held layer normalises with."""
+    """Both ranks train the same task, each with data of its own; notes the statistics a held layer normalizes with."""
 
     def __init__(self, **arguments: Any) -> None:
         super().__init__(**arguments)

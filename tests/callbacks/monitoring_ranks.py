@@ -59,7 +59,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         devices=2,
         max_epochs=1,
         limit_train_batches=BATCHES,
-        plugins=[ReferenceSync()] if "synchronised" in name else None,
+        plugins=[ReferenceSync()] if "synchronized" in name else None,
         num_sanity_val_steps=0,
     )
     error = ""
@@ -68,7 +68,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         try:
             trainer.fit(
                 module,
-                train_loader(samples(2 * 8 * BATCHES), batch_size={"small": 2, "small, synchronised": 1}.get(name, 8)),
+                train_loader(samples(2 * 8 * BATCHES), batch_size={"small": 2, "small, synchronized": 1}.get(name, 8)),
                 val_loader(),
             )
         except BatchNormDriftError as raised:
@@ -91,7 +91,7 @@ if __name__ == "__main__":
             "other not finite",
             "other reset",
             "small",
-            "small, synchronised",
+            "small, synchronized",
             "stop",
             "stop, not finite",
             "raise",

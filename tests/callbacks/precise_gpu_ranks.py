@@ -1,4 +1,4 @@
-"""The synchronised fits of `precise_ranks` with torch's own SyncBatchNorm, both ranks on one accelerator.
+"""The synchronized fits of `precise_ranks` with torch's own SyncBatchNorm, both ranks on one accelerator.
 
 Run with "cpu" as a fourth argument they take the reference layer instead, which shows that they run at all.
 """
@@ -30,8 +30,8 @@ class OneCard(Processes):
 
 def options(device: str) -> dict[str, Any]:
     """What the Trainer is given: two nodes of one device."""
-    synchronised = {"plugins": ReferenceSync()} if device == "cpu" else {"sync_batchnorm": True}
-    return {"accelerator": device, "devices": 1, "num_nodes": 2, **synchronised}
+    synchronized = {"plugins": ReferenceSync()} if device == "cpu" else {"sync_batchnorm": True}
+    return {"accelerator": device, "devices": 1, "num_nodes": 2, **synchronized}
 
 
 def scenarios(device: str) -> dict[str, Any]:

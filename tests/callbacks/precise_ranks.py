@@ -142,18 +142,18 @@ SCENARIOS: dict[str, Scenario] = {
     "none on one": (Module, lambda: [from_target("nothing_on_one")], {}, {}),
     "averaged, without": (Module, lambda: [EMAWeightAveraging(decay=0.9)], {}, {}),
     "averaged": (Module, lambda: [precise(), EMAWeightAveraging(decay=0.9)], {}, {}),
-    "synchronised, without": (Module, list, {"plugins": ReferenceSync()}, {}),
-    "synchronised": (Module, lambda: [precise(), watching()], {"plugins": ReferenceSync()}, {}),
-    "synchronised, fewer on one": (Module, lambda: [from_target()], {"plugins": ReferenceSync()}, {}),
-    "synchronised, frozen, without": (Module, lambda: [freezer()], {"plugins": ReferenceSync()}, {}),
-    "synchronised, frozen": (
+    "synchronized, without": (Module, list, {"plugins": ReferenceSync()}, {}),
+    "synchronized": (Module, lambda: [precise(), watching()], {"plugins": ReferenceSync()}, {}),
+    "synchronized, fewer on one": (Module, lambda: [from_target()], {"plugins": ReferenceSync()}, {}),
+    "synchronized, frozen, without": (Module, lambda: [freezer()], {"plugins": ReferenceSync()}, {}),
+    "synchronized, frozen": (
         Module,
         lambda: [freezer(), precise(), watching()],
         {"plugins": ReferenceSync()},
         {},
     ),
-    "synchronised in part, without": (Module, list, {"plugins": ReferenceSync(("net.bn",))}, {}),
-    "synchronised in part": (Module, lambda: [precise()], {"plugins": ReferenceSync(("net.bn",))}, {}),
+    "synchronized in part, without": (Module, list, {"plugins": ReferenceSync(("net.bn",))}, {}),
+    "synchronized in part": (Module, lambda: [precise()], {"plugins": ReferenceSync(("net.bn",))}, {}),
     "no validation": (Module, lambda: [precise()], {"limit_val_batches": 0}, {}),
 }
 FAILURES: dict[str, Scenario] = {

@@ -282,7 +282,7 @@ class Single(nn.Module):
         return self.out(self.norm(self.into(x).unflatten(1, self.shape)).flatten(1))
 
 
-def initialised_lazy() -> nn.Module:
+def initialized_lazy() -> nn.Module:
     layer = nn.LazyBatchNorm2d()
     layer(torch.randn(4, 3, 2, 2))
     return layer
@@ -298,7 +298,7 @@ def initialised_lazy() -> nn.Module:
         pytest.param(lambda: nn.BatchNorm3d(3), (3, 2, 2, 1), id="3d"),
         pytest.param(lambda: nn.SyncBatchNorm(3), (3, 2, 2), id="SyncBatchNorm"),
         pytest.param(lambda: BatchNormAct2d(3, nn.SiLU), (3, 2, 2), id="activation inside"),
-        pytest.param(initialised_lazy, (3, 2, 2), id="lazy once initialised"),
+        pytest.param(initialized_lazy, (3, 2, 2), id="lazy once initialized"),
         pytest.param(lambda: nn.BatchNorm2d(3, momentum=None), (3, 2, 2), id="cumulative"),
         pytest.param(lambda: nn.BatchNorm2d(3, affine=False), (3, 2, 2), id="without affine"),
     ],
@@ -354,16 +354,16 @@ def test_only_batch_norm_is_frozen() -> None:
     )
 
 
-def test_a_frozen_layer_normalises_with_its_running_statistics_in_training() -> None:
-    normalised: list[tuple[Tensor, Tensor]] = []
+def test_a_frozen_layer_normalizes_with_its_running_statistics_in_training() -> None:
+    normalized: list[tuple[Tensor, Tensor]] = []
     module = Classifier()
     layer = layers(module)[BODY[0]]
-    layer.register_forward_hook(lambda layer, inputs, output: normalised.append((inputs[0].detach(), output.detach())))
+    layer.register_forward_hook(lambda layer, inputs, output: normalized.append((inputs[0].detach(), output.detach())))
     mean, var = layer.running_mean.clone(), layer.running_var.clone()
     weight, bias = layer.weight.detach().clone(), layer.bias.detach().clone()
     fit(module, freezer(), num_sanity_val_steps=0, limit_val_batches=0)
-    assert len(normalised) == BATCHES * EPOCHS
-    for x, y in normalised:
+    assert len(normalized) == BATCHES * EPOCHS
+    for x, y in normalized:
         expected = (x - mean) / (var + layer.eps).sqrt() * weight + bias
         torch.testing.assert_close(y, expected)
 

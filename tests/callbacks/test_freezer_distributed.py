@@ -73,7 +73,7 @@ def test_ranks_that_train_different_tasks_in_one_step_stay_bit_equal(ranks: Resu
         assert result["values"][-1] != result["first"]
 
 
-def test_a_layer_held_for_a_task_normalises_with_the_same_statistics_on_every_rank(ranks: Results) -> None:
+def test_a_layer_held_for_a_task_normalizes_with_the_same_statistics_on_every_rank(ranks: Results) -> None:
     # As by hand: before a forward DistributedDataParallel gives every rank the buffers of rank 0.
     for rank in ranks:
         used = rank["tasks by key"]["used_equal"]

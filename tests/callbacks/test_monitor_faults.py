@@ -225,7 +225,7 @@ class Twice(nn.Module):
 
 
 @pytest.mark.parametrize("every_n_steps", [1, 10])
-def test_a_layer_used_twice_in_a_forward_is_named_and_its_neighbour_is_not(every_n_steps: int) -> None:
+def test_a_layer_used_twice_in_a_forward_is_named_and_its_neighbor_is_not(every_n_steps: int) -> None:
     said = fit(Module(pretrained(seeded(Twice))), monitor(every_n_steps=every_n_steps), max_epochs=1)
     [line] = said
     assert "net.body.first.norm is updated 2 times per batch" in line
@@ -489,13 +489,13 @@ def test_a_reset_on_one_rank_alone_leaves_neither_waiting(ranks: Results) -> Non
         assert rank["other reset"]["steps"] == rank["other reset"]["planned"]
 
 
-def test_small_batches_of_each_rank_are_named_where_nothing_is_synchronised(ranks: Results) -> None:
+def test_small_batches_of_each_rank_are_named_where_nothing_is_synchronized(ranks: Results) -> None:
     [line] = ranks[0]["small"]["said"]
-    assert "normalises the 2 samples of each rank on their own" in line
-    assert "Trainer(sync_batchnorm=True) normalises 4 samples together" in line
+    assert "normalizes the 2 samples of each rank on their own" in line
+    assert "Trainer(sync_batchnorm=True) normalizes 4 samples together" in line
     page = (ROOT / "docs" / "distributed.md").read_text()
     assert lines(line.split(": ", 2)[2])[0] in lines(page)
-    assert ranks[0]["small, synchronised"]["said"] == []
+    assert ranks[0]["small, synchronized"]["said"] == []
 
 
 def test_ranks_with_data_alike_are_no_fault(ranks: Results) -> None:

@@ -15,7 +15,7 @@ from tests.ranks import STRANDED, Results, results_of
 NORMS = [name.removeprefix("net.") for name in LAYERS]
 PRECISE = [name for name in SCENARIOS if "without" not in name]
 VALIDATED = [name for name in PRECISE if name != "no validation"]
-SYNCHRONISED = [name for name in VALIDATED if name.startswith("synchronised")]
+SYNCHRONIZED = [name for name in VALIDATED if name.startswith("synchronized")]
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +34,7 @@ def inner(state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {key.removeprefix("net."): value for key, value in state.items() if key.startswith("net.")}
 
 
-@pytest.mark.parametrize("scenario", [name for name in VALIDATED if name not in SYNCHRONISED])
+@pytest.mark.parametrize("scenario", [name for name in VALIDATED if name not in SYNCHRONIZED])
 def test_statistics_in_validation_are_those_of_the_batches_of_both_ranks(ranks: Results, scenario: str) -> None:
     validations = [rank[scenario]["validated"] for rank in ranks]
     assert len(validations[0]) == (4 if scenario == "twice an epoch" else 2)
@@ -45,8 +45,8 @@ def test_statistics_in_validation_are_those_of_the_batches_of_both_ranks(ranks: 
         assert_all_statistics(net, layer_inputs(net, used, NORMS))
 
 
-@pytest.mark.parametrize("scenario", SYNCHRONISED)
-def test_synchronised_statistics_in_validation_are_those_of_batches_of_both_ranks_put_together(
+@pytest.mark.parametrize("scenario", SYNCHRONIZED)
+def test_synchronized_statistics_in_validation_are_those_of_batches_of_both_ranks_put_together(
     ranks: Results, scenario: str
 ) -> None:
     frozen, plain = "frozen" in scenario, "in part" in scenario
@@ -64,7 +64,7 @@ def test_synchronised_statistics_in_validation_are_those_of_batches_of_both_rank
         assert one["state"].keys() == Net().state_dict().keys()
 
 
-@pytest.mark.parametrize("scenario", SYNCHRONISED)
+@pytest.mark.parametrize("scenario", SYNCHRONIZED)
 def test_layers_are_converted_for_the_fit_and_reverted_after_it(ranks: Results, scenario: str) -> None:
     inside = ["ReferenceSyncBatchNorm"] * 3
     if "in part" in scenario:
@@ -74,13 +74,13 @@ def test_layers_are_converted_for_the_fit_and_reverted_after_it(ranks: Results, 
         assert rank[scenario]["kinds_in_validation"] == [inside] * 2
 
 
-def test_frozen_synchronised_layers_are_bit_identical_on_both_ranks(ranks: Results) -> None:
+def test_frozen_synchronized_layers_are_bit_identical_on_both_ranks(ranks: Results) -> None:
     for rank in ranks:
-        assert rank["synchronised, frozen"]["identical"] == [True]
+        assert rank["synchronized, frozen"]["identical"] == [True]
 
 
-def test_statistics_of_synchronised_layers_are_the_same_on_both_ranks_while_they_train(ranks: Results) -> None:
-    [first], [second] = (rank["synchronised"]["sampled"] for rank in ranks)
+def test_statistics_of_synchronized_layers_are_the_same_on_both_ranks_while_they_train(ranks: Results) -> None:
+    [first], [second] = (rank["synchronized"]["sampled"] for rank in ranks)
     assert len(first) == 14
     assert torch.equal(first, second)
 
@@ -140,10 +140,10 @@ TWINS = [
     ("static graph", "static graph, without"),
     ("unused parameters", "unused parameters, without"),
     ("averaged", "averaged, without"),
-    ("synchronised", "synchronised, without"),
-    ("synchronised, fewer on one", "synchronised, without"),
-    ("synchronised, frozen", "synchronised, frozen, without"),
-    ("synchronised in part", "synchronised in part, without"),
+    ("synchronized", "synchronized, without"),
+    ("synchronized, fewer on one", "synchronized, without"),
+    ("synchronized, frozen", "synchronized, frozen, without"),
+    ("synchronized in part", "synchronized in part, without"),
 ]
 
 
@@ -227,7 +227,7 @@ def test_ranks_with_other_settings_are_told_so_when_the_fit_starts(ranks: Result
         assert said in rank[scenario]["told"]
 
 
-def test_ranks_that_would_train_other_tasks_with_synchronised_layers_are_told_so(ranks: Results) -> None:
+def test_ranks_that_would_train_other_tasks_with_synchronized_layers_are_told_so(ranks: Results) -> None:
     for rank in ranks:
         assert "they differ in ['task=a', 'task=b']" in rank["another task on one"]["told"]
 

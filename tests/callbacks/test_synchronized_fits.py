@@ -1,4 +1,4 @@
-"""Fits with synchronised layers, two ranks on one device: torch's own on a GPU, the reference layer on a CPU."""
+"""Fits with synchronized layers, two ranks on one device: torch's own on a GPU, the reference layer on a CPU."""
 
 import pytest
 import torch

@@ -42,7 +42,7 @@ def print_config(cli, path, capsys):
 
 @pytest.fixture(scope="module")
 def example():
-    """Imports a module of the example by name; it sees its neighbours as it does when run as a script."""
+    """Imports a module of the example by name; it sees its neighbors as it does when run as a script."""
     sys.path.insert(0, str(EXAMPLE))
     yield importlib.import_module
     sys.path.remove(str(EXAMPLE))

@@ -21,7 +21,7 @@ class Pair(NamedTuple):
 
 
 class Encoding(UserDict):
-    """A tokeniser's result: a mapping that knows how to move itself."""
+    """A tokenizer's result: a mapping that knows how to move itself."""
 
 
 class Stack(list):

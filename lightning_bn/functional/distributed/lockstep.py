@@ -1,6 +1,6 @@
 """Processes kept together whose forwards wait for each other, as those of SyncBatchNorm layers do.
 
-A synchronised layer's forward in train mode is a collective: a process that runs one batch more than another, or fails
+A synchronized layer's forward in train mode is a collective: a process that runs one batch more than another, or fails
 where the other does not, would leave it waiting. So before every batch the processes agree, with one small all_reduce,
 that all of them go on.
 """

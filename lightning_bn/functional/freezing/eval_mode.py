@@ -80,7 +80,7 @@ def _held_class(base: type[_BatchNorm]) -> type[_BatchNorm]:
     """The class of a frozen layer that was a ``base``; the same one every time."""
     if base in _HELD_CLASSES:
         return _HELD_CLASSES[base]
-    # Name and module stay the base's: exporters, tracers and summaries recognise layers by them.
+    # Name and module stay the base's: exporters, tracers and summaries recognize layers by them.
     names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
     return _HELD_CLASSES.setdefault(base, type(base.__name__, (_HeldInEval, base), names))
 

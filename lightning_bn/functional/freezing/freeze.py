@@ -39,7 +39,7 @@ def freeze_batch_norm(
 ) -> tuple[str, ...]:
     """Freezes the selected BatchNorm layers in place until :func:`unfreeze_batch_norm`; returns their names.
 
-    With ``stats`` a layer normalises with its running statistics in training and in evaluation, and they do not move:
+    With ``stats`` a layer normalizes with its running statistics in training and in evaluation, and they do not move:
     it stays in eval mode through ``.train()`` on itself or on any parent, through deepcopy, pickling and
     ``load_state_dict`` (which may set the values, since it was asked to). The layer object, its tensors and its state
     dict keys stay what they were; its class becomes a subclass of the one it had. With ``affine`` its ``weight`` and
@@ -194,7 +194,7 @@ def warn_of_initial_statistics(layers: Mapping[str, _BatchNorm], stacklevel: int
     if initial:
         warnings.warn(
             f"freezing {counted(len(initial), 'BatchNorm layer')} with the running statistics of construction, mean 0 "
-            f"and variance 1: {quoted(initial)}. That would normalise nothing: load the pre-trained weights "
+            f"and variance 1: {quoted(initial)}. That would normalize nothing: load the pre-trained weights "
             f"before freezing, or recalibrate first.",
             stacklevel=stacklevel,
         )

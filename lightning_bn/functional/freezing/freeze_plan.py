@@ -30,7 +30,7 @@ class PlannedLayer:
         rule: The pattern that selected it, as it was written; empty if none did.
         stats: Whether its running statistics are frozen.
         affine: Whether its ``weight`` and ``bias`` are; False for a layer that has none.
-        processes: How many processes' batches it normalises together in training: 1 unless it is synchronised.
+        processes: How many processes' batches it normalizes together in training: 1 unless it is synchronized.
         tasks: The tasks during whose batches it is frozen; empty if during all.
     """
 

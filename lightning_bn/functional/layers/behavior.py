@@ -19,7 +19,7 @@ from lightning_bn.functional.layers.selection import (
 
 
 @dataclass(frozen=True)
-class LayerBehaviour:
+class LayerBehavior:
     """What the next forward of one layer does.
 
     Attributes:
@@ -31,7 +31,7 @@ class LayerBehaviour:
         updates_running: Whether the running statistics move.
         averaging: How they move: ``"exponential"``, ``"cumulative"``, or ``"none"`` if they do not.
         momentum: Weight of the new batch; None for the cumulative average.
-        processes: How many processes' batches it normalises together in training: 1 unless it is synchronised.
+        processes: How many processes' batches it normalizes together in training: 1 unless it is synchronized.
         affine: Whether it has ``weight`` and ``bias``.
         affine_trainable: Whether either of them requires a gradient.
         num_batches_tracked: Updates so far; None without the counter.
@@ -55,7 +55,7 @@ class LayerBehaviour:
 
 def describe(
     model: nn.Module, modules: Patterns = None, exclude: Patterns = None, root: str = ""
-) -> list[LayerBehaviour]:
+) -> list[LayerBehavior]:
     """What the next forward of each selected BatchNorm layer does; nothing is run and nothing changes.
 
     Args:
@@ -80,11 +80,11 @@ def describe(
     return [_describe(name, layer) for name, layer in layers.items()]
 
 
-def _describe(name: str, layer: _BatchNorm) -> LayerBehaviour:
+def _describe(name: str, layer: _BatchNorm) -> LayerBehavior:
     buffers = has_running_statistics(layer)
     averaging = _averaging(layer)
     counter = layer.num_batches_tracked
-    return LayerBehaviour(
+    return LayerBehavior(
         name=name,
         kind=type(layer).__name__,
         channels=layer.num_features,
@@ -120,12 +120,12 @@ def _surprises(layer: _BatchNorm, averaging: str) -> list[str]:
         return found
     if not layer.track_running_stats:
         found.append(
-            "track_running_stats was switched off after construction: training normalises with the batch and moves "
+            "track_running_stats was switched off after construction: training normalizes with the batch and moves "
             "nothing, evaluation with running statistics that no longer follow, so that train and eval disagree"
         )
     elif layer.training and layer.momentum == 0:
         found.append(
-            "momentum is 0: training normalises with the batch, but the running statistics that evaluation uses "
+            "momentum is 0: training normalizes with the batch, but the running statistics that evaluation uses "
             "never follow"
         )
     elif layer.training and layer.momentum == 1:

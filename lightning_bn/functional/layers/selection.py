@@ -86,14 +86,14 @@ def tracked_layers(
 
     Raises:
         SelectionError: As for :func:`batch_norm_layers`; if a layer selected by ``modules`` has no running statistics;
-            if no selected layer has any; or if a lazy layer is still uninitialised.
+            if no selected layer has any; or if a lazy layer is still uninitialized.
     """
     layers = batch_norm_layers(model, modules, exclude, root)
     without = [name for name, layer in layers.items() if not has_running_statistics(layer)]
     if without and (modules is not None or len(without) == len(layers)):
         raise SelectionError(
             f"BatchNorm without running statistics: {quoted(without)} (constructed with track_running_stats=False), "
-            f"which normalises with batch statistics in training and in evaluation. Leave it out with exclude, or "
+            f"which normalizes with batch statistics in training and in evaluation. Leave it out with exclude, or "
             f"construct it with track_running_stats=True."
         )
     refuse_lazy(layers)
@@ -104,7 +104,7 @@ def refuse_lazy(layers: Mapping[str, _BatchNorm]) -> None:
     """Nothing where every layer has its channels.
 
     Raises:
-        SelectionError: If a lazy layer is still uninitialised.
+        SelectionError: If a lazy layer is still uninitialized.
     """
     for name, layer in layers.items():
         if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
@@ -125,15 +125,15 @@ def has_running_statistics(layer: _BatchNorm) -> bool:
 
 
 def processes_of(layer: _BatchNorm) -> int:
-    """How many processes' batches a layer normalises together in training: 1 unless it is synchronised.
+    """How many processes' batches a layer normalizes together in training: 1 unless it is synchronized.
 
     Its group's size; None for a group means all processes.
     """
     # -1 in a process that is not in the group.
-    return max(dist.get_world_size(layer.process_group), 1) if is_synchronised(layer) else 1  # type: ignore[arg-type]
+    return max(dist.get_world_size(layer.process_group), 1) if is_synchronized(layer) else 1  # type: ignore[arg-type]
 
 
-def is_synchronised(layer: _BatchNorm) -> bool:
+def is_synchronized(layer: _BatchNorm) -> bool:
     """Whether a layer's forward in train mode waits for other processes, if its group has any.
 
     SyncBatchNorm and layers of its kind have the ``process_group`` that they communicate in.
@@ -198,7 +198,7 @@ class _LayerNames:
             elif "Norm" in type(module).__name__:
                 others[type(module).__name__] += 1
         if not self.layers:
-            kinds = ", ".join(f"{count} {kind}" for kind, count in others.items()) or "no normalisation layer at all"
+            kinds = ", ".join(f"{count} {kind}" for kind, count in others.items()) or "no normalization layer at all"
             raise SelectionError(
                 f"{type(model).__name__} has no BatchNorm layer (found: {kinds}). Layers count that derive from "
                 f"torch.nn.modules.batchnorm._BatchNorm; if the layers are built later (configure_model), call this "

@@ -35,11 +35,11 @@ EXPLODING = 100.0
 DIED_FROM = 0.02
 """Variance over that of the reference, ``eps`` added to both, below which a channel that is dead now was alive then."""
 FEW_SAMPLES = 4
-"""In the batch of one of several processes, up to which normalising together is worth saying."""
+"""In the batch of one of several processes, up to which normalizing together is worth saying."""
 SMALL_BATCHES = 0.3
 """Deviation of the means of such batches, in standard deviations."""
 FEWEST_BATCHES = 8
-"""That a judgement on batches rests on."""
+"""That a judgment on batches rests on."""
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ class Symptoms:
         spread: Deviation of batch means around that.
         gap: Mean distance of this rank's batches from those of all ranks; 0 in one process.
         processes: That train together.
-        synchronised: Whether a layer normalises the batches of several of them together.
+        synchronized: Whether a layer normalizes the batches of several of them together.
     """
 
     names: Sequence[str]
@@ -99,7 +99,7 @@ class Symptoms:
     spread: Sequence[float]
     gap: Sequence[float]
     processes: int
-    synchronised: Sequence[bool]
+    synchronized: Sequence[bool]
 
 
 def diagnose(symptoms: Symptoms, told: Container[tuple[str, str]] = ()) -> list[Diagnosis]:
@@ -234,16 +234,16 @@ def _of_batches(s: Symptoms) -> Iterator[Diagnosis]:
             f"them in every batch.",
         )
     few = s.processes > 1 and s.samples is not None and s.samples <= FEW_SAMPLES
-    noisy = [i for i, spread in enumerate(s.spread) if few and spread > SMALL_BATCHES and not s.synchronised[i]]
+    noisy = [i for i, spread in enumerate(s.spread) if few and spread > SMALL_BATCHES and not s.synchronized[i]]
     if noisy and not alternate and not lag:
         name = s.names[noisy[0]]
         together = counted((s.samples or 0) * s.processes, "sample")
         yield Diagnosis(
             name,
             "small batches",
-            f"{name}{_and_more(noisy)} normalises the {counted(s.samples or 0, 'sample')} of each rank on their own, "
+            f"{name}{_and_more(noisy)} normalizes the {counted(s.samples or 0, 'sample')} of each rank on their own, "
             f"and means of such batches scatter by {s.spread[noisy[0]]:.1f} sigma, which is noise in every activation: "
-            f"Trainer(sync_batchnorm=True) normalises {together} together; freezing the layer helps too.",
+            f"Trainer(sync_batchnorm=True) normalizes {together} together; freezing the layer helps too.",
         )
     if lag:
         name = s.names[lag[0]]

@@ -30,9 +30,9 @@ from lightning_bn.functional.statistics.drift_measures import (
     Measure,
     layer_maxima,
     layer_means,
-    of_standardised,
+    of_standardized,
     read_summary,
-    standardised,
+    standardized,
     summary_scalars,
 )
 from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of
@@ -221,7 +221,7 @@ class Watch:
             self._judged += 1
             if self._mean_over_ranks is not None:
                 # Of the statistics after the step, not of what this rank saw: where DDP broadcasts rank 0's buffers
-                # before each forward, all ranks began at the same place. Synchronised layers have no gap.
+                # before each forward, all ranks began at the same place. Synchronized layers have no gap.
                 everywhere = replace(after, mean=self._mean_over_ranks(after.mean.to(torch.float64)))
                 self._gaps = self._gaps.with_batch(gap(everywhere, after, self._momenta), most)
 
@@ -299,7 +299,7 @@ class Watch:
             spread=rows.spread,
             gap=rows.gap,
             processes=self._processes,
-            synchronised=[processes_of(layer) > 1 for layer in self._layers.values()],
+            synchronized=[processes_of(layer) > 1 for layer in self._layers.values()],
         )
         diagnoses = [
             one
@@ -333,11 +333,11 @@ class Watch:
 
     def _measured(self, current: Snapshot, found: Vitals, over_ranks: Tensor) -> tuple[list[float], _Rows]:
         """Scalars of the summary, and rows with a number for each layer; waits for the device once."""
-        shift, ratio = standardised(self.reference, current)
+        shift, ratio = standardized(self.reference, current)
         if self._fixed and self.unsettled:
             young = self._among(self.unsettled)[current.layer_of()]
             shift, ratio = torch.where(young, 0, shift), torch.where(young, 1, ratio)
-        values = of_standardised(self._measure, shift, ratio, current.weight).abs()
+        values = of_standardized(self._measure, shift, ratio, current.weight).abs()
         scalars = torch.stack(summary_scalars(values, shift, ratio, self._threshold))
         by_layer = _Rows(
             largest=layer_maxima(values, current),

@@ -2,7 +2,7 @@
 
 For the duration each layer's running statistics are views into one flat arena and its momentum is 1, so that after a
 forward the arena holds the statistics of that batch, which the layer computes anyway: no second pass over the
-activations, and one vectorised merge for all layers. Per layer and call, Python only reads a shape.
+activations, and one vectorized merge for all layers. Per layer and call, Python only reads a shape.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
-from lightning_bn.functional.layers.selection import is_synchronised, processes_of
+from lightning_bn.functional.layers.selection import is_synchronized, processes_of
 from lightning_bn.functional.recalibration.population import Population
 from lightning_bn.functional.recalibration.standard_error import Spread, relative_errors
 from lightning_bn.functional.statistics.sample_moments import Moments, merge
@@ -44,7 +44,7 @@ class OneValuePerChannelError(ValueError):
 class Collector:
     """Collects statistics of ``layers`` as a context manager; afterwards they are exactly as they were.
 
-    A synchronised layer writes the statistics of the batches of its whole process group, in every process of it. What
+    A synchronized layer writes the statistics of the batches of its whole process group, in every process of it. What
     is gathered of it in one process is a share: those of all processes, merged, are the statistics of all values.
 
     Args:
@@ -103,7 +103,7 @@ class Collector:
 def single_values_refused(layers: Mapping[str, _BatchNorm]) -> Iterator[None]:
     """Inside, a forward that gives one of ``layers`` one value per channel raises :class:`OneValuePerChannelError`.
 
-    For layers without running statistics, which normalise with the batch in every mode, so that torch would raise an
+    For layers without running statistics, which normalize with the batch in every mode, so that torch would raise an
     error of its own that says nothing of the layer.
     """
 
@@ -143,7 +143,7 @@ def _read_in(layer: _BatchNorm, dtype: torch.dtype) -> torch.dtype:
     In SyncBatchNorm's kernels counts have the dtype of the running statistics, which for float16 ends at 65,504.
     """
     narrow = dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if narrow and is_synchronised(layer) else dtype
+    return torch.float32 if narrow and is_synchronized(layer) else dtype
 
 
 class _Batch:
@@ -208,7 +208,7 @@ class _Arena:
         self._counts = [_NOT_CALLED] * len(channels)
         # With others of its group a layer can do with one value.
         self._alone = [processes_of(layer) == 1 for layer in layers.values()]
-        # A layer whose tracking was switched off writes nothing; its own values are taken, whoever it normalises with.
+        # A layer whose tracking was switched off writes nothing; its own values are taken, whoever it normalizes with.
         sharing = [processes_of(layer) if layer.track_running_stats else 1 for layer in layers.values()]
         processes = torch.tensor(sharing, dtype=self._exact).to(device)
         self._together = processes[self._layer_of]

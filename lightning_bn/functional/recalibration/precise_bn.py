@@ -20,7 +20,7 @@ from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.selection import (
     batch_norm_layers,
     has_running_statistics,
-    is_synchronised,
+    is_synchronized,
     processes_of,
     tracked_layers,
 )
@@ -55,7 +55,7 @@ def recalibrate(
 ) -> Recalibration:
     """Replaces running statistics by those of the population that ``batches`` are drawn from, with the weights of now.
 
-    Every batch is run forward once, without gradients, each layer normalising with the batch as in training. What a
+    Every batch is run forward once, without gradients, each layer normalizing with the batch as in training. What a
     layer sees is pooled over all batches, positions and uses in float64; the mean and the unbiased variance of the
     pooled values are written in place, ``num_batches_tracked`` stays. Everything else is afterwards as it was, also
     after a failure, which leaves the statistics as they were too: modes, momentum, hooks, other buffers, random number
@@ -90,7 +90,7 @@ def recalibrate(
         What was done; printed, it is one sentence.
 
     Raises:
-        ValueError: If a number is below 1 or not positive, or a layer is synchronised and ``distributed`` is not set.
+        ValueError: If a number is below 1 or not positive, or a layer is synchronized and ``distributed`` is not set.
         RecalibrationError: A ValueError too: if all selected layers are frozen; if there is no batch, or none that can
             be used; if no selected layer was reached.
         SelectionError: As for ``batch_norm_layers``, or if a selected layer has no running statistics.
@@ -123,18 +123,18 @@ def recalibrate(
         selected = tracked_layers(model, modules, exclude, root)
         targets = _targets(model, selected)
         channels = {name: layer.num_features for name, layer in targets.items()}
-        synchronised = [name for name, layer in targets.items() if is_synchronised(layer)]
-        if synchronised and not distributed:
+        synchronized = [name for name, layer in targets.items() if is_synchronized(layer)]
+        if synchronized and not distributed:
             _check_alone(targets)
     if distributed:
         others = [
             f"estimator={estimator}",
             f"num_samples={num_samples}",
-            *(f"{name} is synchronised" for name in synchronised),
+            *(f"{name} is synchronized" for name in synchronized),
         ]
         agree_on_layers({**channels, **dict.fromkeys(others, 0)}, device)
     usage = Usage(budget)
-    lockstep = Lockstep(device) if synchronised and distributed else None
+    lockstep = Lockstep(device) if synchronized and distributed else None
     gathered: Population | None = None
     try:
         gathered = _collect(_inside_ddp(model), targets, batches, forward or default_forward, usage, device, lockstep)
@@ -223,18 +223,18 @@ def _targets(model: nn.Module, selected: Mapping[str, _BatchNorm]) -> dict[str, 
 
 
 def _check_alone(targets: Mapping[str, _BatchNorm]) -> None:
-    synchronised = [name for name, layer in targets.items() if processes_of(layer) > 1]
-    if synchronised:
-        name = synchronised[0]
-        more = f" (and {counted(len(synchronised) - 1, 'more layer')})" if len(synchronised) > 1 else ""
+    synchronized = [name for name, layer in targets.items() if processes_of(layer) > 1]
+    if synchronized:
+        name = synchronized[0]
+        more = f" (and {counted(len(synchronized) - 1, 'more layer')})" if len(synchronized) > 1 else ""
         raise ValueError(
-            f"BatchNorm layer {name!r}{more} is synchronised over {processes_of(targets[name])} processes: each of its "
+            f"BatchNorm layer {name!r}{more} is synchronized over {processes_of(targets[name])} processes: each of its "
             f"forwards waits for theirs. Pass distributed=True, in every process."
         )
 
 
 def _always_batch(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Layers that normalise with the batch in every mode, as they have nothing else."""
+    """Layers that normalize with the batch in every mode, as they have nothing else."""
     layers = batch_norm_layers(model)
     return {name: layer for name, layer in layers.items() if not has_running_statistics(layer)}
 

@@ -75,7 +75,7 @@ def drift(reference: Snapshot, current: Snapshot, measure: Measure = "jeffreys")
     With m0, v0 of the reference and m1, v1 now, each layer's ``eps`` added to both variances, z = (m1 - m0) / sqrt(v0)
     and r = v1 / v0, all of them are free of the input's scale and 0 where nothing moved:
 
-    - ``"jeffreys"``: symmetrised Kullback-Leibler divergence of the two Gaussians, 1/2 [r + 1/r - 2 + z^2 (1 + 1/r)],
+    - ``"jeffreys"``: symmetrized Kullback-Leibler divergence of the two Gaussians, 1/2 [r + 1/r - 2 + z^2 (1 + 1/r)],
       in [0, inf). 0.1 is a variance ratio of 1.56 or a mean shift of 0.32 sigma.
     - ``"wasserstein"``: squared 2-Wasserstein distance over v0, z^2 + (sqrt(r) - 1)^2, in [0, inf).
     - ``"mean_shift"``: z, signed, in standard deviations of the reference.
@@ -94,19 +94,19 @@ def drift(reference: Snapshot, current: Snapshot, measure: Measure = "jeffreys")
 
     Source: Jeffreys (1946); Olkin & Pukelsheim (1982) for the 2-Wasserstein distance of Gaussians.
     """
-    shift, ratio = standardised(reference, current)
-    flat = of_standardised(measure, shift, ratio, current.weight)
+    shift, ratio = standardized(reference, current)
+    flat = of_standardized(measure, shift, ratio, current.weight)
     return {name: flat[part] for name, part in reference.slices().items()}
 
 
-def of_standardised(measure: Measure, shift: Tensor, ratio: Tensor, weight: Tensor) -> Tensor:
-    """A measure from its ingredients: z and r of :func:`standardised`, and the affine weight."""
+def of_standardized(measure: Measure, shift: Tensor, ratio: Tensor, weight: Tensor) -> Tensor:
+    """A measure from its ingredients: z and r of :func:`standardized`, and the affine weight."""
     if measure not in _FORMULAS:
         raise ValueError(f"measure={measure!r} is not one of {', '.join(MEASURES)}")
     return _FORMULAS[measure](shift, ratio, weight.to(shift))
 
 
-def standardised(reference: Snapshot, current: Snapshot) -> tuple[Tensor, Tensor]:
+def standardized(reference: Snapshot, current: Snapshot) -> tuple[Tensor, Tensor]:
     """z, the shift of the mean in standard deviations of the reference, and r, the ratio of variances; float64."""
     if (reference.names, reference.channels) != (current.names, current.channels):
         sizes_now = dict(zip(current.names, current.channels, strict=True))
@@ -140,8 +140,8 @@ def summarize(
     Raises:
         ValueError: As for :func:`drift`.
     """
-    shift, ratio = standardised(reference, current)
-    values = of_standardised(measure, shift, ratio, current.weight).abs()
+    shift, ratio = standardized(reference, current)
+    values = of_standardized(measure, shift, ratio, current.weight).abs()
     # One stack, one transfer: on an accelerator each float() would wait for the device.
     return read_summary(reference, torch.stack(summary_scalars(values, shift, ratio, threshold)).tolist(), threshold)
 
@@ -151,8 +151,8 @@ def summary_scalars(values: Tensor, shift: Tensor, ratio: Tensor, threshold: flo
 
     Args:
         values: Of a measure, absolute, ``(C,)``.
-        shift: z of :func:`standardised`.
-        ratio: r of :func:`standardised`.
+        shift: z of :func:`standardized`.
+        ratio: r of :func:`standardized`.
         threshold: If given, the share of channels above it is counted.
     """
     # NaN sorts as the largest: a channel that cannot be measured is the worst there is.

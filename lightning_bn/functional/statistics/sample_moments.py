@@ -1,4 +1,4 @@
-"""Count, mean and summed squared deviations of a sample: of a batch, merged with another sample's, finalised."""
+"""Count, mean and summed squared deviations of a sample: of a batch, merged with another sample's, finalized."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 class Moments(NamedTuple):
-    """What a sample of values per channel is summarised to; merging loses nothing but rounding.
+    """What a sample of values per channel is summarized to; merging loses nothing but rounding.
 
     Attributes:
         count: Values per channel, shape ``()`` or ``(C,)``. Zero is the empty sample.
@@ -75,7 +75,7 @@ def merge(a: Moments, b: Moments) -> Moments:
 def variance(sample: Moments, unbiased: bool = True) -> Tensor:
     """The variance of a sample, shape ``(C,)``: unbiased, ``m2 / (count - 1)``, or biased, ``m2 / count``.
 
-    torch's BatchNorm stores the unbiased one and normalises a batch with the biased one. NaN where it is undefined:
+    torch's BatchNorm stores the unbiased one and normalizes a batch with the biased one. NaN where it is undefined:
     fewer than two values, or none.
 
     Args:

@@ -197,7 +197,7 @@ def test_train_and_eval_of_a_frozen_layer_return_the_layer() -> None:
         layer.train("yes")  # type: ignore[arg-type]
 
 
-def test_a_frozen_layer_normalises_with_its_running_statistics() -> None:
+def test_a_frozen_layer_normalizes_with_its_running_statistics() -> None:
     layer = fill_statistics(nn.BatchNorm2d(3, eps=1e-3).double())
     x = images(dtype=torch.float64)
     freeze_batch_norm(layer)
@@ -1040,7 +1040,7 @@ def test_a_pattern_that_matches_nothing_is_an_error_and_nothing_is_changed(call:
     assert everything(model) == before
 
 
-def test_an_uninitialised_lazy_layer_cannot_be_frozen_by_its_statistics() -> None:
+def test_an_uninitialized_lazy_layer_cannot_be_frozen_by_its_statistics() -> None:
     model = nn.ModuleDict({"lazy": nn.LazyBatchNorm2d(), "plain": fill_statistics(nn.BatchNorm2d(3))})
     with pytest.raises(SelectionError, match="lazy"):
         freeze_batch_norm(model)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn.functional.freezing.freeze import freeze_batch_norm
-from lightning_bn.functional.layers.behavior import LayerBehaviour, describe
+from lightning_bn.functional.layers.behavior import LayerBehavior, describe
 from tests.models import SMALL_RESNET_NAMES, BatchNormAct2d, Holder, SmallResNet, fill_statistics, state_bits, warmed
 
 CHANNELS = 3
@@ -43,7 +43,7 @@ def batch_of(dim: int, batch: int = 7) -> Tensor:
 
 
 def by_hand(layer: nn.Module, x: Tensor, mean: Tensor, var: Tensor) -> Tensor:
-    """The normalisation formula, channel by channel, in float64."""
+    """The normalization formula, channel by channel, in float64."""
     out = torch.empty_like(x)
     for c in range(CHANNELS):
         y = (x[:, c] - mean[c]) / (var[c] + layer.eps) ** 0.5
@@ -221,9 +221,9 @@ def test_describe_changes_nothing() -> None:
     assert torch.equal(torch.random.get_rng_state(), random)
 
 
-def test_a_behaviour_is_a_frozen_value() -> None:
+def test_a_behavior_is_a_frozen_value() -> None:
     (said,) = describe(build(2))
-    assert isinstance(said, LayerBehaviour)
+    assert isinstance(said, LayerBehavior)
     assert said == describe(build(2))[0]
     with pytest.raises(AttributeError):
         said.name = "other"  # type: ignore[misc]
@@ -246,7 +246,7 @@ def test_a_frozen_layer_is_described_as_its_own_kind_that_reads_its_running_stat
 
 
 @pytest.mark.parametrize("dim", [1, 2, 3])
-def test_eval_without_statistics_normalises_with_the_biased_variance_not_the_unbiased(dim: int) -> None:
+def test_eval_without_statistics_normalizes_with_the_biased_variance_not_the_unbiased(dim: int) -> None:
     layer = build(dim, training=False, buffers=False)
     x = batch_of(dim, batch=3)
     mean, biased, unbiased = batch_statistics(x)

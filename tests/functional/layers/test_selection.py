@@ -106,7 +106,7 @@ def test_a_bare_layer_is_a_model() -> None:
     [nn.InstanceNorm2d(3, track_running_stats=True), FrozenBatchNorm2d(3), nn.GroupNorm(1, 3), nn.LayerNorm(3)],
     ids=lambda layer: type(layer).__name__,
 )
-def test_other_normalisation_is_not_found(other: nn.Module) -> None:
+def test_other_normalization_is_not_found(other: nn.Module) -> None:
     assert selected(nn.Sequential(nn.BatchNorm2d(3), other)) == ["0"]
 
 
@@ -435,7 +435,7 @@ def test_a_glob_that_matches_nothing_is_an_error_that_shows_it() -> None:
     assert "stage*" in message_of(lambda: selected(SmallResNet(), "stage*"))
 
 
-def test_a_model_without_batch_norm_is_an_error_with_its_other_normalisation_layers() -> None:
+def test_a_model_without_batch_norm_is_an_error_with_its_other_normalization_layers() -> None:
     model = nn.Sequential(nn.GroupNorm(1, 3), nn.LayerNorm(3), nn.LayerNorm(3), nn.InstanceNorm2d(3))
     for modules in (None, "0"):
         text = message_of(lambda: selected(model, modules))  # noqa: B023
@@ -444,7 +444,7 @@ def test_a_model_without_batch_norm_is_an_error_with_its_other_normalisation_lay
         assert "InstanceNorm2d" in text
 
 
-def test_a_model_without_any_normalisation_is_an_error() -> None:
+def test_a_model_without_any_normalization_is_an_error() -> None:
     assert "BatchNorm" in message_of(lambda: selected(nn.Linear(2, 2)))
 
 
@@ -525,7 +525,7 @@ def test_running_statistics_are_a_matter_of_buffers_not_of_the_flag() -> None:
 
 
 @pytest.mark.parametrize("modules", [None, "lazy"])
-def test_an_uninitialised_lazy_layer_is_an_error_that_names_it(modules: str | None) -> None:
+def test_an_uninitialized_lazy_layer_is_an_error_that_names_it(modules: str | None) -> None:
     model = nn.ModuleDict({"lazy": nn.LazyBatchNorm2d(), "plain": nn.BatchNorm2d(3)})
     assert "lazy" in message_of(lambda: tracked_layers(model, modules))
 

@@ -35,7 +35,7 @@ def symptoms(**changed: Any) -> Symptoms:
         "spread": [0.1] * 3,
         "gap": [0.0] * 3,
         "processes": 1,
-        "synchronised": [False] * 3,
+        "synchronized": [False] * 3,
     }
     return Symptoms(**{**healthy, **changed})
 
@@ -60,10 +60,10 @@ def test_a_healthy_model_has_nothing() -> None:
         ({"nonfinite": [0, 1, 0]}, "body.bn", "not finite", ["1 channel whose", "not finite on another rank"]),
         ({"died": [0, 2, 1]}, "body.bn", "died", ["(and 1 more layer)", "2 channels whose variance fell below eps"]),
         (
-            {"spread": [0.1, 0.5, 0.6], "samples": 2, "processes": 4, "synchronised": [False, False, True]},
+            {"spread": [0.1, 0.5, 0.6], "samples": 2, "processes": 4, "synchronized": [False, False, True]},
             "body.bn",
             "small batches",
-            ["body.bn normalises the 2 samples of each rank", "scatter by 0.5 sigma", "normalises 8 samples together"],
+            ["body.bn normalizes the 2 samples of each rank", "scatter by 0.5 sigma", "normalizes 8 samples together"],
         ),
         ({"explosion": [2, 101, 99]}, "body.bn", "exploding", ["variances x1e+02 those", "0 to 255"]),
         ({"spread": [0.1, 1.5, 0.1], "bias": [0.1, 1.4, 0.1]}, "body.bn", "lagging", ["lags 1.4 sigma"]),

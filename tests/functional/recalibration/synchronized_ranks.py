@@ -1,4 +1,4 @@
-"""Recalibrations of several real processes whose layers are synchronised; what each rank was left with."""
+"""Recalibrations of several real processes whose layers are synchronized; what each rank was left with."""
 
 import time
 from collections.abc import Callable
@@ -28,9 +28,9 @@ from tests.functional.recalibration.recalibrating_ranks import (
 from tests.models import SharedNorm, SmallResNet, state_bits
 from tests.oracle import everything, generators
 from tests.ranks import take_part
-from tests.synced import ReferenceSyncBatchNorm, synchronised
+from tests.synced import ReferenceSyncBatchNorm, synchronized
 
-#: Gives the groups of ranks that are synchronised with each other; None for all in one.
+#: Gives the groups of ranks that are synchronized with each other; None for all in one.
 Groups = Callable[[int], list[list[int]]]
 
 
@@ -102,7 +102,7 @@ def built(scenario: Scenario, device: str) -> tuple[nn.Module, list[Tensor], dic
     made = [dist.new_group(ranks) for ranks in groups(world)]
     mine = next(group for group, ranks in zip(made, groups(world), strict=True) if rank in ranks)
     group = None if len(made) == 1 else mine
-    return synchronised(build(), group, but, device), [batch.to(device) for batch in shards(rank, world)], options
+    return synchronized(build(), group, but, device), [batch.to(device) for batch in shards(rank, world)], options
 
 
 def run_right(name: str, device: str) -> dict[str, Any]:

@@ -111,10 +111,10 @@ def test_one_value_per_channel_is_an_error_that_names_the_layer():
 
 def test_forward_that_is_not_finite_is_counted_and_left_out_for_that_layer_alone():
     net = two_layers()
-    spoilt = images(8)
-    spoilt[0, 1, 2, 3] = torch.nan
+    spoiled = images(8)
+    spoiled[0, 1, 2, 3] = torch.nan
     with Collector(dict(net.items())) as collector:
-        for batch in (images(8), spoilt, images(8)):
+        for batch in (images(8), spoiled, images(8)):
             with collector.batch():
                 net["a"](batch)
                 net["b"](batch.nan_to_num(0))

@@ -161,7 +161,7 @@ def test_skipped_batch_leaves_nothing_in_a_layer_that_saw_part_of_it():
 
 
 def test_one_value_per_channel_at_a_layer_that_is_no_target_skips_the_batch_too():
-    # A layer without running statistics normalises with the batch in eval as well, and torch refuses one value.
+    # A layer without running statistics normalizes with the batch in eval as well, and torch refuses one value.
     net = nn.Sequential(small(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.BatchNorm1d(4, track_running_stats=False))
     batches = image_batches(8, 6, 1)
     inputs = layer_inputs(net, batches[:2])
@@ -449,7 +449,7 @@ def test_affine_only_frozen_layers_are_recalibrated():
     assert recalibrate(net, image_batches(8)).layers == tuple(SMALL_RESNET_NAMES)
 
 
-def test_only_selected_layers_are_recalibrated_and_the_others_normalise_with_what_they_have():
+def test_only_selected_layers_are_recalibrated_and_the_others_normalize_with_what_they_have():
     net = resnet()
     chosen = [name for name in SMALL_RESNET_NAMES if name.startswith("layer1.")]
     found = everything(net, chosen)
@@ -558,7 +558,7 @@ def test_containers_in_eval_stay_in_eval():
 
 
 class Codebook(nn.Module):
-    """A leaf that moves a buffer in training, as vector quantisers do."""
+    """A leaf that moves a buffer in training, as vector quantizers do."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -925,16 +925,16 @@ def test_layer_that_only_ever_sees_non_finite_values_is_untouched_and_counted():
     class Spoilt(nn.Module):
         def __init__(self) -> None:
             super().__init__()
-            self.fine, self.spoilt = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+            self.fine, self.spoiled = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
 
         def forward(self, x: Tensor) -> Any:
-            return self.fine(x), self.spoilt(x / 0)
+            return self.fine(x), self.spoiled(x / 0)
 
     net = fill_statistics(Spoilt())
     found = everything(net, ["fine"])
     result = recalibrate(net, image_batches(8, 8))
     assert everything(net, ["fine"]) == found
-    assert (result.layers, result.nonfinite) == (("fine",), {"spoilt": 2})
+    assert (result.layers, result.nonfinite) == (("fine",), {"spoiled": 2})
 
 
 def test_data_that_are_never_finite_are_an_error_that_names_layers_and_change_nothing():
@@ -1144,7 +1144,7 @@ def test_recalibrating_twice_changes_nothing_more():
     assert again.after.same_bits(once)
 
 
-def test_layer_that_is_not_yet_initialised_and_no_batch_norm_does_not_stop_it():
+def test_layer_that_is_not_yet_initialized_and_no_batch_norm_does_not_stop_it():
     net = nn.Sequential(nn.BatchNorm2d(3), nn.LazyInstanceNorm2d(track_running_stats=True))
     batches = image_batches(8, 5)
     recalibrate(net, batches)

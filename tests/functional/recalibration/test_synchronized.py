@@ -1,4 +1,4 @@
-"""Synchronised layers: a batch is that of all processes of a group, all run as many, and nobody waits in vain."""
+"""Synchronized layers: a batch is that of all processes of a group, all run as many, and nobody waits in vain."""
 
 import pytest
 import torch
@@ -29,7 +29,7 @@ def ranks(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 def steps(scenario: str, world: int) -> list[Tensor]:
-    """What each group normalises together, step by step, as many as the rank with the fewest batches has."""
+    """What each group normalizes together, step by step, as many as the rank with the fewest batches has."""
     _, shards, groups, _, options = RIGHT[scenario]
     by_rank = [shards(rank, world) for rank in range(world)]
     fewest = min(map(len, by_rank))
@@ -72,7 +72,7 @@ def test_they_are_those_of_all_values_in_float64(ranks: Results, scenario: str) 
 
 
 def test_plain_layers_beside_them_count_each_ranks_batches(ranks: Results) -> None:
-    # The first layer's input does not depend on how any layer normalises.
+    # The first layer's input does not depend on how any layer normalizes.
     found, (build, shards, _, plain, _) = ranks[0]["some plain"], RIGHT["some plain"]
     assert plain[0] == "bn1"
     by_rank = [shards(rank, len(ranks))[:2] for rank in range(len(ranks))]
@@ -90,7 +90,7 @@ def test_where_tracking_was_switched_off_statistics_are_those_of_all_values_too(
         torch.testing.assert_close(ranks[0][scenario]["state"][key], value, rtol=1e-6, atol=1e-9)
 
 
-def test_descriptions_and_plans_say_over_how_many_processes_a_layer_is_synchronised(ranks: Results) -> None:
+def test_descriptions_and_plans_say_over_how_many_processes_a_layer_is_synchronized(ranks: Results) -> None:
     world = len(ranks)
     for rank, found in enumerate(ranks):
         for key in ("processes", "planned"):
@@ -189,7 +189,7 @@ def test_failure_between_forwards_ends_it_on_all_at_once_and_changes_nothing(ran
         ("no data", "the loader gave no batch", "another process had no batch"),
         ("all frozen", "nothing to recalibrate", "different layers"),
         ("some frozen", "different layers", "'layer2.0.bn1'"),
-        ("a plain layer", "bn1 is synchronised", "bn1 is synchronised"),
+        ("a plain layer", "bn1 is synchronized", "bn1 is synchronized"),
         ("not distributed", "Pass distributed=True", "Pass distributed=True"),
     ],
 )

@@ -383,7 +383,7 @@ def test_the_worst_channel_is_described_in_plain_units() -> None:
         assert (summary.variance_ratio, summary.mean_shift) == pytest.approx((0.25, 3.0))
 
 
-def test_no_drift_is_summarised_as_zeros() -> None:
+def test_no_drift_is_summarized_as_zeros() -> None:
     a, _ = models()
     summary = summarize(a, a, threshold=0.0)
     assert (summary.mean, summary.p95, summary.max, summary.share_above) == (0.0, 0.0, 0.0, 0.0)

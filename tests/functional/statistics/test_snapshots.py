@@ -304,7 +304,7 @@ def pair() -> nn.ModuleDict:
         ("b", nn.ModuleDict({"a": nn.BatchNorm2d(3), "b": nn.BatchNorm2d(4, track_running_stats=False)})),
         ("b", nn.ModuleDict({"a": nn.BatchNorm2d(3), "b": nn.LazyBatchNorm2d()})),
     ],
-    ids=["missing", "renamed", "more_channels", "one_channel", "other_norm", "no_statistics", "uninitialised"],
+    ids=["missing", "renamed", "more_channels", "one_channel", "other_norm", "no_statistics", "uninitialized"],
 )
 def test_what_does_not_fit_is_an_error_that_names_the_layer_and_nothing_is_written(
     culprit: str, model: nn.ModuleDict
