@@ -28,6 +28,7 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_bn.functional.distributed.agreement import Totals, across_processes, agree_on_layers
 from lightning_bn.functional.recalibration.population import Population
+from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.sample_moments import Moments, merge, variance
 
 CHANNELS = 256
@@ -65,13 +66,13 @@ def local(rank: int, layers: int) -> Local:
 
 def package(gathered: Local) -> Callable[[], Statistics]:
     """What `recalibrate(distributed=True)` does before and after its batches: all that is known of its code here."""
-    channels = dict.fromkeys(gathered, CHANNELS)
-    eps = dict.fromkeys(gathered, 1e-5)
+    layout = ChannelLayout(tuple(gathered), (CHANNELS,) * len(gathered))
+    channels, eps = dict.fromkeys(gathered, CHANNELS), (1e-5,) * len(gathered)
     parts_of = zip(*gathered.values(), strict=True)
     moments = Moments(*(torch.cat([part.expand(CHANNELS) for part in parts]) for parts in parts_of))
     errors = torch.ones(2, CHANNELS * len(gathered), dtype=torch.float64)
     population = Population(
-        channels=channels,
+        layout=layout,
         moments=moments,
         mean_error=errors[0],
         var_error=errors[1],
@@ -84,7 +85,7 @@ def package(gathered: Local) -> Callable[[], Statistics]:
 
     def run() -> Statistics:
         agree_on_layers({**channels, "estimator=pooled": 0}, device)
-        return across_processes(population, channels, eps, totals, device)[0].statistics("pooled")
+        return across_processes(population, layout, eps, totals, device)[0].statistics("pooled")
 
     return run
 

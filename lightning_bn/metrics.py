@@ -11,15 +11,15 @@ from torch import Tensor, nn
 from torchmetrics import Metric
 
 from lightning_bn.functional.layers.patterns import Patterns
+from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.statistics.drift_measures import (
     MEASURES,
     Measure,
-    layer_maxima,
     of_standardized,
     percentile_95,
     standardized,
 )
-from lightning_bn.functional.statistics.snapshots import Snapshot, take_snapshot
+from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of
 
 _TOTAL, _LARGEST, _COUNT = 0, 1, 2
 
@@ -73,6 +73,7 @@ class BatchNormDrift(Metric):
         measure: Measure = "jeffreys",
         threshold: float | None = None,
         modules: Patterns = None,
+        *,
         exclude: Patterns = None,
         root: str = "",
         **kwargs: Any,
@@ -84,12 +85,12 @@ class BatchNormDrift(Metric):
             raise ValueError(f"BatchNormDrift(threshold={threshold!r}) must be a positive number, or None.")
         self.measure: Measure = measure
         self.threshold = threshold
-        self._selection: dict[str, Any] = {"modules": modules, "exclude": exclude, "root": root}
+        self._selection = LayerSelection(modules, exclude, root)
         # Neither state nor buffer: `.half()` of a module that holds the metric would round it.
         self.reference = self._snapshot(reference)
         # A MetricCollection shares states between metrics whose states have the same names and, once, the same values.
         self._state = f"sums_{self._digest()}"
-        channels = sum(self.reference.channels)
+        channels = self.reference.layout.channels
         self.add_state(self._state, torch.zeros(3, channels, dtype=torch.float64), dist_reduce_fx=_merged)
 
     @property
@@ -127,7 +128,7 @@ class BatchNormDrift(Metric):
 
     def layers(self) -> dict[str, float]:
         """The largest drift of each layer's channels on this process, the worst first; NaN before the first update."""
-        largest = layer_maxima(self._largest(), self.reference.to(self.sums.device)).tolist()
+        largest = self.reference.layout.max(self._largest()).tolist()
         pairs = list(zip(self.reference.names, largest, strict=True))
         # NaN first: a layer that cannot be measured is the worst there is.
         return dict(sorted(pairs, key=lambda pair: (pair[1] == pair[1], -pair[1] if pair[1] == pair[1] else 0.0)))
@@ -166,11 +167,11 @@ class BatchNormDrift(Metric):
 
     def _digest(self) -> str:
         known = self.reference.to("cpu")
-        parts = (self.measure, known.names, known.channels, known.mean.tolist(), known.var.tolist())
+        parts = (self.measure, known.names, known.layout.sizes, known.mean.tolist(), known.var.tolist())
         return hashlib.sha256(repr(parts).encode()).hexdigest()[:16]
 
     def _snapshot(self, model: nn.Module | Snapshot) -> Snapshot:
-        return model if isinstance(model, Snapshot) else take_snapshot(model, **self._selection)
+        return model if isinstance(model, Snapshot) else snapshot_of(self._selection.tracked_layers(model))
 
 
 def _merged(stacked: Tensor) -> Tensor:

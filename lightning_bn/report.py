@@ -25,6 +25,7 @@ from lightning_bn.functional.statistics.snapshots import Snapshot
 def print_behavior(
     model: nn.Module,
     modules: Patterns = None,
+    *,
     exclude: Patterns = None,
     root: str = "",
     console: Console | None = None,
@@ -41,7 +42,7 @@ def print_behavior(
     Raises:
         SelectionError: As for ``batch_norm_layers``.
     """
-    table = behavior_table(describe(model, modules, exclude, root), status_by_name(model))
+    table = behavior_table(describe(model, modules, exclude=exclude, root=root), status_by_name(model))
     (console or Console()).print(table)
 
 
@@ -159,7 +160,7 @@ def drift_table(
     values = of_standardized(measure, shift, ratio, current.weight).abs().nan_to_num(nan=torch.inf)
     rates = dict(zip(current.names, updates, strict=True))
     layers = {layer.name: layer for layer in behaviors}
-    worst = {name: int(values[part].argmax()) + part.start for name, part in current.slices().items()}
+    worst = {name: int(values[part].argmax()) + part.start for name, part in current.layout.slices.items()}
     order = sorted(worst, key=lambda name: -float(values[worst[name]]))
     table = Table(
         title=f"Running statistics of {counted(len(order), 'BatchNorm layer')}, the worst first ({measure})",

@@ -24,10 +24,11 @@ from lightning_bn.callbacks._lightning.trainer import (
 from lightning_bn.callbacks._ranks import agree_on_ranks
 from lightning_bn.callbacks._task_of import TaskOf, listen, stop_listening
 from lightning_bn.functional._text import quoted
-from lightning_bn.functional.freezing.freeze_plan import FreezePlan, plan, select_by_task
+from lightning_bn.functional.freezing.freeze_plan import FreezePlan, plan, select_by_task, selections
 from lightning_bn.functional.freezing.schedule import FreezeSchedule
 from lightning_bn.functional.freezing.session import Freeze, FreezeReport, Trip, in_words
-from lightning_bn.functional.layers.selection import batch_norm_layers, processes_of
+from lightning_bn.functional.layers.properties import processes_of
+from lightning_bn.functional.layers.selection import batch_norm_layers
 
 
 class BatchNormFreezer(Callback):
@@ -140,8 +141,8 @@ class BatchNormFreezer(Callback):
         return plan(
             model,
             self.modules,
-            self.exclude,
-            self.root,
+            exclude=self.exclude,
+            root=self.root,
             stats=self.stats,
             affine=self.affine,
             by_task=self.by_task,
@@ -335,15 +336,8 @@ class BatchNormFreezer(Callback):
         return self._freeze
 
     def _select(self, module: LightningModule) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-        return select_by_task(
-            module,
-            self.modules,
-            self.exclude,
-            self.root,
-            stats=self.stats,
-            affine=self.affine,
-            by_task=self.by_task,
-        )
+        always, by_task = selections(self.modules, self.exclude, self.root, self.by_task)
+        return select_by_task(module, always, by_task, stats=self.stats, affine=self.affine)
 
     def _channels(self, module: LightningModule) -> dict[str, int]:
         always, by_task = self._select(module)

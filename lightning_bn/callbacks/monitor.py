@@ -28,8 +28,8 @@ from lightning_bn.callbacks._ranks import (
     mean_over_ranks,
 )
 from lightning_bn.functional._text import counted, quoted
-from lightning_bn.functional.layers.behavior import describe
-from lightning_bn.functional.layers.selection import tracked_layers
+from lightning_bn.functional.layers.behavior import describe_layers
+from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.monitoring.cadence import Cadence
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.session import Sample, Watch, Watched
@@ -143,6 +143,7 @@ class BatchNormMonitor(Callback):
         self.modules = modules
         self.exclude = exclude
         self.root = root
+        self._selection = LayerSelection(modules, exclude, root)
         self.prefix = prefix
         self.log_worst = log_worst
         self.report = report
@@ -170,13 +171,13 @@ class BatchNormMonitor(Callback):
         agree_on_ranks(trainer, "monitor", lambda: self._channels(pl_module), settings)
 
     def _channels(self, module: LightningModule) -> dict[str, int]:
-        layers = tracked_layers(module, self.modules, self.exclude, self.root)
+        layers = self._selection.tracked_layers(module)
         if self.reference not in _REFERENCES:
             snapshot_of_checkpoint(self.reference, snapshot_of(layers))
         return {name: layer.num_features for name, layer in layers.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        layers = tracked_layers(pl_module, self.modules, self.exclude, self.root)
+        layers = self._selection.tracked_layers(pl_module)
         if self._resumed is None:
             self.history, self._told = DriftHistory(self.history.most), set()
             self._warning.reset()
@@ -204,7 +205,7 @@ class BatchNormMonitor(Callback):
             return
         reference, unsettled, since, measured_from = self._resumed
         now = watch.reference
-        if (reference.names, reference.channels, measured_from) == (now.names, now.channels, self.reference):
+        if (reference.layout, measured_from) == (now.layout, self.reference):
             watch.resume(reference, unsettled, since)
         else:
             rank_zero_warn(
@@ -312,7 +313,7 @@ class BatchNormMonitor(Callback):
         if watched is None or watched.sample is None:
             raise RuntimeError("BatchNormMonitor has no sample yet: there is a table from the first one of a fit on.")
         return drift_table(
-            describe(module, self.modules, self.exclude, self.root),
+            describe_layers(self._selection.layers(module)),
             watched.reference,
             watched.sampled,
             self.history,

@@ -31,7 +31,7 @@ from lightning_bn.callbacks._ranks import agree_on_ranks, same_on_all_ranks
 from lightning_bn.callbacks._second_run.loaders import second_pass
 from lightning_bn.callbacks._second_run.sources import Source, batches_of_method, loader_method
 from lightning_bn.callbacks._second_run.step import Weights, check_step, sandbox
-from lightning_bn.functional.layers.selection import batch_norm_layers, tracked_layers
+from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
 from lightning_bn.functional.layers.status import is_frozen, update_status
 from lightning_bn.functional.recalibration.isolation import preserved_modes
 from lightning_bn.functional.recalibration.population import Estimator
@@ -153,6 +153,7 @@ class PreciseBatchNorm(Callback):
         self.modules = modules
         self.exclude = exclude
         self.root = root
+        self._selection = LayerSelection(modules, exclude, root)
         self.name = name
         self.last: Recalibration | None = None
         self._validations = 0
@@ -186,7 +187,7 @@ class PreciseBatchNorm(Callback):
         agree_on_ranks(trainer, "recalibrate", lambda: self._channels(pl_module), settings)
 
     def _channels(self, module: LightningModule) -> dict[str, int]:
-        layers = tracked_layers(module, self.modules, self.exclude, self.root)
+        layers = self._selection.tracked_layers(module)
         return {name: layer.num_features for name, layer in layers.items()}
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -324,7 +325,7 @@ class PreciseBatchNorm(Callback):
 
     def _recalibrate_now(self, trainer: Trainer, module: LightningModule) -> None:
         with self._modes_of_training(module) if self._tree else nullcontext():
-            layers = tracked_layers(module, self.modules, self.exclude, self.root)
+            layers = self._selection.tracked_layers(module)
             in_training = any(submodule.training for submodule in module.modules())
             frozen = [is_frozen(layer) or (in_training and not layer.training) for layer in layers.values()]
             if all(frozen) and trainer.world_size == 1:

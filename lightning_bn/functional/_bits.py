@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -17,12 +16,10 @@ class Flat:
     """
 
     def __init__(self, tensors: Sequence[Tensor]) -> None:
-        self._places: list[tuple[tuple[torch.device, torch.dtype], int]] = []
+        self._places = [(tensor.device, tensor.dtype) for tensor in tensors]
         self._sizes: dict[tuple[torch.device, torch.dtype], list[int]] = {}
-        for tensor in tensors:
-            sizes = self._sizes.setdefault((tensor.device, tensor.dtype), [])
-            self._places.append(((tensor.device, tensor.dtype), len(sizes)))
-            sizes.append(tensor.numel())
+        for key, tensor in zip(self._places, tensors, strict=True):
+            self._sizes.setdefault(key, []).append(tensor.numel())
         self._flat = _concatenated(tensors)
 
     def same_bits(self, tensors: Sequence[Tensor]) -> bool:
@@ -32,11 +29,8 @@ class Flat:
 
     def parts(self) -> list[Tensor]:
         """The copies, each as a vector, in the order of the tensors."""
-        ends = {key: list(accumulate(sizes)) for key, sizes in self._sizes.items()}
-        return [
-            self._flat[key][ends[key][index] - self._sizes[key][index] : ends[key][index]]
-            for key, index in self._places
-        ]
+        parts = {key: iter(self._flat[key].split(sizes)) for key, sizes in self._sizes.items()}
+        return [next(parts[key]) for key in self._places]
 
 
 def _concatenated(tensors: Sequence[Tensor]) -> dict[tuple[torch.device, torch.dtype], Tensor]:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lightning_bn.functional.recalibration.population import Population
+from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.sample_moments import Moments
 
 _LOST = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
@@ -116,8 +117,8 @@ def agree_on_layers(
 
 def across_processes(
     gathered: Population | None,
-    channels: Mapping[str, int],
-    eps: Mapping[str, float],
+    layout: ChannelLayout,
+    eps: tuple[float, ...],
     totals: Totals,
     device: torch.device,
     group: dist.ProcessGroup | None = None,
@@ -126,8 +127,8 @@ def across_processes(
 
     Args:
         gathered: What this process gathered; None if it failed, so that the others are told instead of left waiting.
-        channels: Of the layers by name, the same on every process.
-        eps: Of the layers by name.
+        layout: Of the layers, the same on every process.
+        eps: Of the layers.
         totals: Counts of this process.
         device: Where the process group can communicate.
         group: Which processes; None for all.
@@ -135,7 +136,7 @@ def across_processes(
     Raises:
         RuntimeError: On the processes that did not fail, if another one did.
     """
-    size = sum(channels.values())
+    size = layout.channels
     rows = torch.zeros(8, size, dtype=torch.float64) if gathered is None else _rows(gathered)
     counts = [
         gathered is None,
@@ -145,8 +146,8 @@ def across_processes(
         totals.samples is None,
         totals.ended_early,
     ]
-    uses = [0 if gathered is None else gathered.uses[name] for name in channels]
-    nonfinite = [0 if gathered is None else gathered.nonfinite[name] for name in channels]
+    uses = [0 if gathered is None else gathered.uses[name] for name in layout.names]
+    nonfinite = [0 if gathered is None else gathered.nonfinite[name] for name in layout.names]
     heads = torch.tensor([float(value) for value in (*counts, *uses, *nonfinite)], dtype=torch.float64)
     flat = torch.cat((heads.to(device), rows.to(device).flatten()))
     with waiting("this process"):
@@ -162,14 +163,14 @@ def across_processes(
     count, total, squares = rows[0], rows[1], rows[2]
     mean = total / count.clamp(min=1)
     pooled = Population(
-        channels=channels,
+        layout=layout,
         moments=Moments(count, mean, (squares - count * mean.square()).clamp(min=0)),
         mean_error=torch.where(rows[7] > 0, torch.inf, rows[3]),
         var_error=torch.where(rows[7] > 0, torch.inf, rows[4]),
         averages=rows[5:7],
-        eps=torch.tensor([eps[name] for name, size in channels.items() for _ in range(size)]).to(rows),
-        uses=dict(zip(channels, by_layer[0], strict=True)),
-        nonfinite=dict(zip(channels, by_layer[1], strict=True)),
+        eps=layout.constant(eps, rows.device),
+        uses=dict(zip(layout.names, by_layer[0], strict=True)),
+        nonfinite=dict(zip(layout.names, by_layer[1], strict=True)),
     )
     return pooled, Totals(int(batches), int(skipped), None if uncounted else int(samples), int(ended_early))
 

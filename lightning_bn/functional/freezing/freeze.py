@@ -14,13 +14,8 @@ from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.freezing.eval_mode import GIVEN_MODE, HOLDERS, hold_in_eval, let_go
 from lightning_bn.functional.layers.behavior import has_initial_statistics
 from lightning_bn.functional.layers.patterns import Patterns, SelectionError
-from lightning_bn.functional.layers.selection import (
-    affine_parameters,
-    batch_norm_layers,
-    has_running_statistics,
-    refuse_lazy,
-    select_layers,
-)
+from lightning_bn.functional.layers.properties import affine_parameters, has_running_statistics
+from lightning_bn.functional.layers.selection import LayerSelection, refuse_lazy
 from lightning_bn.functional.layers.status import layer_status, update_status
 
 _OWNER = "freeze_batch_norm"
@@ -31,11 +26,11 @@ _OWN_ATTRIBUTES = (_REQUIRED_GRAD, GIVEN_MODE, HOLDERS)
 def freeze_batch_norm(
     model: nn.Module,
     modules: Patterns = None,
-    exclude: Patterns = None,
     *,
+    exclude: Patterns = None,
+    root: str = "",
     stats: bool = True,
     affine: bool = True,
-    root: str = "",
 ) -> tuple[str, ...]:
     """Freezes the selected BatchNorm layers in place until :func:`unfreeze_batch_norm`; returns their names.
 
@@ -54,9 +49,9 @@ def freeze_batch_norm(
         model: Any module.
         modules: As for :func:`~lightning_bn.functional.batch_norm_layers`.
         exclude: As for ``batch_norm_layers``.
+        root: As for ``batch_norm_layers``.
         stats: Whether to freeze the running statistics.
         affine: Whether to freeze ``weight`` and ``bias``.
-        root: As for ``batch_norm_layers``.
 
     Raises:
         SelectionError: As for ``batch_norm_layers``; under ``stats`` also if a selected layer has no running
@@ -75,7 +70,7 @@ def freeze_batch_norm(
         >>> net.train()[1].training
         False
     """
-    layers = select_to_freeze(model, modules, exclude, stats=stats, affine=affine, root=root)
+    layers = select_to_freeze(model, LayerSelection(modules, exclude, root), stats=stats, affine=affine)
     if stats:
         warn_of_initial_statistics(layers)
     found = [_State(layer) for layer in layers.values()]
@@ -91,11 +86,11 @@ def freeze_batch_norm(
 def unfreeze_batch_norm(
     model: nn.Module,
     modules: Patterns = None,
-    exclude: Patterns = None,
     *,
+    exclude: Patterns = None,
+    root: str = "",
     stats: bool = True,
     affine: bool = True,
-    root: str = "",
 ) -> tuple[str, ...]:
     """Lets go of what :func:`freeze_batch_norm` froze among the selected layers; returns the names of those it changed.
 
@@ -107,14 +102,14 @@ def unfreeze_batch_norm(
         model: Any module.
         modules: As for :func:`~lightning_bn.functional.batch_norm_layers`.
         exclude: As for ``batch_norm_layers``.
+        root: As for ``batch_norm_layers``.
         stats: Whether to let go of the running statistics.
         affine: Whether to let go of ``weight`` and ``bias``.
-        root: As for ``batch_norm_layers``.
 
     Raises:
         SelectionError: As for ``batch_norm_layers``.
     """
-    layers = batch_norm_layers(model, modules, exclude, root)
+    layers = LayerSelection(modules, exclude, root).layers(model)
     return unfreeze_layers(layers, stats=stats, affine=affine, parent_trains=model.training)
 
 
@@ -122,11 +117,11 @@ def unfreeze_batch_norm(
 def frozen_batch_norm(
     model: nn.Module,
     modules: Patterns = None,
-    exclude: Patterns = None,
     *,
+    exclude: Patterns = None,
+    root: str = "",
     stats: bool = True,
     affine: bool = True,
-    root: str = "",
 ) -> Iterator[tuple[str, ...]]:
     """A context in which the selected layers are frozen; yields their names.
 
@@ -137,15 +132,15 @@ def frozen_batch_norm(
         model: Any module.
         modules: As for :func:`freeze_batch_norm`.
         exclude: As for ``freeze_batch_norm``.
+        root: As for ``freeze_batch_norm``.
         stats: As for ``freeze_batch_norm``.
         affine: As for ``freeze_batch_norm``.
-        root: As for ``freeze_batch_norm``.
 
     Raises:
         SelectionError: As for ``freeze_batch_norm``.
         ValueError: As for ``freeze_batch_norm``.
     """
-    layers = select_to_freeze(model, modules, exclude, stats=stats, affine=affine, root=root)
+    layers = select_to_freeze(model, LayerSelection(modules, exclude, root), stats=stats, affine=affine)
     if stats:
         warn_of_initial_statistics(layers, stacklevel=4)  # past contextlib's frame
     found = {name: _State(layer) for name, layer in layers.items()}
@@ -158,14 +153,7 @@ def frozen_batch_norm(
 
 
 def select_to_freeze(
-    model: nn.Module,
-    modules: Patterns,
-    exclude: Patterns,
-    *,
-    stats: bool,
-    affine: bool,
-    root: str,
-    argument: str = "modules",
+    model: nn.Module, selection: LayerSelection, *, stats: bool, affine: bool
 ) -> dict[str, _BatchNorm]:
     """The layers that a freeze with these arguments means, checked: nothing is changed.
 
@@ -175,7 +163,7 @@ def select_to_freeze(
     """
     if not stats and not affine:
         raise ValueError("stats=False with affine=False freezes nothing: ask for at least one of them.")
-    layers = select_layers(model, modules, exclude, root, argument)
+    layers = selection.layers(model)
     if not stats:
         return layers
     without = [name for name, layer in layers.items() if not has_running_statistics(layer)]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import nn
@@ -10,14 +10,10 @@ from torch import nn
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.freezing.freeze import select_to_freeze
 from lightning_bn.functional.freezing.schedule import FreezeSchedule
-from lightning_bn.functional.layers.patterns import Pattern, Patterns, as_patterns
-from lightning_bn.functional.layers.selection import (
-    affine_parameters,
-    batch_norm_layers,
-    has_running_statistics,
-    named_paths,
-    processes_of,
-)
+from lightning_bn.functional.layers.names import named_paths
+from lightning_bn.functional.layers.patterns import Patterns
+from lightning_bn.functional.layers.properties import affine_parameters, has_running_statistics, processes_of
+from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
 
 
 @dataclass(frozen=True)
@@ -84,12 +80,12 @@ class FreezePlan:
 def plan(
     model: nn.Module,
     modules: Patterns = None,
+    *,
     exclude: Patterns = None,
     root: str = "",
-    *,
     stats: bool = True,
     affine: bool = True,
-    by_task: Mapping[str, str | Sequence[str]] | None = None,
+    by_task: Mapping[str, Patterns] | None = None,
     schedule: FreezeSchedule | None = None,
 ) -> FreezePlan:
     """What freezing with these arguments will do; nothing in ``model`` changes.
@@ -114,16 +110,17 @@ def plan(
         >>> print(plan(net, "2", affine=False))
         1 of 2 layers frozen (statistics) by 2: 1; 4 other weights below these paths still train
     """
-    base, tasks = select_by_task(model, modules, exclude, root, stats=stats, affine=affine, by_task=by_task)
+    always, by_task_selections = selections(modules, exclude, root, by_task)
+    base, tasks = select_by_task(model, always, by_task_selections, stats=stats, affine=affine)
     layers_by_name = batch_norm_layers(model)
     paths: dict[int, list[str]] = {id(layer): [] for layer in layers_by_name.values()}
     for path, module in named_paths(model):
         if id(module) in paths:
             paths[id(module)].append(path)
-    rules = {name: _rule(paths[id(layers_by_name[name])], modules, root) for name in base}
+    rules = {} if always is None else {name: _rule(paths[id(layers_by_name[name])], always) for name in base}
     for task, names in tasks.items():
         for name in names:
-            rules.setdefault(name, _rule(paths[id(layers_by_name[name])], (by_task or {})[task], root))
+            rules.setdefault(name, _rule(paths[id(layers_by_name[name])], by_task_selections[task]))
     layers = tuple(
         PlannedLayer(
             name=name,
@@ -136,67 +133,58 @@ def plan(
         )
         for name, layer in layers_by_name.items()
     )
-    return FreezePlan(layers, schedule or FreezeSchedule(), _others(model, layers, modules, by_task, root))
+    chosen = [*([] if always is None else [always]), *by_task_selections.values()]
+    return FreezePlan(layers, schedule or FreezeSchedule(), _others(model, layers, chosen))
+
+
+def selections(
+    modules: Patterns, exclude: Patterns, root: str, by_task: Mapping[str, Patterns] | None
+) -> tuple[LayerSelection | None, dict[str, LayerSelection]]:
+    """Return what is meant for every batch, None for nothing, and what is meant for the batches of each task."""
+    always = None if modules is None and by_task else LayerSelection(modules, exclude, root)
+    tasks = {
+        task: LayerSelection(paths, exclude, root, f"by_task[{task!r}]") for task, paths in (by_task or {}).items()
+    }
+    return always, tasks
 
 
 def select_by_task(
     model: nn.Module,
-    modules: Patterns,
-    exclude: Patterns,
-    root: str,
+    always: LayerSelection | None,
+    by_task: Mapping[str, LayerSelection],
     *,
     stats: bool,
     affine: bool,
-    by_task: Mapping[str, str | Sequence[str]] | None,
 ) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Names frozen during every batch, and for each task those frozen during its batches beside them.
+    """Return names frozen during every batch, and for each task those frozen during its batches beside them.
 
     Raises:
         SelectionError: As for :func:`plan`.
         ValueError: As for :func:`plan`.
     """
-    base: tuple[str, ...] = ()
-    if modules is not None or not by_task:
-        base = tuple(select_to_freeze(model, modules, exclude, stats=stats, affine=affine, root=root))
-    tasks = {}
-    for task, patterns in (by_task or {}).items():
-        argument = f"by_task[{task!r}]"
-        names = select_to_freeze(model, patterns, exclude, stats=stats, affine=affine, root=root, argument=argument)
-        tasks[task] = tuple(name for name in names if name not in base)
-    return base, tasks
+    base = () if always is None else tuple(select_to_freeze(model, always, stats=stats, affine=affine))
+    tasks = {task: select_to_freeze(model, chosen, stats=stats, affine=affine) for task, chosen in by_task.items()}
+    return base, {task: tuple(name for name in names if name not in base) for task, names in tasks.items()}
 
 
-def _rule(paths: Sequence[str], patterns: Patterns, root: str) -> str:
+def _rule(paths: Sequence[str], selection: LayerSelection) -> str:
     """The first pattern that means a layer, under any of its names."""
-    if patterns is None:
+    root = selection.root
+    if selection.modules is None:
         return root or "every layer"
-    listed = as_patterns(patterns, "modules")
-    return next(pattern.text for pattern in listed if any(pattern.matches(path, root) for path in paths))
+    return next(rule.text for rule in selection.patterns() if any(rule.matches(path, root) for path in paths))
 
 
-def _others(
-    model: nn.Module,
-    layers: Sequence[PlannedLayer],
-    modules: Patterns,
-    by_task: Mapping[str, str | Sequence[str]] | None,
-    root: str,
-) -> int:
+def _others(model: nn.Module, layers: Sequence[PlannedLayer], chosen: Sequence[LayerSelection]) -> int:
     """Parameters that require a gradient, lie where the rules point and are not frozen."""
-    patterns = list(_all_patterns(modules, by_task))
     by_name = batch_norm_layers(model)
     frozen = {id(parameter) for layer in layers if layer.affine for parameter in affine_parameters(by_name[layer.name])}
+    patterns = [(pattern, selection.root) for selection in chosen for pattern in selection.patterns()]
     meant = {
         id(parameter)
         for path, module in named_paths(model)
-        if any(pattern.matches(path, root) for pattern in patterns)
+        if any(pattern.matches(path, root) for pattern, root in patterns)
         for parameter in module.parameters(recurse=False)
         if parameter.requires_grad
     }
     return len(meant - frozen)
-
-
-def _all_patterns(modules: Patterns, by_task: Mapping[str, str | Sequence[str]] | None) -> Iterator[Pattern]:
-    if modules is not None or not by_task:
-        yield from as_patterns(modules, "modules")
-    for patterns in (by_task or {}).values():
-        yield from as_patterns(patterns, "by_task")

@@ -16,7 +16,8 @@ from lightning_bn.functional.freezing.freeze import declare_frozen, declare_unfr
 from lightning_bn.functional.freezing.gradients import WithheldGradients, drop_gradients, drop_zero_gradients
 from lightning_bn.functional.freezing.shadow_statistics import LentStatistics
 from lightning_bn.functional.freezing.verification import KeptValues, Moved
-from lightning_bn.functional.layers.selection import affine_parameters, batch_norm_layers
+from lightning_bn.functional.layers.properties import affine_parameters
+from lightning_bn.functional.layers.selection import batch_norm_layers
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -9,13 +10,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional.layers.patterns import Patterns
-from lightning_bn.functional.layers.selection import (
-    affine_parameters,
-    batch_norm_layers,
-    has_running_statistics,
-    is_lazy,
-    processes_of,
-)
+from lightning_bn.functional.layers.properties import affine_parameters, has_running_statistics, is_lazy, processes_of
+from lightning_bn.functional.layers.selection import LayerSelection
 
 
 @dataclass(frozen=True)
@@ -54,7 +50,7 @@ class LayerBehavior:
 
 
 def describe(
-    model: nn.Module, modules: Patterns = None, exclude: Patterns = None, root: str = ""
+    model: nn.Module, modules: Patterns = None, *, exclude: Patterns = None, root: str = ""
 ) -> list[LayerBehavior]:
     """What the next forward of each selected BatchNorm layer does; nothing is run and nothing changes.
 
@@ -76,7 +72,11 @@ def describe(
         >>> layer.surprises[0]
         'evaluates with the initial statistics, mean 0 and variance 1: it has never seen a batch in training mode'
     """
-    layers = batch_norm_layers(model, modules, exclude, root)
+    return describe_layers(LayerSelection(modules, exclude, root).layers(model))
+
+
+def describe_layers(layers: Mapping[str, _BatchNorm]) -> list[LayerBehavior]:
+    """As :func:`describe`, of layers that are already resolved."""
     return [_describe(name, layer) for name, layer in layers.items()]
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.snapshots import Snapshot
 
 
@@ -28,9 +29,8 @@ def surprise(before: Snapshot, after: Snapshot, momentum: Tensor) -> Tensor:
         after: Right after it.
         momentum: Of the layers, as :func:`momenta` gives it.
     """
-    layer_of = after.layer_of()
     once = (after.num_batches_tracked - before.num_batches_tracked) == 1
-    weight = torch.where(once & (momentum > 0), momentum, torch.nan)[layer_of]
+    weight = after.layout.expand(torch.where(once & (momentum > 0), momentum, torch.nan))
     sigma = (before.var.to(torch.float64) + after.eps_of()).sqrt()
     return (after.mean.to(torch.float64) - before.mean.to(torch.float64)) / weight / sigma
 
@@ -43,9 +43,8 @@ def gap(everywhere: Snapshot, here: Snapshot, momentum: Tensor) -> Tensor:
         here: Of this process.
         momentum: Of the layers, as :func:`momenta` gives it.
     """
-    layer_of = here.layer_of()
     sigma = (here.var.to(torch.float64) + here.eps_of()).sqrt()
-    weight = torch.where(momentum > 0, momentum, torch.nan)[layer_of]
+    weight = here.layout.expand(torch.where(momentum > 0, momentum, torch.nan))
     return (here.mean.to(torch.float64) - everywhere.mean.to(torch.float64)) / weight / sigma
 
 
@@ -80,17 +79,11 @@ class Surprises:
         taken = torch.where(there, values, 0).clamp(-most, most)
         return Surprises(self.count + there, self.total + taken, self.squares + taken.square())
 
-    def bias(self, snapshot: Snapshot) -> Tensor:
+    def bias(self, layout: ChannelLayout) -> Tensor:
         """Root mean square over a layer's channels of the mean surprise, ``(L,)``: a moving average that lags."""
-        return _rms((self.total / self.count.clamp(min=1)).square(), snapshot)
+        return layout.mean((self.total / self.count.clamp(min=1)).square()).sqrt()
 
-    def spread(self, snapshot: Snapshot) -> Tensor:
+    def spread(self, layout: ChannelLayout) -> Tensor:
         """Root mean square over a layer's channels of the deviation around it, ``(L,)``: batches that differ."""
         mean = self.total / self.count.clamp(min=1)
-        return _rms((self.squares / self.count.clamp(min=1) - mean.square()).clamp(min=0), snapshot)
-
-
-def _rms(squares: Tensor, snapshot: Snapshot) -> Tensor:
-    sums = torch.zeros(len(snapshot), dtype=torch.float64, device=squares.device)
-    sizes = torch.tensor(snapshot.channels, dtype=torch.float64, device=squares.device)
-    return (sums.index_add_(0, snapshot.layer_of(), squares) / sizes).sqrt()
+        return layout.mean((self.squares / self.count.clamp(min=1) - mean.square()).clamp(min=0)).sqrt()

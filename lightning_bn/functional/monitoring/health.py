@@ -41,15 +41,13 @@ def vitals(current: Snapshot, earlier: Snapshot, batches: int) -> Vitals:
     Raises:
         ValueError: If the snapshots are of different layers.
     """
-    if (current.names, current.channels) != (earlier.names, earlier.channels):
+    if current.layout != earlier.layout:
         raise ValueError("signs of life need two snapshots of the same layers in the same order")
     mean, var = current.mean.to(torch.float64), current.var.to(torch.float64)
-    layer_of = current.layer_of()
     eps = current.eps_of()
 
     def per_layer(channels: Tensor) -> Tensor:
-        empty = torch.zeros(len(current), dtype=torch.float64, device=mean.device)
-        return empty.index_add_(0, layer_of, channels.to(torch.float64))
+        return current.layout.sum(channels.to(torch.float64))
 
     then, now = earlier.num_batches_tracked.to(mean.device), current.num_batches_tracked
     moved = _differs(current.mean, earlier.mean) | _differs(current.var, earlier.var)
@@ -78,13 +76,11 @@ def died(current: Snapshot, reference: Snapshot, momentum: Tensor, below: float)
         momentum: Of the layers; NaN for a cumulative average.
         below: Variance over that of the reference, ``eps`` added to both, from which on a dead channel was alive then.
     """
-    layer_of = current.layer_of()
     eps = current.eps_of()
-    left = initial_shares(reference, momentum)[layer_of]
+    left = current.layout.expand(initial_shares(reference, momentum))
     now, then = current.var.to(torch.float64), reference.var.to(torch.float64) - left
     channels = (now < eps) & (now + eps < below * (then + eps))
-    zeros = torch.zeros(len(current), dtype=torch.float64, device=momentum.device)
-    return zeros.index_add_(0, layer_of, channels.to(torch.float64))
+    return current.layout.sum(channels.to(torch.float64))
 
 
 def initial_shares(current: Snapshot, momentum: Tensor) -> Tensor:

@@ -12,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._batches import num_samples
 from lightning_bn.functional.layers.behavior import has_initial_statistics
-from lightning_bn.functional.layers.selection import processes_of
+from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.layers.status import LayerStatus, layer_status
 from lightning_bn.functional.monitoring.batch_deviation import Surprises, gap, momenta, surprise
 from lightning_bn.functional.monitoring.diagnosis import (
@@ -28,8 +28,6 @@ from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.statistics.drift_measures import (
     DriftSummary,
     Measure,
-    layer_maxima,
-    layer_means,
     of_standardized,
     read_summary,
     standardized,
@@ -256,7 +254,7 @@ class Watch:
         if not self._fixed:
             self._copy_to_reference(self.unsettled, current)
         # Once, whatever is found below: every process has to take part.
-        over_ranks = torch.stack((self._gaps.bias(current), found.nonfinite))
+        over_ranks = torch.stack((self._gaps.bias(current.layout), found.nonfinite))
         if self._max_over_ranks is not None:
             over_ranks = self._max_over_ranks(over_ranks)
         flat, rows = self._measured(current, found, over_ranks)
@@ -335,23 +333,23 @@ class Watch:
         """Scalars of the summary, and rows with a number for each layer; waits for the device once."""
         shift, ratio = standardized(self.reference, current)
         if self._fixed and self.unsettled:
-            young = self._among(self.unsettled)[current.layer_of()]
+            young = current.layout.expand(self._among(self.unsettled))
             shift, ratio = torch.where(young, 0, shift), torch.where(young, 1, ratio)
         values = of_standardized(self._measure, shift, ratio, current.weight).abs()
         scalars = torch.stack(summary_scalars(values, shift, ratio, self._threshold))
         by_layer = _Rows(
-            largest=layer_maxima(values, current),
+            largest=current.layout.max(values),
             nonfinite=over_ranks[1],
             nonfinite_here=found.nonfinite,
             died=died(current, self.reference, self._momenta, DIED_FROM),
-            explosion=layer_means(ratio.log(), current).exp(),
+            explosion=current.layout.mean(ratio.log()).exp(),
             dead=found.dead,
             updates=found.updates,
             reset=found.reset.to(torch.float64),
             changed=found.changed.to(torch.float64),
             initial_share=initial_shares(current, self._momenta),
-            bias=self._surprises.bias(current),
-            spread=self._surprises.spread(current),
+            bias=self._surprises.bias(current.layout),
+            spread=self._surprises.spread(current.layout),
             gap=over_ranks[0],
         )
         flat = torch.cat((scalars, *by_layer)).tolist()
@@ -363,7 +361,7 @@ class Watch:
         if not names:
             return
         then, chosen = self.reference, self._among(names)
-        of_chosen = chosen[current.layer_of()]
+        of_chosen = current.layout.expand(chosen)
         self.reference = replace(
             then,
             mean=torch.where(of_chosen, current.mean, then.mean),

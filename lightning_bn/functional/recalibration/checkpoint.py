@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn.functional._text import quoted
-from lightning_bn.functional.layers.selection import batch_norm_layers, canonical_name
+from lightning_bn.functional.layers.names import canonical_name
+from lightning_bn.functional.layers.selection import batch_norm_layers
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.result import Recalibration
 from lightning_bn.functional.statistics.snapshots import Snapshot
@@ -101,7 +102,7 @@ def snapshot_of_checkpoint(path: str | Path, like: Snapshot) -> Snapshot:
     state = {canonical_name(nn.Module(), name): value for name, value in state.items()}
     missing = [
         name
-        for name, size in zip(like.names, like.channels, strict=True)
+        for name, size in zip(like.names, like.layout.sizes, strict=True)
         if getattr(state.get(f"{name}.running_mean"), "shape", None) != (size,)
     ]
     if missing:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from itertools import accumulate
 from typing import Any
 
 import torch
@@ -18,9 +17,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
-from lightning_bn.functional.layers.selection import is_synchronized, processes_of
+from lightning_bn.functional.layers.properties import is_synchronized, processes_of
 from lightning_bn.functional.recalibration.population import Population
 from lightning_bn.functional.recalibration.standard_error import Spread, relative_errors
+from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.sample_moments import Moments, merge
 
 _REBOUND = ("running_mean", "running_var", "num_batches_tracked")
@@ -180,38 +180,34 @@ class _Arena:
         self._layers = dict(layers)
         # A bf16 model needs bf16 buffers: its statistics are read with bf16's precision, and summed in float64.
         self._exact = torch.float32 if device.type == "mps" else torch.float64
-        channels = [layer.num_features for layer in layers.values()]
+        self._layout = layout = ChannelLayout.of(layers)
+        aligned = ChannelLayout(layout.names, tuple(-(-size // _ALIGNED) * _ALIGNED for size in layout.sizes))
         # Ordinary tensors, also where the caller is in inference mode: they are written to again outside of it.
         with torch.inference_mode(False):
-            self._layer_of = torch.arange(len(channels)).repeat_interleave(torch.tensor(channels)).to(device)
-            ends = list(accumulate(-(-size // _ALIGNED) * _ALIGNED for size in channels))
-            self._flat = torch.zeros(2, ends[-1], device=device, dtype=dtype)
-            starts = [0, *ends[:-1]]
+            self._flat = torch.zeros(2, aligned.channels, device=device, dtype=dtype)
+            starts = [part.start for part in aligned.slices.values()]
             self._parts = {
-                name: slice(start, start + size) for name, start, size in zip(layers, starts, channels, strict=True)
+                name: slice(start, start + size)
+                for name, start, size in zip(layout.names, starts, layout.sizes, strict=True)
             }
             filled = torch.cat([torch.arange(part.start, part.stop) for part in self._parts.values()])
-            self._filled = None if len(filled) == ends[-1] else filled.to(device)
-            zeros = torch.zeros(sum(channels), device=device, dtype=self._exact)
-            eps = torch.tensor([layer.eps for layer in layers.values()], dtype=self._exact).to(device)
-            self._eps = eps[self._layer_of]
+            self._filled = None if len(filled) == aligned.channels else filled.to(device)
+            zeros = torch.zeros(layout.channels, device=device, dtype=self._exact)
+            self._eps = layout.constant(tuple(layer.eps for layer in layers.values()), device, self._exact)
             self._gathered = _Gathered(
                 Moments(zeros, zeros, zeros),
                 Spread.none(zeros),
                 torch.stack((zeros, zeros)),
-                *torch.zeros(2, len(channels), device=device, dtype=torch.int64),
+                *torch.zeros(2, len(layout), device=device, dtype=torch.int64),
             )
-        ends = list(accumulate(channels))
-        self._slices = {name: slice(end - size, end) for name, size, end in zip(layers, channels, ends, strict=True)}
         self._before = self._gathered
         self._batch: Moments | None = None
-        self._counts = [_NOT_CALLED] * len(channels)
+        self._counts = [_NOT_CALLED] * len(layout)
         # With others of its group a layer can do with one value.
         self._alone = [processes_of(layer) == 1 for layer in layers.values()]
         # A layer whose tracking was switched off writes nothing; its own values are taken, whoever it normalizes with.
-        sharing = [processes_of(layer) if layer.track_running_stats else 1 for layer in layers.values()]
-        processes = torch.tensor(sharing, dtype=self._exact).to(device)
-        self._together = processes[self._layer_of]
+        sharing = tuple(processes_of(layer) if layer.track_running_stats else 1 for layer in layers.values())
+        self._together = layout.constant(sharing, device, self._exact)
         self._found: list[tuple[_BatchNorm, dict[str, Tensor | None], float | None, dict[str, Any]]] = []
 
     def bind(self) -> None:
@@ -286,12 +282,11 @@ class _Arena:
         values = self._flat if self._filled is None else self._flat[:, self._filled]
         mean, var = values.to(self._exact)
         counts = torch.tensor(self._counts, dtype=self._exact, device=mean.device)
-        bad_channels = ~torch.isfinite(mean + var)
-        bad = torch.zeros_like(counts).index_add_(0, self._layer_of, bad_channels.to(counts.dtype)) > 0
+        bad = self._layout.sum((~torch.isfinite(mean + var)).to(counts.dtype)) > 0
         called = counts != _NOT_CALLED
         used = called & ~bad
-        taken = used[self._layer_of]
-        count = torch.where(taken, counts[self._layer_of], 0)
+        taken = self._layout.expand(used)
+        count = torch.where(taken, self._layout.expand(counts), 0)
         mean, var = torch.where(taken, mean, 0), torch.where(taken, var, 0)
         # With N values in the batches of P processes the sum of squares is var (N - 1): of which this process has
         # var (n - 1 / P) for its n, so that the shares add up without anybody knowing N.
@@ -331,12 +326,12 @@ class _Arena:
         found = self._gathered
         mean_error, var_error = self._squared_deviations()
         return Population(
-            channels={name: part.stop - part.start for name, part in self._slices.items()},
+            layout=self._layout,
             moments=found.moments,
             mean_error=mean_error,
             var_error=var_error,
             averages=found.averages,
             eps=self._eps,
-            uses=dict(zip(self._slices, found.uses.tolist(), strict=True)),
-            nonfinite=dict(zip(self._slices, found.nonfinite.tolist(), strict=True)),
+            uses=dict(zip(self._layout.names, found.uses.tolist(), strict=True)),
+            nonfinite=dict(zip(self._layout.names, found.nonfinite.tolist(), strict=True)),
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._bits import Flat, is_plain, same_bits
-from lightning_bn.functional.layers.selection import is_lazy
+from lightning_bn.functional.layers.properties import is_lazy
 
 _PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _COMPOSITE: dict[type, bool] = {}

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Literal, TypeAlias
 
 import torch
 from torch import Tensor
 
 from lightning_bn.functional.recalibration.standard_error import relative_errors
+from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.sample_moments import Moments, variance
 
 Estimator: TypeAlias = Literal["pooled", "mean_of_batches"]
@@ -21,7 +21,7 @@ class Population:
     """Statistics of L layers with C channels altogether, those of a layer one after another.
 
     Attributes:
-        channels: Channels of each layer, by name, in order.
+        layout: Of the layers, in order.
         moments: Pooled over all batches, shape ``(C,)`` each, float64 where the device has it.
         mean_error: Squared deviations of the mean, see :meth:`~.spread.Spread.squared_deviations`; ``(C,)``.
         var_error: Of the variance.
@@ -31,7 +31,7 @@ class Population:
         nonfinite: Forwards left out because a statistic was not finite, by layer.
     """
 
-    channels: Mapping[str, int]
+    layout: ChannelLayout
     moments: Moments
     mean_error: Tensor
     var_error: Tensor
@@ -45,54 +45,40 @@ class Population:
         """Several populations as one, on the device of the first, in the order of ``names``."""
         if len(parts) == 1:
             return parts[0]
-        places = {name: (part, where) for part in parts for name, where in part.slices().items()}
-        device = parts[0].eps.device
+        joined, device = ChannelLayout.joined([part.layout for part in parts]), parts[0].eps.device
 
-        ordered = [places[name] for name in names]
+        def gather(*of_parts: Tensor) -> Tensor:
+            return joined.pick(torch.cat([values.to(device) for values in of_parts], -1), names)
 
-        def gather(pick: Callable[[Population], Tensor]) -> Tensor:
-            return torch.cat([pick(part)[..., where].to(device) for part, where in ordered], -1)
-
+        uses = {name: count for part in parts for name, count in part.uses.items()}
+        nonfinite = {name: count for part in parts for name, count in part.nonfinite.items()}
         return cls(
-            channels={name: places[name][0].channels[name] for name in names},
-            moments=Moments(
-                gather(lambda part: part.moments.count),
-                gather(lambda part: part.moments.mean),
-                gather(lambda part: part.moments.m2),
-            ),
-            mean_error=gather(lambda part: part.mean_error),
-            var_error=gather(lambda part: part.var_error),
-            averages=gather(lambda part: part.averages),
-            eps=gather(lambda part: part.eps),
-            uses={name: places[name][0].uses[name] for name in names},
-            nonfinite={name: places[name][0].nonfinite[name] for name in names},
+            layout=joined.restrict(names),
+            moments=Moments(*(gather(*values) for values in zip(*(part.moments for part in parts), strict=True))),
+            mean_error=gather(*(part.mean_error for part in parts)),
+            var_error=gather(*(part.var_error for part in parts)),
+            averages=gather(*(part.averages for part in parts)),
+            eps=gather(*(part.eps for part in parts)),
+            uses={name: uses[name] for name in names},
+            nonfinite={name: nonfinite[name] for name in names},
         )
-
-    def slices(self) -> dict[str, slice]:
-        """Where each layer's channels lie."""
-        ends = accumulate(self.channels.values())
-        return {name: slice(end - size, end) for (name, size), end in zip(self.channels.items(), ends, strict=True)}
 
     def reached(self) -> list[str]:
         """Layers of which there are at least two values per channel."""
-        if not self.channels:
+        if not len(self.layout):
             return []
-        first = torch.tensor([part.start for part in self.slices().values()])
-        counts = self.moments.count[first.to(self.moments.count.device)].tolist()
-        return [name for name, count in zip(self.channels, counts, strict=True) if count > 1]
+        counts = self.layout.mean(self.moments.count).tolist()
+        return [name for name, count in zip(self.layout.names, counts, strict=True) if count > 1]
 
     def statistics(self, estimator: Estimator) -> dict[str, tuple[Tensor, Tensor]]:
         """Mean and variance to be stored, ``(C,)`` each, by layer: pooled and unbiased, or means over batches."""
         if estimator == "mean_of_batches":
-            uses = torch.tensor([max(count, 1) for count in self.uses.values()], dtype=self.averages.dtype)
-            sizes = torch.tensor(list(self.channels.values()))
-            mean, var = self.averages / uses.repeat_interleave(sizes).to(self.averages.device)
+            uses = torch.tensor([max(count, 1) for count in self.uses.values()]).to(self.averages)
+            mean, var = self.averages / self.layout.expand(uses)
         else:
             mean, var = self.moments.mean, variance(self.moments)
-        sizes_listed = list(self.channels.values())
-        return dict(
-            zip(self.channels, zip(mean.split(sizes_listed), var.split(sizes_listed), strict=True), strict=True)
-        )
+        means, variances = self.layout.split(mean), self.layout.split(var)
+        return {name: (means[name], variances[name]) for name in self.layout.names}
 
     def standard_error(self) -> float:
         """The largest relative standard error of any channel that was reached, see :func:`~.spread.relative_errors`."""

@@ -17,13 +17,8 @@ from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.distributed.agreement import Totals, across_processes, agree_on_layers, others_told
 from lightning_bn.functional.distributed.lockstep import Lockstep
 from lightning_bn.functional.layers.patterns import Patterns
-from lightning_bn.functional.layers.selection import (
-    batch_norm_layers,
-    has_running_statistics,
-    is_synchronized,
-    processes_of,
-    tracked_layers,
-)
+from lightning_bn.functional.layers.properties import has_running_statistics, is_synchronized, processes_of
+from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
 from lightning_bn.functional.layers.status import is_frozen
 from lightning_bn.functional.recalibration.collector import Collector, single_values_refused
 from lightning_bn.functional.recalibration.isolation import (
@@ -36,6 +31,7 @@ from lightning_bn.functional.recalibration.isolation import (
 from lightning_bn.functional.recalibration.population import Estimator, Population
 from lightning_bn.functional.recalibration.result import Recalibration, RecalibrationError
 from lightning_bn.functional.recalibration.stopping import Budget, Usage
+from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.snapshots import snapshot_of
 
 
@@ -120,9 +116,9 @@ def recalibrate(
     with others_told(device) if distributed else nullcontext():
         budget = Budget(num_batches, num_samples, max_standard_error, processes)
         _check(batches, estimator)
-        selected = tracked_layers(model, modules, exclude, root)
+        selected = LayerSelection(modules, exclude, root).tracked_layers(model)
         targets = _targets(model, selected)
-        channels = {name: layer.num_features for name, layer in targets.items()}
+        layout = ChannelLayout.of(targets)
         synchronized = [name for name, layer in targets.items() if is_synchronized(layer)]
         if synchronized and not distributed:
             _check_alone(targets)
@@ -132,7 +128,7 @@ def recalibrate(
             f"num_samples={num_samples}",
             *(f"{name} is synchronized" for name in synchronized),
         ]
-        agree_on_layers({**channels, **dict.fromkeys(others, 0)}, device)
+        agree_on_layers({**dict(zip(layout.names, layout.sizes, strict=True)), **dict.fromkeys(others, 0)}, device)
     usage = Usage(budget)
     lockstep = Lockstep(device) if synchronized and distributed else None
     gathered: Population | None = None
@@ -142,8 +138,8 @@ def recalibrate(
         # Also after a failure here, which the other processes are waiting to hear of.
         totals = Totals(usage.batches, usage.skipped, usage.samples, int(usage.ended_early))
         if distributed and (lockstep is None or lockstep.settle()):
-            eps = {name: layer.eps for name, layer in targets.items()}
-            gathered, totals = across_processes(gathered, channels, eps, totals, device)
+            eps = tuple(layer.eps for layer in targets.values())
+            gathered, totals = across_processes(gathered, layout, eps, totals, device)
     reached = {name: targets[name] for name in gathered.reached()}
     if not reached:
         why = None if totals.batches else usage.why_nothing(lockstep is not None)
@@ -162,7 +158,7 @@ def recalibrate(
         processes=processes,
         ended_early=totals.ended_early,
         nonfinite={name: count for name, count in gathered.nonfinite.items() if count},
-        unreached=tuple(name for name in channels if not gathered.uses[name] and not gathered.nonfinite[name]),
+        unreached=tuple(name for name in layout.names if not gathered.uses[name] and not gathered.nonfinite[name]),
         frozen=tuple(name for name in selected if name not in targets),
         seconds=time.monotonic() - started,
     )
@@ -247,8 +243,8 @@ def _why_none(gathered: Population, batches: int) -> str:
             f"was never finite. Nothing was changed; look for inf or NaN in the data or the weights."
         )
     return (
-        f"none of the {len(gathered.channels)} selected BatchNorm layers was reached by the forward in {batches} "
-        f"batches: {quoted(list(gathered.channels))}. Nothing was changed; pass a forward= that runs them."
+        f"none of the {len(gathered.layout)} selected BatchNorm layers was reached by the forward in {batches} "
+        f"batches: {quoted(gathered.layout.names)}. Nothing was changed; pass a forward= that runs them."
     )
 
 

@@ -95,8 +95,7 @@ def drift(reference: Snapshot, current: Snapshot, measure: Measure = "jeffreys")
     Source: Jeffreys (1946); Olkin & Pukelsheim (1982) for the 2-Wasserstein distance of Gaussians.
     """
     shift, ratio = standardized(reference, current)
-    flat = of_standardized(measure, shift, ratio, current.weight)
-    return {name: flat[part] for name, part in reference.slices().items()}
+    return reference.layout.split(of_standardized(measure, shift, ratio, current.weight))
 
 
 def of_standardized(measure: Measure, shift: Tensor, ratio: Tensor, weight: Tensor) -> Tensor:
@@ -108,9 +107,9 @@ def of_standardized(measure: Measure, shift: Tensor, ratio: Tensor, weight: Tens
 
 def standardized(reference: Snapshot, current: Snapshot) -> tuple[Tensor, Tensor]:
     """z, the shift of the mean in standard deviations of the reference, and r, the ratio of variances; float64."""
-    if (reference.names, reference.channels) != (current.names, current.channels):
-        sizes_now = dict(zip(current.names, current.channels, strict=True))
-        sizes_then = dict(zip(reference.names, reference.channels, strict=True))
+    if reference.layout != current.layout:
+        sizes_now = dict(zip(current.names, current.layout.sizes, strict=True))
+        sizes_then = dict(zip(reference.names, reference.layout.sizes, strict=True))
         names = [*reference.names, *(name for name in current.names if name not in sizes_then)]
         differing = [name for name in names if sizes_then.get(name) != sizes_now.get(name)] or names
         raise ValueError(
@@ -179,7 +178,7 @@ def percentile_95(values: Tensor) -> Tensor:
 def read_summary(snapshot: Snapshot, scalars: list[float], threshold: float | None = None) -> DriftSummary:
     """The summary that :func:`summary_scalars` prepared."""
     mean, p95, largest, variance_ratio, mean_shift, share_above, position = scalars
-    layer, channel = _locate(snapshot, int(position))
+    layer, channel = snapshot.layout.locate(int(position))
     return DriftSummary(
         mean=mean,
         p95=p95,
@@ -189,25 +188,6 @@ def read_summary(snapshot: Snapshot, scalars: list[float], threshold: float | No
         variance_ratio=variance_ratio,
         mean_shift=mean_shift,
         share_above=None if threshold is None else share_above,
-    )
-
-
-def layer_maxima(values: Tensor, snapshot: Snapshot) -> Tensor:
-    """The largest value of each layer, ``(L,)``; NaN where any channel's is."""
-    most = torch.full((len(snapshot),), -torch.inf, dtype=values.dtype, device=values.device)
-    return most.scatter_reduce_(0, snapshot.layer_of(), values, "amax")
-
-
-def layer_means(values: Tensor, snapshot: Snapshot) -> Tensor:
-    """The mean of each layer's channels, ``(L,)``."""
-    sums = torch.zeros(len(snapshot), dtype=values.dtype, device=values.device)
-    sizes = torch.tensor(snapshot.channels, dtype=values.dtype, device=values.device)
-    return sums.index_add_(0, snapshot.layer_of(), values) / sizes
-
-
-def _locate(snapshot: Snapshot, position: int) -> tuple[str, int]:
-    return next(
-        (name, position - part.start) for name, part in snapshot.slices().items() if part.start <= position < part.stop
     )
 
 

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from dataclasses import dataclass, fields, replace
-from functools import lru_cache, reduce
-from itertools import accumulate
+from dataclasses import dataclass, replace
+from functools import reduce
 from typing import Any
 
 import torch
@@ -15,9 +14,12 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.functional._bits import same_bits
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.patterns import Patterns
-from lightning_bn.functional.layers.selection import batch_norm_layers, is_lazy, tracked_layers
+from lightning_bn.functional.layers.properties import is_lazy
+from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
+from lightning_bn.functional.statistics.channels import ChannelLayout
 
 _NO_COUNTER = -1
+_TENSORS = ("mean", "var", "num_batches_tracked", "weight")
 
 
 @dataclass(frozen=True, eq=False)
@@ -25,8 +27,7 @@ class Snapshot:
     """Running statistics of L layers with C channels altogether, copied at one moment.
 
     Attributes:
-        names: Canonical names of the layers, L of them, in registration order.
-        channels: Channels of each layer; they lie one after another in the flat tensors.
+        layout: Canonical names of the layers, L of them, in registration order, and where their channels lie.
         mean: ``running_mean`` of all layers, shape ``(C,)``, in units of each layer's input.
         var: ``running_var`` of all layers, shape ``(C,)``, unbiased, in squared units of the input.
         num_batches_tracked: Shape ``(L,)``, int64; -1 for a layer without the counter.
@@ -35,8 +36,7 @@ class Snapshot:
         eps: Each layer's ``eps``.
     """
 
-    names: tuple[str, ...]
-    channels: tuple[int, ...]
+    layout: ChannelLayout
     mean: Tensor
     var: Tensor
     num_batches_tracked: Tensor
@@ -44,20 +44,16 @@ class Snapshot:
     eps: tuple[float, ...]
 
     def __len__(self) -> int:
-        return len(self.names)
+        return len(self.layout)
 
-    def slices(self) -> dict[str, slice]:
-        """Where each layer's channels lie in the flat tensors."""
-        ends = list(accumulate(self.channels))
-        return {name: slice(end - size, end) for name, size, end in zip(self.names, self.channels, ends, strict=True)}
-
-    def layer_of(self) -> Tensor:
-        """The index of the layer that each channel belongs to, shape ``(C,)``, int64, on the statistics' device."""
-        return _layer_of(self.channels, self.mean.device)
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Of the layers, in registration order."""
+        return self.layout.names
 
     def eps_of(self) -> Tensor:
         """Each channel's ``eps``, shape ``(C,)``, float64, on the statistics' device."""
-        return _eps_of(self.eps, self.channels, self.mean.device)
+        return self.layout.constant(self.eps, self.mean.device)
 
     def to(self, device: torch.device | str) -> Snapshot:
         """The same snapshot with its tensors on ``device``."""
@@ -75,27 +71,21 @@ class Snapshot:
 
     def only(self, names: Collection[str]) -> Snapshot:
         """Of some of the layers, in the order of this snapshot."""
-        parts = self.slices()
-        chosen = [index for index, name in enumerate(self.names) if name in names]
-        kept = [self.names[index] for index in chosen]
-
-        def pick(flat: Tensor) -> Tensor:
-            return torch.cat([flat[parts[name]] for name in kept])
-
+        kept = [name for name in self.names if name in names]
+        chosen = [self.names.index(name) for name in kept]
         return Snapshot(
-            names=tuple(kept),
-            channels=tuple(self.channels[index] for index in chosen),
-            mean=pick(self.mean),
-            var=pick(self.var),
+            layout=self.layout.restrict(kept),
+            mean=self.layout.pick(self.mean, kept),
+            var=self.layout.pick(self.var, kept),
             num_batches_tracked=self.num_batches_tracked[chosen],
-            weight=pick(self.weight),
+            weight=self.layout.pick(self.weight, kept),
             eps=tuple(self.eps[index] for index in chosen),
         )
 
     def same_bits(self, other: Snapshot) -> bool:
         """Whether both describe the same layers with bit-identical statistics and counters (NaN equals itself)."""
         return (
-            (self.names, self.channels) == (other.names, other.channels)
+            self.layout == other.layout
             and same_bits(self.mean, other.mean)
             and same_bits(self.var, other.var)
             and torch.equal(self.num_batches_tracked, other.num_batches_tracked.to(self.num_batches_tracked.device))
@@ -103,19 +93,18 @@ class Snapshot:
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors, lists and strings only, for a checkpoint that is read with ``weights_only=True``."""
-        values = {field.name: getattr(self, field.name) for field in fields(self)}
-        return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
+        tensors = {name: getattr(self, name) for name in _TENSORS}
+        layout = {"names": list(self.names), "channels": list(self.layout.sizes)}
+        return {"format": 1, **layout, **tensors, "eps": list(self.eps)}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Snapshot:
         """The snapshot that :meth:`state_dict` described."""
-        values: dict[str, Any] = {
-            name: tuple(value) if isinstance(value, list) else value for name, value in state.items()
-        }
-        return cls(**values)
+        layout = ChannelLayout(tuple(state["names"]), tuple(state["channels"]))
+        return cls(layout, **{name: state[name] for name in _TENSORS}, eps=tuple(state["eps"]))
 
 
-def take_snapshot(model: nn.Module, modules: Patterns = None, exclude: Patterns = None, root: str = "") -> Snapshot:
+def take_snapshot(model: nn.Module, modules: Patterns = None, *, exclude: Patterns = None, root: str = "") -> Snapshot:
     """Copies of the running statistics of the selected layers; nothing in ``model`` changes.
 
     Args:
@@ -136,7 +125,7 @@ def take_snapshot(model: nn.Module, modules: Patterns = None, exclude: Patterns 
         >>> take_snapshot(layer).same_bits(before)
         True
     """
-    return snapshot_of(tracked_layers(model, modules, exclude, root))
+    return snapshot_of(LayerSelection(modules, exclude, root).tracked_layers(model))
 
 
 def snapshot_of(layers: Mapping[str, _BatchNorm], weight: Tensor | None = None) -> Snapshot:
@@ -149,8 +138,7 @@ def snapshot_of(layers: Mapping[str, _BatchNorm], weight: Tensor | None = None) 
     listed = list(layers.values())
     with torch.no_grad():
         return Snapshot(
-            names=tuple(layers),
-            channels=tuple(layer.num_features for layer in listed),
+            layout=ChannelLayout.of(layers),
             mean=_flat([_tensor(layer.running_mean) for layer in listed]),
             var=_flat([_tensor(layer.running_var) for layer in listed]),
             num_batches_tracked=_counters(listed),
@@ -197,7 +185,7 @@ def restore_where_unchanged(model: nn.Module, snapshot: Snapshot, written: Snaps
     """
     layers = batch_norm_layers(model)
     names = [name for name in written.names if name in layers]
-    parts = written.slices()
+    parts = written.layout.slices
     unchanged = {
         name: layers[name]
         for name in names
@@ -215,8 +203,8 @@ def write_snapshot(layers: Mapping[str, _BatchNorm], snapshot: Snapshot) -> None
     Raises:
         ValueError: As for :func:`restore_snapshot`.
     """
-    parts = snapshot.slices()
-    for name, size in zip(snapshot.names, snapshot.channels, strict=True):
+    parts = snapshot.layout.slices
+    for name, size in zip(snapshot.names, snapshot.layout.sizes, strict=True):
         running = layers[name].running_mean
         if running is None or layers[name].running_var is None:
             raise ValueError(f"BatchNorm layer {name!r} has no running statistics to write a snapshot into.")
@@ -266,17 +254,6 @@ def _counters(layers: list[_BatchNorm]) -> Tensor:
         return torch.stack(there)
     missing = torch.tensor(_NO_COUNTER, device=device)
     return torch.stack([missing if counter is None else counter.to(device) for counter in counters])
-
-
-# The same for every sample of a fit.
-@lru_cache(maxsize=16)
-def _layer_of(channels: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.arange(len(channels)).repeat_interleave(torch.tensor(channels)).to(device)
-
-
-@lru_cache(maxsize=16)
-def _eps_of(eps: tuple[float, ...], channels: tuple[int, ...], device: torch.device) -> Tensor:
-    return torch.tensor(eps, dtype=torch.float64).repeat_interleave(torch.tensor(channels)).to(device)
 
 
 def _weight(layer: _BatchNorm) -> Tensor:

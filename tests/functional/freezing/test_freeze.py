@@ -23,7 +23,8 @@ from lightning_bn.functional.freezing.freeze import (
     unfreeze_batch_norm,
     unfreeze_layers,
 )
-from lightning_bn.functional.layers.selection import SelectionError, batch_norm_layers
+from lightning_bn.functional.layers.patterns import SelectionError
+from lightning_bn.functional.layers.selection import batch_norm_layers
 from lightning_bn.functional.layers.status import is_frozen
 from tests.models import (
     SMALL_RESNET_NAMES,
@@ -425,7 +426,7 @@ def test_an_unfrozen_layer_is_an_ordinary_layer_again() -> None:
 def test_unfreezing_a_part_leaves_the_rest_frozen() -> None:
     model = network()
     freeze_batch_norm(model)
-    assert unfreeze_batch_norm(model, "layer1", "layer1.0") == ("layer1.1.bn1", "layer1.1.bn2")
+    assert unfreeze_batch_norm(model, "layer1", exclude="layer1.0") == ("layer1.1.bn1", "layer1.1.bn2")
     frozen = {name for name, layer in batch_norm_layers(model).items() if is_frozen(layer)}
     assert frozen == set(SMALL_RESNET_NAMES) - {"layer1.1.bn1", "layer1.1.bn2"}
     assert model.layer1[1].bn1.weight.requires_grad
@@ -945,12 +946,12 @@ def test_a_parameter_shared_by_two_layers_comes_back_as_found_when_they_were_fro
 
 def test_selection_speaks_the_one_grammar() -> None:
     model = Holder(network())
-    assert freeze_batch_norm(model, ["layer1.*.bn1", "head"], "layer1.0", root="model") == (
+    assert freeze_batch_norm(model, ["layer1.*.bn1", "head"], exclude="layer1.0", root="model") == (
         "model.layer1.1.bn1",
         "model.head.bn",
     )
     assert unfreeze_batch_norm(model, "re:head.*", root="model") == ("model.head.bn",)
-    with frozen_batch_norm(model, None, "layer*", root="model") as names:
+    with frozen_batch_norm(model, exclude="layer*", root="model") as names:
         assert tuple(names) == ("model.bn1", "model.head.bn")
 
 

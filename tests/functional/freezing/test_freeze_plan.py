@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_bn.functional import FreezeSchedule, SelectionError, freeze_batch_norm, plan
-from lightning_bn.functional.freezing.freeze_plan import select_by_task
+from lightning_bn.functional.freezing.freeze_plan import select_by_task, selections
 from tests.models import SMALL_RESNET_NAMES, Holder, SharedNorm, SmallResNet, fill_statistics, seeded, state_bits
 
 PATTERNS = ["layer1", "layer10", "layer2.0", "**.bn1", "re:.*bn2", "head", "layer1.?.bn1"]
@@ -15,7 +15,7 @@ NET = fill_statistics(seeded(SmallResNet))
 
 
 def test_every_layer_is_listed_and_those_that_no_rule_touches_are_marked() -> None:
-    made = plan(NET, ["layer1", "head"], "layer1.0")
+    made = plan(NET, ["layer1", "head"], exclude="layer1.0")
     assert tuple(layer.name for layer in made.layers) == NAMES
     assert {layer.name: layer.rule for layer in made.frozen} == {
         "layer1.1.bn1": "layer1",
@@ -40,12 +40,12 @@ def test_what_is_planned_is_what_freezing_does(
     net = seeded(SmallResNet)
     fill_statistics(net)
     try:
-        made = plan(net, modules, exclude, stats=stats, affine=affine)
+        made = plan(net, modules, exclude=exclude, stats=stats, affine=affine)
     except ValueError as error:
         with pytest.raises(type(error)):
-            freeze_batch_norm(net, modules, exclude, stats=stats, affine=affine)
+            freeze_batch_norm(net, modules, exclude=exclude, stats=stats, affine=affine)
         return
-    frozen = freeze_batch_norm(net, modules, exclude, stats=stats, affine=affine)
+    frozen = freeze_batch_norm(net, modules, exclude=exclude, stats=stats, affine=affine)
     assert tuple(layer.name for layer in made.frozen) == frozen
     layers = dict(net.named_modules())
     for layer in made.layers:
@@ -87,7 +87,7 @@ def test_other_weights_below_the_paths_that_still_train_are_counted() -> None:
     assert plan(net, "head.bn").others == 0
     assert plan(net, "head", affine=False).others == 6
     assert plan(net, ["layer1", "layer1.0", "head"]).others == 8
-    assert plan(net, "layer1", "layer1.0.bn1").others == 6
+    assert plan(net, "layer1", exclude="layer1.0.bn1").others == 6
     net.head.requires_grad_(False)
     assert plan(net, "head").others == 0
 
@@ -111,12 +111,9 @@ def test_a_layer_without_running_statistics_is_planned_for_affine_alone() -> Non
 def test_layers_of_a_task_are_those_beside_what_is_frozen_always() -> None:
     always, tasks = select_by_task(
         NET,
-        ["layer1"],
-        None,
-        "",
+        *selections(["layer1"], None, "", {"det": ["layer1.0", "head"], "seg": "layer10", "depth": ["layer1"]}),
         stats=True,
         affine=True,
-        by_task={"det": ["layer1.0", "head"], "seg": "layer10", "depth": ["layer1"]},
     )
     assert always == NAMES[1:5]
     assert tasks == {"det": ("head.bn",), "seg": ("layer10.0.bn1", "layer10.0.bn2"), "depth": ()}
@@ -132,7 +129,7 @@ def test_without_modules_nothing_is_frozen_beside_the_tasks() -> None:
 
 
 def test_exclude_and_root_hold_for_the_tasks_too() -> None:
-    made = plan(Holder(NET), None, "layer1.0", "model", by_task={"det": ["layer1"]})
+    made = plan(Holder(NET), exclude="layer1.0", root="model", by_task={"det": ["layer1"]})
     assert [layer.name for layer in made.frozen] == ["model.layer1.1.bn1", "model.layer1.1.bn2"]
 
 

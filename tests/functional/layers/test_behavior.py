@@ -206,7 +206,7 @@ def test_flipping_affine_after_construction_changes_nothing_that_is_said() -> No
 def test_describe_lists_the_selected_layers_in_order() -> None:
     model = SmallResNet()
     assert [entry.name for entry in describe(model)] == SMALL_RESNET_NAMES
-    assert [entry.name for entry in describe(model, "layer1", "layer1.0")] == ["layer1.1.bn1", "layer1.1.bn2"]
+    assert [entry.name for entry in describe(model, "layer1", exclude="layer1.0")] == ["layer1.1.bn1", "layer1.1.bn2"]
     assert [entry.name for entry in describe(Holder(model), "head", root="model")] == ["model.head.bn"]
 
 

@@ -10,7 +10,8 @@ from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoi
 
 from lightning_bn.functional import SelectionError as PublicSelectionError
 from lightning_bn.functional import batch_norm_layers as public_batch_norm_layers
-from lightning_bn.functional.layers.selection import SelectionError, batch_norm_layers, tracked_layers
+from lightning_bn.functional.layers.patterns import SelectionError
+from lightning_bn.functional.layers.selection import batch_norm_layers, tracked_layers
 from tests.models import (
     SMALL_RESNET_NAMES,
     BatchNormAct2d,
@@ -26,7 +27,7 @@ LAYER1 = [name for name in SMALL_RESNET_NAMES if name.startswith("layer1.")]
 
 
 def selected(model: nn.Module, modules: object = None, exclude: object = None, root: str = "") -> list[str]:
-    return list(batch_norm_layers(model, modules, exclude, root))  # type: ignore[arg-type]
+    return list(batch_norm_layers(model, modules, exclude=exclude, root=root))  # type: ignore[arg-type]
 
 
 def message_of(call: Callable[[], object], error: type[Exception] = SelectionError) -> str:
@@ -493,7 +494,7 @@ class Mixed(nn.Module):
 def test_tracked_layers_of_an_ordinary_model_are_all_its_layers() -> None:
     model = SmallResNet()
     assert tracked_layers(model) == batch_norm_layers(model)
-    assert list(tracked_layers(model, "layer1", "layer1.0")) == ["layer1.1.bn1", "layer1.1.bn2"]
+    assert list(tracked_layers(model, "layer1", exclude="layer1.0")) == ["layer1.1.bn1", "layer1.1.bn2"]
     assert list(tracked_layers(Holder(model), "layer2", root="model")) == ["model.layer2.0.bn1", "model.layer2.0.bn2"]
 
 
@@ -508,7 +509,7 @@ def test_a_named_layer_without_running_statistics_is_an_error_that_names_it(modu
 
 
 def test_a_named_layer_without_running_statistics_may_be_excluded() -> None:
-    assert list(tracked_layers(Mixed(), "**", "untracked")) == ["kept"]
+    assert list(tracked_layers(Mixed(), "**", exclude="untracked")) == ["kept"]
 
 
 def test_a_model_in_which_no_layer_has_running_statistics_is_an_error() -> None:

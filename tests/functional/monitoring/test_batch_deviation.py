@@ -63,7 +63,7 @@ def test_bias_and_spread_are_root_mean_squares_over_each_layers_channels() -> No
     values = 0.5 * torch.randn(8, 5, generator=generator, dtype=torch.float64)
     summed, layers = of(values.tolist()), snapshot(3, 2)
     mean, var = values.mean(0), values.var(0, unbiased=False)
-    for got, squares in ((summed.bias(layers), mean.square()), (summed.spread(layers), var)):
+    for got, squares in ((summed.bias(layers.layout), mean.square()), (summed.spread(layers.layout), var)):
         expected = torch.stack([squares[:3].mean().sqrt(), squares[3:].mean().sqrt()])
         torch.testing.assert_close(got, expected, rtol=1e-9, atol=1e-12)
 
@@ -71,21 +71,21 @@ def test_bias_and_spread_are_root_mean_squares_over_each_layers_channels() -> No
 def test_a_constant_surprise_is_all_bias_and_an_alternating_one_all_spread() -> None:
     layers = snapshot(1)
     lagging, alternating = of([[1.5]] * 8), of([[1.5], [-1.5]] * 4)
-    assert float(lagging.bias(layers)) == pytest.approx(1.5)
-    assert float(lagging.spread(layers)) == pytest.approx(0, abs=1e-7)
-    assert float(alternating.bias(layers)) == pytest.approx(0, abs=1e-12)
-    assert float(alternating.spread(layers)) == pytest.approx(1.5)
+    assert float(lagging.bias(layers.layout)) == pytest.approx(1.5)
+    assert float(lagging.spread(layers.layout)) == pytest.approx(0, abs=1e-7)
+    assert float(alternating.bias(layers.layout)) == pytest.approx(0, abs=1e-12)
+    assert float(alternating.spread(layers.layout)) == pytest.approx(1.5)
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_is_left_out_by_channel(bad: float) -> None:
     layers = snapshot(1, 1)
     summed = of([[1.0, 2.0], [bad, 2.0], [1.0, 2.0]])
-    assert summed.bias(layers).tolist() == pytest.approx([1.0, 2.0])
-    assert summed.spread(layers).tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
+    assert summed.bias(layers.layout).tolist() == pytest.approx([1.0, 2.0])
+    assert summed.spread(layers.layout).tolist() == pytest.approx([0.0, 0.0], abs=1e-7)
 
 
 def test_of_no_batch_there_is_no_bias_and_no_spread() -> None:
     none = Surprises.none(torch.zeros(3))
-    assert none.bias(snapshot(3)).tolist() == [0.0]
-    assert none.spread(snapshot(3)).tolist() == [0.0]
+    assert none.bias(snapshot(3).layout).tolist() == [0.0]
+    assert none.spread(snapshot(3).layout).tolist() == [0.0]

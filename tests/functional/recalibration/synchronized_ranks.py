@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_bn.functional import describe, freeze_batch_norm, plan, recalibrate
 from lightning_bn.functional.distributed.lockstep import Lockstep
-from lightning_bn.functional.layers.selection import processes_of
+from lightning_bn.functional.layers.properties import processes_of
 from tests.functional.recalibration.recalibrating_ranks import (
     Broken,
     BrokenLoader,

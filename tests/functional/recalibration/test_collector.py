@@ -26,7 +26,7 @@ def gathered_by(collector: Collector) -> dict[str, Gathered]:
         name: Gathered(
             Moments(*(values[part] for values in population.moments)), population.uses[name], population.nonfinite[name]
         )
-        for name, part in population.slices().items()
+        for name, part in population.layout.slices.items()
     }
 
 

@@ -120,7 +120,7 @@ def test_layers_of_several_dtypes_in_turns_each_get_their_own_statistics(estimat
     for name, tolerance in zip(names, (1e-5, 1e-12, 2**-8) * 2, strict=True):
         assert_statistics_of(net.get_submodule(name), inputs[name], tolerance)
     widths = [net.get_submodule(name).num_features for name in names]
-    assert list(result.after.channels) == widths
+    assert list(result.after.layout.sizes) == widths
 
 
 def test_error_over_layers_of_several_dtypes_is_the_largest_of_theirs():

@@ -13,7 +13,6 @@ from lightning_bn.functional.statistics.drift_measures import (
     MEASURES,
     DriftSummary,
     drift,
-    layer_maxima,
     percentile_95,
     summarize,
 )
@@ -418,7 +417,7 @@ def test_a_channel_that_is_not_finite_is_the_worst() -> None:
 def test_layer_maxima_are_those_of_each_layers_channels() -> None:
     snapshot = of(layer_with(MEANS, VARS), layer_with([0.0], [1.0]), layer_with([0.0, 1.0], [1.0, 2.0]))
     values = torch.tensor([3.0, -1.0, 2.0, 0.0, 1.0, -7.0, 5.0, 6.0], dtype=torch.float64)
-    assert layer_maxima(values, snapshot).tolist() == [3.0, -7.0, 6.0]
+    assert snapshot.layout.max(values).tolist() == [3.0, -7.0, 6.0]
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
@@ -427,7 +426,7 @@ def test_what_is_not_finite_is_the_largest_of_its_layer_and_of_no_other(bad: flo
     snapshot = of(layer_with([0.0, 1.0], [1.0, 2.0]), layer_with([0.0], [1.0]))
     values = torch.tensor([0.5, 1.0, 2.0], dtype=torch.float64)
     values[at] = bad
-    largest = layer_maxima(values, snapshot)
+    largest = snapshot.layout.max(values)
     layer = (0, 0, 1)[at]
     assert repr(float(largest[layer])) == repr(bad)
     assert float(largest[1 - layer]) == (2.0, 1.0)[layer]

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from lightning_bn.functional.layers.selection import SelectionError
+from lightning_bn.functional.layers.patterns import SelectionError
 from lightning_bn.functional.statistics.snapshots import Snapshot, restore_snapshot, take_snapshot
 from tests.models import SMALL_RESNET_NAMES, Holder, SmallResNet, bits, fill_statistics, images, state_bits
 
@@ -193,14 +193,14 @@ def test_the_flat_tensors_hold_every_layer_at_its_slice() -> None:
     model["b"].num_batches_tracked = None
     snapshot = take_snapshot(model)
     assert snapshot.names == ("a", "b", "c")
-    assert snapshot.channels == (2, 5, 1)
+    assert snapshot.layout.sizes == (2, 5, 1)
     assert snapshot.eps == (1e-3, 1e-5, 1e-5)
-    assert snapshot.slices() == {"a": slice(0, 2), "b": slice(2, 7), "c": slice(7, 8)}
+    assert snapshot.layout.slices == {"a": slice(0, 2), "b": slice(2, 7), "c": slice(7, 8)}
     assert snapshot.num_batches_tracked.dtype == torch.int64
     assert snapshot.num_batches_tracked.tolist() == [7, -1, 7]
     assert len(snapshot) == 3
     assert snapshot.mean.shape == snapshot.var.shape == snapshot.weight.shape == (8,)
-    for name, where in snapshot.slices().items():
+    for name, where in snapshot.layout.slices.items():
         layer = model[name]
         assert torch.equal(snapshot.mean[where], layer.running_mean)
         assert torch.equal(snapshot.var[where], layer.running_var)
@@ -210,7 +210,7 @@ def test_the_flat_tensors_hold_every_layer_at_its_slice() -> None:
 def test_a_snapshot_holds_the_selected_layers_only() -> None:
     model = Holder(fill_statistics(SmallResNet()))
     assert take_snapshot(model).names == tuple(f"model.{name}" for name in SMALL_RESNET_NAMES)
-    part = take_snapshot(model, "layer1", "layer1.0", root="model")
+    part = take_snapshot(model, "layer1", exclude="layer1.0", root="model")
     assert part.names == ("model.layer1.1.bn1", "model.layer1.1.bn2")
 
 
@@ -409,9 +409,9 @@ def test_a_state_dict_goes_through_a_checkpoint_read_with_weights_only(dtype: to
     assert only_plain(state)
     again = Snapshot.from_state_dict(saved_and_loaded(state))
     assert again.same_bits(snapshot)
-    assert (again.names, again.channels, again.eps) == (snapshot.names, snapshot.channels, snapshot.eps)
+    assert (again.layout, again.eps) == (snapshot.layout, snapshot.eps)
     assert bits(again.weight) == bits(snapshot.weight)
-    assert again.slices() == snapshot.slices()
+    assert again.layout.slices == snapshot.layout.slices
     before = state_bits(model)
     scramble(model)
     restore_snapshot(model, again)
@@ -432,7 +432,7 @@ def test_moving_a_snapshot_keeps_it_whole() -> None:
     snapshot = take_snapshot(fill_statistics(SmallResNet()))
     assert snapshot.to("cpu").same_bits(snapshot)
     moved = snapshot.to(torch.device("meta"))
-    assert (moved.names, moved.channels, moved.eps) == (snapshot.names, snapshot.channels, snapshot.eps)
+    assert (moved.layout, moved.eps) == (snapshot.layout, snapshot.eps)
     assert moved.mean.device.type == moved.var.device.type == moved.weight.device.type == "meta"
 
 

@@ -1,0 +1,119 @@
+"""Names of modules: canonical ones, without what wrappers add, and those that lie nearest to a wrong one."""
+
+from __future__ import annotations
+
+import difflib
+from collections import Counter
+from collections.abc import Iterator
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from lightning_bn.functional._text import counted
+from lightning_bn.functional.layers.patterns import Pattern, Patterns, SelectionError, as_patterns, is_below
+
+_WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+
+
+def named_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Every module under every one of its canonical names, in registration order."""
+    seen: set[tuple[str, int]] = set()
+    for path, module in model.named_modules(remove_duplicate=False):
+        name = canonical_name(model, path)
+        if (name, id(module)) not in seen:
+            seen.add((name, id(module)))
+            yield name, module
+
+
+def canonical_name(model: nn.Module, path: str) -> str:
+    """``path`` below ``model`` without the components that wrappers add.
+
+    Example:
+        >>> canonical_name(nn.Sequential(), "backbone._orig_mod.bn1")
+        'backbone.bn1'
+    """
+    kept: list[str] = []
+    module: nn.Module | None = model
+    for component in path.split(".") if path else ():
+        wrapped = component == "module" and isinstance(module, DistributedDataParallel | DataParallel)
+        if not wrapped and component not in _WRAPPER_COMPONENTS:
+            kept.append(component)
+        module = None if module is None else module._modules.get(component)
+    return ".".join(kept)
+
+
+class LayerNames:
+    """All names of all BatchNorm layers below one model, and of the modules around them."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.layers: dict[int, _BatchNorm] = {}
+        self.names: dict[int, list[str]] = {}
+        self.paths: dict[str, None] = {}
+        others: Counter[str] = Counter()
+        for name, module in named_paths(model):
+            self.paths[name] = None
+            if isinstance(module, _BatchNorm):
+                self.layers[id(module)] = module
+                self.names.setdefault(id(module), []).append(name)
+            elif "Norm" in type(module).__name__:
+                others[type(module).__name__] += 1
+        if not self.layers:
+            kinds = ", ".join(f"{count} {kind}" for kind, count in others.items()) or "no normalization layer at all"
+            raise SelectionError(
+                f"{type(model).__name__} has no BatchNorm layer (found: {kinds}). Layers count that derive from "
+                f"torch.nn.modules.batchnorm._BatchNorm; if the layers are built later (configure_model), call this "
+                f"afterwards."
+            )
+
+    def match(self, patterns: Patterns, root: str, argument: str) -> set[int]:
+        """Keys of the layers that any of the patterns means."""
+        matched: set[int] = set()
+        for pattern in as_patterns(patterns, argument):
+            hits = self._hits(pattern, root)
+            if not hits:
+                raise SelectionError(self._nothing(pattern, root, argument))
+            matched |= hits
+        return matched
+
+    def _hits(self, pattern: Pattern, root: str) -> set[int]:
+        return {key for key, names in self.names.items() if any(pattern.matches(name, root) for name in names)}
+
+    def _below(self, path: str) -> int:
+        """How many BatchNorm layers are at ``path`` or below it."""
+        return sum(any(is_below(name, path) for name in names) for names in self.names.values())
+
+    def _nothing(self, pattern: Pattern, root: str, argument: str) -> str:
+        """Why a pattern means nothing, and what was probably meant."""
+        if root and not self._below(root):
+            return f"root={root!r} has no BatchNorm layer below it. {self._closest(root, '')}"
+        full = f"{root}.{pattern.text}" if root else pattern.text
+        if full in self.paths:
+            return (
+                f"{argument}: {full!r} exists but has no BatchNorm layer at or below it: take it off the list. "
+                f"{self._closest(pattern.text, root)}"
+            )
+        start = f"{argument}: {pattern.text!r} matches no BatchNorm layer" + (f" below root={root!r}" if root else "")
+        return f"{start}. {self._root_hint(pattern, root)}{self._closest(pattern.text, root)}"
+
+    def _root_hint(self, pattern: Pattern, root: str) -> str:
+        """The root under which the pattern would have meant something, as a sentence or nothing."""
+        candidates = {"", *self.paths} - {root}
+        for candidate in sorted(candidates, key=lambda path: (path.count(".") + bool(path), path)):
+            hits = self._hits(pattern, candidate)
+            if hits:
+                return f"With root={candidate!r} it would match {len(hits)}. "
+        return ""
+
+    def _closest(self, pattern: str, root: str) -> str:
+        """Names near the pattern with the number of BatchNorm layers below each."""
+        counts = {path: self._below(path) for path in self.paths if path and is_below(path, root)}
+        relative = {path[len(root) :].lstrip("."): count for path, count in counts.items() if count}
+        relative.pop("", None)
+        literal = pattern.removeprefix("re:")
+        close = difflib.get_close_matches(literal, relative, n=3, cutoff=0.4)
+        if not close:
+            top = min((name.count(".") for name in relative), default=0)
+            close = [name for name in relative if name.count(".") == top][:5]
+        near = ", ".join(f"{name!r} ({relative[name]} BatchNorm)" for name in close)
+        return f"Closest: {near}." if near else f"The model has {counted(len(self.layers), 'BatchNorm layer')}."

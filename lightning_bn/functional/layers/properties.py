@@ -1,0 +1,49 @@
+"""What kind of BatchNorm layer one is: lazy, synchronized, with statistics, with affine parameters."""
+
+from __future__ import annotations
+
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+
+def is_lazy(tensor: Tensor) -> bool:
+    """Whether the tensor belongs to a lazy layer that has not seen a batch yet."""
+    return isinstance(tensor, UninitializedBuffer | UninitializedParameter)
+
+
+def has_running_statistics(layer: _BatchNorm) -> bool:
+    """Whether the layer holds running statistics as buffers, whatever its flags say."""
+    return layer.running_mean is not None and layer.running_var is not None
+
+
+def processes_of(layer: _BatchNorm) -> int:
+    """How many processes' batches a layer normalizes together in training: 1 unless it is synchronized.
+
+    Its group's size; None for a group means all processes.
+    """
+    # -1 in a process that is not in the group.
+    return max(dist.get_world_size(layer.process_group), 1) if is_synchronized(layer) else 1  # type: ignore[arg-type]
+
+
+def is_synchronized(layer: _BatchNorm) -> bool:
+    """Whether a layer's forward in train mode waits for other processes, if its group has any.
+
+    SyncBatchNorm and layers of its kind have the ``process_group`` that they communicate in.
+    """
+    kind = isinstance(layer, nn.SyncBatchNorm) or hasattr(layer, "process_group")
+    return kind and dist.is_available() and dist.is_initialized()
+
+
+def affine_parameters(layer: _BatchNorm) -> list[nn.Parameter]:
+    """The layer's ``weight`` and ``bias``, those it has; of a parametrized one, the parameters it is computed from."""
+    found: list[nn.Parameter] = []
+    parametrizations = layer._modules.get("parametrizations")
+    for name in ("weight", "bias"):
+        own = layer._parameters.get(name)
+        if isinstance(own, nn.Parameter):
+            found.append(own)
+        elif isinstance(parametrizations, nn.ModuleDict) and name in parametrizations:
+            found += parametrizations[name].parameters()
+    return found
