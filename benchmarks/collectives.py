@@ -26,7 +26,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from lightning_bn.functional.distributed.agreement import Totals, across_processes, agree_on_layers
+from lightning_bn.functional.distributed.agreement import agree, layer_facts
+from lightning_bn.functional.recalibration.across_processes import Totals, across_processes
 from lightning_bn.functional.recalibration.population import Population
 from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.sample_moments import Moments, merge, variance
@@ -67,7 +68,7 @@ def local(rank: int, layers: int) -> Local:
 def package(gathered: Local) -> Callable[[], Statistics]:
     """What `recalibrate(distributed=True)` does before and after its batches: all that is known of its code here."""
     layout = ChannelLayout(tuple(gathered), (CHANNELS,) * len(gathered))
-    channels, eps = dict.fromkeys(gathered, CHANNELS), (1e-5,) * len(gathered)
+    eps = (1e-5,) * len(gathered)
     parts_of = zip(*gathered.values(), strict=True)
     moments = Moments(*(torch.cat([part.expand(CHANNELS) for part in parts]) for parts in parts_of))
     errors = torch.ones(2, CHANNELS * len(gathered), dtype=torch.float64)
@@ -84,7 +85,7 @@ def package(gathered: Local) -> Callable[[], Statistics]:
     totals, device = Totals(batches=1, skipped=0, samples=32, ended_early=0), torch.device("cpu")
 
     def run() -> Statistics:
-        agree_on_layers({**channels, "estimator=pooled": 0}, device)
+        agree({**layer_facts(layout), "estimator": "pooled"}, device)
         return across_processes(population, layout, eps, totals, device)[0].statistics("pooled")
 
     return run

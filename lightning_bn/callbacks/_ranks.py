@@ -2,37 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from lightning_bn.callbacks._lightning.trainer import Trainer
-from lightning_bn.functional.distributed.agreement import agree_on_layers, others_told
+from lightning_bn.functional.distributed.agreement import Facts, agree, layer_facts, others_told
+from lightning_bn.functional.statistics.channels import ChannelLayout
 
 
-def agree_on_ranks(
-    trainer: Trainer, doing: str, find: Callable[[], Mapping[str, int]], settings: Mapping[str, Any]
-) -> None:
-    """Returns where all ranks mean the same layers and have the same settings, and raises on all of them otherwise.
+def agree_on_ranks(trainer: Trainer, doing: str, layers: Callable[[], ChannelLayout], settings: Facts) -> None:
+    """Return where all ranks mean the same layers and have the same settings, and raise on all of them otherwise.
 
     Args:
         trainer: Of the run; every rank has to call this.
         doing: What is to be done to the layers, for the error.
-        find: Gives channels by the layers' names; its own errors are raised, and told to the other ranks.
+        layers: Finds them; its own errors are raised, and told to the other ranks.
         settings: What else has to be the same.
 
     Raises:
-        RuntimeError: On every rank, with what differs.
+        DisagreementError: On every rank, with what differs.
     """
     if trainer.world_size == 1:
-        find()
+        layers()
         return
     device = trainer.strategy.root_device
     with others_told(device, doing):
-        layers = find()
-    agree_on_layers({**layers, **{f"{name}={value}": 0 for name, value in settings.items()}}, device, doing=doing)
+        facts = {**layer_facts(layers()), **settings}
+    agree(facts, device, doing=doing)
 
 
 def same_on_all_ranks(trainer: Trainer, value: bool) -> bool:

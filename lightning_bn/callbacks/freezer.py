@@ -29,6 +29,7 @@ from lightning_bn.functional.freezing.schedule import FreezeSchedule
 from lightning_bn.functional.freezing.session import Freeze, FreezeReport, Trip, in_words
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.layers.selection import batch_norm_layers
+from lightning_bn.functional.statistics.channels import ChannelLayout
 
 
 class BatchNormFreezer(Callback):
@@ -177,7 +178,7 @@ class BatchNormFreezer(Callback):
         self._is_on(trainer)
         # Ranks that train a layer which others hold would drift apart without a word.
         settings = {"stats": self.stats, "affine": self.affine, "when": str(self._schedule)}
-        agree_on_ranks(trainer, "freeze", lambda: self._channels(pl_module), settings)
+        agree_on_ranks(trainer, "freeze", lambda: self._layout(pl_module), settings)
         if self._schedule.never_on(trainer.max_epochs, trainer.max_steps):
             # No error: the first part of a training that is resumed with more epochs looks like this.
             rank_zero_info(
@@ -235,7 +236,7 @@ class BatchNormFreezer(Callback):
             self._batch_task = self._task_of(batch, batch_idx)
             if self._same_tasks:
                 # A layer that is held on one rank takes no part in what the others of its group wait for.
-                agree_on_ranks(trainer, "freeze", dict, {"task": self._batch_task})
+                agree_on_ranks(trainer, "freeze", lambda: ChannelLayout((), ()), {"task": self._batch_task})
             self._in_batch = True
             self._on_task(None)
 
@@ -339,13 +340,12 @@ class BatchNormFreezer(Callback):
         always, by_task = selections(self.modules, self.exclude, self.root, self.by_task)
         return select_by_task(module, always, by_task, stats=self.stats, affine=self.affine)
 
-    def _channels(self, module: LightningModule) -> dict[str, int]:
+    def _layout(self, module: LightningModule) -> ChannelLayout:
         always, by_task = self._select(module)
         layers = batch_norm_layers(module)
-        found = {name: layers[name].num_features for name in always}
-        for task, names in by_task.items():
-            found.update({f"{name} in {task}": layers[name].num_features for name in names})
-        return found
+        found = {name: layers[name] for name in always}
+        of_tasks = {f"{name} in {task}": layers[name] for task, names in by_task.items() for name in names}
+        return ChannelLayout.of({**found, **of_tasks})
 
     def _is_on(self, trainer: Trainer) -> bool:
         try:

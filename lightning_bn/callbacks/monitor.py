@@ -35,6 +35,7 @@ from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.session import Sample, Watch, Watched
 from lightning_bn.functional.monitoring.threshold import Alarm
 from lightning_bn.functional.recalibration.checkpoint import snapshot_of_checkpoint
+from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.drift_measures import MEASURES, DriftSummary, Measure
 from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of
 from lightning_bn.report import drift_table
@@ -168,13 +169,13 @@ class BatchNormMonitor(Callback):
         # Ranks that sample at other steps or other layers would wait for each other.
         names = ("every_n_steps", "measure", "reference", "act_above", "action")
         settings = {name: getattr(self, name) for name in names}
-        agree_on_ranks(trainer, "monitor", lambda: self._channels(pl_module), settings)
+        agree_on_ranks(trainer, "monitor", lambda: self._layout(pl_module), settings)
 
-    def _channels(self, module: LightningModule) -> dict[str, int]:
+    def _layout(self, module: LightningModule) -> ChannelLayout:
         layers = self._selection.tracked_layers(module)
         if self.reference not in _REFERENCES:
             snapshot_of_checkpoint(self.reference, snapshot_of(layers))
-        return {name: layer.num_features for name, layer in layers.items()}
+        return ChannelLayout.of(layers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         layers = self._selection.tracked_layers(pl_module)

@@ -38,6 +38,7 @@ from lightning_bn.functional.recalibration.population import Estimator
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.result import Recalibration, RecalibrationError
 from lightning_bn.functional.recalibration.stopping import Budget
+from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.drift_measures import summarize
 from lightning_bn.functional.statistics.snapshots import Snapshot, restore_where_unchanged
 
@@ -184,11 +185,11 @@ class PreciseBatchNorm(Callback):
         limits = ("num_samples", "max_standard_error", "every_n_validations", "start_epoch")
         ways = ("source", "source_method", "step", "estimator", "restore")
         settings = {name: getattr(self, name) for name in (*limits, *ways)}
-        agree_on_ranks(trainer, "recalibrate", lambda: self._channels(pl_module), settings)
+        agree_on_ranks(trainer, "recalibrate", lambda: self._layout(pl_module), settings)
 
-    def _channels(self, module: LightningModule) -> dict[str, int]:
+    def _layout(self, module: LightningModule) -> ChannelLayout:
         layers = self._selection.tracked_layers(module)
-        return {name: layer.num_features for name, layer in layers.items()}
+        return ChannelLayout.of(layers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not same_on_all_ranks(trainer, has_validation_batches(trainer)):

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 import torch.distributed as dist
 
-from lightning_bn.functional.distributed.agreement import waiting
+from lightning_bn.functional.distributed.waiting import waiting
 
 
 class Lockstep:

@@ -14,12 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._batches import default_forward, model_device
 from lightning_bn.functional._text import counted, quoted
-from lightning_bn.functional.distributed.agreement import Totals, across_processes, agree_on_layers, others_told
+from lightning_bn.functional.distributed.agreement import agree, layer_facts, others_told
 from lightning_bn.functional.distributed.lockstep import Lockstep
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.properties import has_running_statistics, is_synchronized, processes_of
 from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
 from lightning_bn.functional.layers.status import is_frozen
+from lightning_bn.functional.recalibration.across_processes import Totals, across_processes
 from lightning_bn.functional.recalibration.collector import Collector, single_values_refused
 from lightning_bn.functional.recalibration.isolation import (
     preserved_buffers,
@@ -91,7 +92,8 @@ def recalibrate(
             be used; if no selected layer was reached.
         SelectionError: As for ``batch_norm_layers``, or if a selected layer has no running statistics.
         TypeError: If ``batches`` is one tensor, or a batch cannot be fed without ``forward``.
-        RuntimeError: Under ``distributed``, if the processes mean different layers or another one failed.
+        RuntimeError: Under ``distributed``, if another process failed; a DisagreementError if they would do different
+            things.
 
     Source: Wu & Johnson (2021), "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3; Ioffe & Szegedy
     (2015), arXiv 1502.03167, algorithm 2. Pooling follows Chan, Golub & LeVeque (1979).
@@ -123,12 +125,8 @@ def recalibrate(
         if synchronized and not distributed:
             _check_alone(targets)
     if distributed:
-        others = [
-            f"estimator={estimator}",
-            f"num_samples={num_samples}",
-            *(f"{name} is synchronized" for name in synchronized),
-        ]
-        agree_on_layers({**dict(zip(layout.names, layout.sizes, strict=True)), **dict.fromkeys(others, 0)}, device)
+        kinds = {f"layer {name!r} is synchronized": True for name in synchronized}
+        agree({**layer_facts(layout), **kinds, "estimator": estimator, "num_samples": num_samples}, device)
     usage = Usage(budget)
     lockstep = Lockstep(device) if synchronized and distributed else None
     gathered: Population | None = None

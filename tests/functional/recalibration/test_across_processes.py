@@ -210,18 +210,18 @@ def test_rank_that_failed_tells_its_own_error_and_the_others_that_one_failed(
 )
 def test_ranks_that_mean_different_layers_all_name_them(ranks: Results, scenario: str, layer: str) -> None:
     for rank in ranks:
-        assert "different layers" in rank[scenario]["told"]
+        assert "differently: layer " in rank[scenario]["told"]
         assert repr(layer) in rank[scenario]["told"]
 
 
 def test_ranks_that_have_the_same_layers_in_another_order_are_told_so(ranks: Results) -> None:
     for rank in ranks:
-        assert "the same ones in another order" in rank["another order"]["told"]
+        assert " in another order" in rank["another order"]["told"]
 
 
 def test_ranks_that_ask_for_other_numbers_of_samples_are_told_so(ranks: Results) -> None:
     for rank in ranks:
-        assert "num_samples=16" in rank["other samples asked for"]["told"]
+        assert "num_samples (rank 0: " in rank["other samples asked for"]["told"]
 
 
 @pytest.mark.parametrize(
@@ -233,14 +233,14 @@ def test_rank_that_cannot_begin_tells_why_and_the_others_do_not_wait(ranks: Resu
         if index == 1:
             assert rank[scenario]["told"].startswith(own)
         else:
-            assert "rank 1: 0 layers" in rank[scenario]["told"]
+            assert "rank 1 failed" in rank[scenario]["told"]
 
 
 @pytest.mark.parametrize(("scenario", "own"), [("a bad number", "num_batches=0"), ("no iterable", "Tensor")])
 def test_argument_that_is_refused_on_one_rank_strands_no_other(ranks: Results, scenario: str, own: str) -> None:
     for index, rank in enumerate(ranks):
         told = rank[scenario]["told"]
-        assert own in told if index == 1 else "different layers" in told or "failed on 1 of" in told
+        assert own in told if index == 1 else "rank 1 failed" in told or "failed on 1 of" in told
 
 
 def test_no_data_on_any_rank_is_an_error_on_all(ranks: Results) -> None:

@@ -187,9 +187,9 @@ def test_failure_between_forwards_ends_it_on_all_at_once_and_changes_nothing(ran
         ("loader cannot be started", "Broken: no such dataset", "failed on 1 of"),
         ("batch cannot be moved", "Broken: cannot be moved", "failed on 1 of"),
         ("no data", "the loader gave no batch", "another process had no batch"),
-        ("all frozen", "nothing to recalibrate", "different layers"),
-        ("some frozen", "different layers", "'layer2.0.bn1'"),
-        ("a plain layer", "bn1 is synchronized", "bn1 is synchronized"),
+        ("all frozen", "nothing to recalibrate", "rank 1 failed"),
+        ("some frozen", "differently: layer ", "'layer2.0.bn1'"),
+        ("a plain layer", "'bn1' is synchronized", "'bn1' is synchronized"),
         ("not distributed", "Pass distributed=True", "Pass distributed=True"),
     ],
 )

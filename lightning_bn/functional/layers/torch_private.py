@@ -1,0 +1,54 @@
+"""The one place that knows torch's private parts: the dictionaries in which a module keeps what it holds.
+
+Read directly, since attribute look-up on a module is slow, and since an entry is exchanged without running anything.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+
+STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
+AFFINE = ("weight", "bias")
+
+
+def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
+    """The module's own buffers, by name."""
+    return module._buffers
+
+
+def parameters_of(module: nn.Module) -> dict[str, Any]:
+    """The module's own parameters, by name; also tensors put in the place of one."""
+    return module._parameters
+
+
+def attributes_of(module: nn.Module) -> dict[str, Any]:
+    """Everything else that lies on the module itself."""
+    return module.__dict__
+
+
+def child_of(module: nn.Module, name: str) -> nn.Module | None:
+    """The submodule of that name, None if there is none."""
+    return module._modules.get(name)
+
+
+def places_of(layer: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any], str]]:
+    """Where a BatchNorm layer keeps its values: what each is called, the dictionary, and the key in it.
+
+    A parametrized ``weight`` is computed from parameters that are kept below it, each of which is a value then.
+
+    Args:
+        layer: Which.
+        names: Of :data:`STATISTICS` and :data:`AFFINE`.
+    """
+    parametrizations = child_of(layer, "parametrizations")
+    for name in names:
+        if name in STATISTICS:
+            yield name, buffers_of(layer), name
+        elif isinstance(parametrizations, nn.ModuleDict) and name in parametrizations:
+            below = parameters_of(parametrizations[name])
+            yield from ((f"{name}.{key}", below, key) for key in below)
+        else:
+            yield name, parameters_of(layer), name
