@@ -107,7 +107,7 @@ ALLOWED = [
     (MONITOR, "import torch\nfrom lightning_bn import plotting, report"),
     (REPORT, "from rich.table import Table\nfrom lightning_bn.functional import LayerBehavior"),
     ("lightning_bn/metrics.py", "from torchmetrics import Metric\nfrom lightning_bn.functional import drift"),
-    ("lightning_bn/callbacks/_lightning/trainer.py", "import pytorch_lightning"),
+    ("lightning_bn/callbacks/_lightning/namespaces.py", "import pytorch_lightning"),
     ("lightning_bn/callbacks/__init__.py", "from lightning_bn.callbacks.freezer import BatchNormFreezer"),
     ("lightning_bn/__init__.py", "from lightning_bn.callbacks.freezer import BatchNormFreezer"),
     ("tests/test_planted.py", "import pytorch_lightning\nfrom lightning_bn import BatchNormFreezer"),

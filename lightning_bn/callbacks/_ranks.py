@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bn.callbacks._lightning.trainer import Trainer
+from lightning_bn.callbacks._lightning.namespaces import Trainer
 from lightning_bn.functional.distributed.agreement import Facts, agree, layer_facts, others_told
 from lightning_bn.functional.statistics.channels import ChannelLayout
 

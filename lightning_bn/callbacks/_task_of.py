@@ -9,7 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_bn.callbacks._lightning.trainer import MisconfigurationException
+from lightning_bn.callbacks._lightning.namespaces import MisconfigurationException
 
 Listener = Callable[[str | None], None]
 

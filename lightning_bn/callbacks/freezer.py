@@ -9,18 +9,17 @@ from typing import Any
 from torch import nn
 from torch.optim import LBFGS
 
-from lightning_bn.callbacks._lightning.trainer import (
+from lightning_bn.callbacks._lightning.averages import averaged_copies
+from lightning_bn.callbacks._lightning.callback_list import put_first, same_kind_beside
+from lightning_bn.callbacks._lightning.namespaces import (
     Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
-    averaged_copies,
-    put_first,
     rank_zero_info,
     rank_zero_warn,
-    refuse_sharded,
-    same_kind_beside,
 )
+from lightning_bn.callbacks._lightning.state import refuse_sharded
 from lightning_bn.callbacks._ranks import agree_on_ranks
 from lightning_bn.callbacks._task_of import TaskOf, listen, stop_listening
 from lightning_bn.functional._text import quoted

@@ -10,17 +10,16 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
-from lightning_bn.callbacks._lightning.trainer import (
+from lightning_bn.callbacks._lightning.figures import log_figure
+from lightning_bn.callbacks._lightning.namespaces import (
     Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
-    in_training_fit,
-    log_figure,
     rank_zero_info,
     rank_zero_warn,
-    refuse_sharded,
 )
+from lightning_bn.callbacks._lightning.state import in_training_fit, refuse_sharded
 from lightning_bn.callbacks._ranks import (
     agree_on_ranks,
     largest_over_ranks,

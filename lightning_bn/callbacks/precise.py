@@ -10,20 +10,21 @@ from typing import Any, get_args
 
 from torch import nn
 
-from lightning_bn.callbacks._lightning.trainer import (
+from lightning_bn.callbacks._lightning.averages import averaged_copies, averages_in_place
+from lightning_bn.callbacks._lightning.callback_list import put_before_checkpoints
+from lightning_bn.callbacks._lightning.namespaces import (
     Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
-    averaged_copies,
-    averages_in_place,
+    rank_zero_info,
+    rank_zero_warn,
+)
+from lightning_bn.callbacks._lightning.state import (
     has_validation_batches,
     in_training_fit,
     is_barebones,
     is_last_epoch,
-    put_before_checkpoints,
-    rank_zero_info,
-    rank_zero_warn,
     refuse_sharded,
     several_loaders,
 )

@@ -11,7 +11,8 @@ from typing import Any
 from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.data import DataLoader
 
-from lightning_bn.callbacks._lightning.trainer import MisconfigurationException, Trainer, combined, train_loaders
+from lightning_bn.callbacks._lightning.loaders import combined, train_loaders
+from lightning_bn.callbacks._lightning.namespaces import MisconfigurationException, Trainer
 from lightning_bn.callbacks._second_run.object_state import remembered
 from lightning_bn.functional.recalibration.isolation import preserved_rng
 

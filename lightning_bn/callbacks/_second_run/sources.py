@@ -6,13 +6,9 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias
 
-from lightning_bn.callbacks._lightning.trainer import (
-    LightningModule,
-    MisconfigurationException,
-    Trainer,
-    combined,
-    datamodule_of,
-)
+from lightning_bn.callbacks._lightning.loaders import combined
+from lightning_bn.callbacks._lightning.namespaces import LightningModule, MisconfigurationException, Trainer
+from lightning_bn.callbacks._lightning.state import datamodule_of
 from lightning_bn.functional.recalibration.isolation import preserved_rng
 
 Source: TypeAlias = Literal["train", "recent"]

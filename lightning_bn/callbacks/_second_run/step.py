@@ -11,16 +11,14 @@ from typing import Any
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from lightning_bn.callbacks._lightning.trainer import (
+from lightning_bn.callbacks._lightning.namespaces import (
     NOT_THE_MODULES_OWN,
     LightningModule,
     MisconfigurationException,
     Trainer,
-    in_step_context,
-    prepare_batch,
-    schedules,
-    training_stage,
 )
+from lightning_bn.callbacks._lightning.state import schedules
+from lightning_bn.callbacks._lightning.training_step import in_step_context, prepare_batch, training_stage
 from lightning_bn.callbacks._second_run.object_state import remembered
 from lightning_bn.functional._batches import default_forward
 from lightning_bn.functional._bits import same_bits

@@ -1,0 +1,50 @@
+"""What all callbacks have in common: a name, arguments that are looked at, and what is refused when a run is set up."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from lightning_bn.callbacks._lightning.callback_list import same_kind_beside
+from lightning_bn.callbacks._lightning.namespaces import (
+    Callback,
+    LightningModule,
+    MisconfigurationException,
+    Trainer,
+)
+from lightning_bn.callbacks._lightning.state import refuse_sharded
+
+
+class BatchNormCallback(Callback):
+    """A callback that may be used more than once in a Trainer, each time under a name of its own.
+
+    Attributes:
+        name: Tells it from others of its class; None for the only one.
+    """
+
+    name: str | None = None
+
+    @property
+    def state_key(self) -> str:
+        """Under which its state lies in a checkpoint: its class and its name, whatever its settings."""
+        return f"{type(self).__name__}[{self.name}]" if self.name else type(self).__name__
+
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        refuse_sharded(trainer, self)
+        if any(other.state_key == self.state_key for other in same_kind_beside(trainer, self)):
+            raise MisconfigurationException(
+                f"two {type(self).__name__}s have the name {self.name!r}: give each its own name=, so that their "
+                f"states are told apart in checkpoints."
+            )
+
+    @contextmanager
+    def _checked(self) -> Iterator[None]:
+        """Arguments that the ground floor refuses inside are a misconfiguration of this callback.
+
+        Raises:
+            MisconfigurationException: In the place of a ValueError, with the callback's name before it.
+        """
+        try:
+            yield
+        except ValueError as error:
+            raise MisconfigurationException(f"{type(self).__name__}: {error}") from error

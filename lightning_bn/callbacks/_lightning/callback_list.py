@@ -1,0 +1,38 @@
+"""The Trainer's callbacks: who is beside whom, and in which order they are called."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from lightning_bn.callbacks._lightning.namespaces import (
+    Callback,
+    Trainer,
+)
+
+
+def same_kind_beside(trainer: Trainer, callback: Callback) -> list[Any]:
+    """Other callbacks of the same class in the Trainer."""
+    return [other for other in callbacks_of(trainer) if type(other) is type(callback) and other is not callback]
+
+
+def put_first(trainer: Trainer, callback: Callback) -> None:
+    """Moves a callback in front of all others."""
+    _set_callbacks(trainer, [callback, *(other for other in callbacks_of(trainer) if other is not callback)])
+
+
+def put_before_checkpoints(trainer: Trainer, callback: Callback) -> None:
+    """Moves a callback behind all others but those that save checkpoints, which come last."""
+    others = [other for other in callbacks_of(trainer) if other is not callback]
+    # By name: each of the two namespaces has its own class.
+    saving = [other for other in others if any(base.__name__ == "Checkpoint" for base in type(other).__mro__)]
+    rest = [other for other in others if other not in saving]
+    _set_callbacks(trainer, [*rest, callback, *saving])
+
+
+def callbacks_of(trainer: Trainer) -> list[Any]:
+    # Set by one of the Trainer's connectors, so that type checkers do not know it.
+    return trainer.callbacks  # type: ignore[attr-defined,no-any-return]
+
+
+def _set_callbacks(trainer: Trainer, callbacks: list[Any]) -> None:
+    trainer.callbacks = callbacks  # type: ignore[attr-defined]

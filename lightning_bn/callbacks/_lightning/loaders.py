@@ -1,0 +1,36 @@
+"""The Trainer's training loaders, and loaders combined as it combines them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pytorch_lightning.utilities.combined_loader import CombinedLoader
+
+from lightning_bn.callbacks._lightning.namespaces import (
+    MisconfigurationException,
+    Trainer,
+)
+
+
+def train_loaders(trainer: Trainer) -> tuple[Any, str]:
+    """The Trainer's own processed training loaders (with its distributed samplers) and how they are combined.
+
+    Raises:
+        MisconfigurationException: If there is no training loader.
+    """
+    combined = trainer.fit_loop._combined_loader
+    if combined is None:
+        raise MisconfigurationException("the Trainer has no training loader: there is nothing to recalibrate from.")
+    return combined.iterables, combined._mode
+
+
+@contextmanager
+def combined(loaders: Any, mode: str) -> Iterator[Iterator[Any]]:
+    """Batches of loaders combined as the Trainer combines them; their workers end with the context."""
+    loader = CombinedLoader(loaders, mode)  # type: ignore[arg-type]
+    try:
+        yield (batch for batch, _, _ in iter(loader))
+    finally:
+        loader.reset()

@@ -1,0 +1,67 @@
+"""What the training loop puts around a step: stage, loggers, transfer, precision."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from pytorch_lightning.loggers.logger import DummyLogger
+
+from lightning_bn.callbacks._lightning.namespaces import (
+    LightningModule,
+    Trainer,
+)
+
+
+class _SilentLogger(DummyLogger):
+    """Drops what it is given and says of itself what the logger says in whose place it stands."""
+
+    def __init__(self, logger: Any) -> None:
+        super().__init__()
+        self._logger = logger
+
+    @property
+    def save_dir(self) -> Any:
+        return self._logger.save_dir
+
+    @property
+    def log_dir(self) -> Any:
+        return self._logger.log_dir
+
+    @property
+    def root_dir(self) -> Any:
+        return self._logger.root_dir
+
+    @property
+    def name(self) -> Any:
+        return self._logger.name
+
+    @property
+    def version(self) -> Any:
+        return self._logger.version
+
+
+@contextmanager
+def training_stage(trainer: Trainer) -> Iterator[None]:
+    """The Trainer says that it is training, what is logged goes nowhere, and nobody stops it for good."""
+    stage, loggers, should_stop = trainer.state.stage, trainer.loggers, trainer.should_stop
+    trainer.training = True
+    trainer.loggers = [_SilentLogger(logger) for logger in loggers]
+    try:
+        yield
+    finally:
+        trainer.state.stage, trainer.loggers, trainer.should_stop = stage, loggers, should_stop
+
+
+def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
+    """The batch as the training loop would hand it to the step: converted, transferred, with the transfer hooks run."""
+    batch = trainer.precision_plugin.convert_input(batch)
+    batch = module._on_before_batch_transfer(batch, dataloader_idx=0)
+    return trainer.strategy.batch_to_device(batch, dataloader_idx=0)
+
+
+def in_step_context(trainer: Trainer, step: Callable[[Any], Any], batch: Any) -> Any:
+    """Runs a step in the Trainer's precision."""
+    with trainer.precision_plugin.train_step_context():
+        return step(batch)
