@@ -12,14 +12,9 @@ from torchmetrics import Metric
 
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.selection import LayerSelection
-from lightning_bn.functional.statistics.drift_measures import (
-    MEASURES,
-    Measure,
-    of_standardized,
-    percentile_95,
-    standardized,
-)
+from lightning_bn.functional.statistics.drift_measures import MEASURES, Measure, of_standardized, standardized
 from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of
+from lightning_bn.functional.statistics.summary import percentile_95
 
 _TOTAL, _LARGEST, _COUNT = 0, 1, 2
 

@@ -40,8 +40,8 @@ from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.result import Recalibration, RecalibrationError
 from lightning_bn.functional.recalibration.stopping import Budget
 from lightning_bn.functional.statistics.channels import ChannelLayout
-from lightning_bn.functional.statistics.drift_measures import summarize
 from lightning_bn.functional.statistics.snapshots import Snapshot, restore_where_unchanged
+from lightning_bn.functional.statistics.summary import summarize
 
 _LONG = 3.0
 """Seconds after which a pass says that it is under way."""

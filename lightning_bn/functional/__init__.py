@@ -10,9 +10,10 @@ from lightning_bn.functional.layers.status import LayerStatus, is_frozen, layer_
 from lightning_bn.functional.recalibration.checkpoint import RecalibratedCheckpoint, recalibrate_checkpoint
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.result import Recalibration, RecalibrationError
-from lightning_bn.functional.statistics.drift_measures import MEASURES, DriftSummary, Measure, drift, summarize
+from lightning_bn.functional.statistics.drift_measures import MEASURES, Measure, drift
 from lightning_bn.functional.statistics.sample_moments import Moments, merge, moments, variance
 from lightning_bn.functional.statistics.snapshots import Snapshot, restore_snapshot, take_snapshot
+from lightning_bn.functional.statistics.summary import DriftSummary, summarize
 
 __all__ = [
     "MEASURES",

@@ -25,15 +25,9 @@ from lightning_bn.functional.monitoring.diagnosis import (
 )
 from lightning_bn.functional.monitoring.health import Vitals, died, initial_shares, vitals
 from lightning_bn.functional.monitoring.history import DriftHistory
-from lightning_bn.functional.statistics.drift_measures import (
-    DriftSummary,
-    Measure,
-    of_standardized,
-    read_summary,
-    standardized,
-    summary_scalars,
-)
+from lightning_bn.functional.statistics.drift_measures import Measure, of_standardized, standardized
 from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of
+from lightning_bn.functional.statistics.summary import DriftSummary, read_summary, summary_scalars
 
 _SETTLED = 0.01
 _WINDOW = 8

@@ -6,8 +6,8 @@ import math
 from dataclasses import dataclass
 
 from lightning_bn.functional._text import counted, quoted
-from lightning_bn.functional.statistics.drift_measures import summarize
 from lightning_bn.functional.statistics.snapshots import Snapshot
+from lightning_bn.functional.statistics.summary import summarize
 
 
 class RecalibrationError(ValueError):

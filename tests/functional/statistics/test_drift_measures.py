@@ -9,14 +9,9 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.distributions import Normal, kl_divergence
 
-from lightning_bn.functional.statistics.drift_measures import (
-    MEASURES,
-    DriftSummary,
-    drift,
-    percentile_95,
-    summarize,
-)
+from lightning_bn.functional.statistics.drift_measures import MEASURES, drift
 from lightning_bn.functional.statistics.snapshots import Snapshot, take_snapshot
+from lightning_bn.functional.statistics.summary import DriftSummary, percentile_95, summarize
 from tests.models import SMALL_RESNET_NAMES, SmallResNet, fill_statistics
 
 EPS = 1e-3
