@@ -52,7 +52,7 @@ class LayerBehavior:
 def describe(
     model: nn.Module, modules: Patterns = None, *, exclude: Patterns = None, root: str = ""
 ) -> list[LayerBehavior]:
-    """What the next forward of each selected BatchNorm layer does; nothing is run and nothing changes.
+    """Return what the next forward of each selected BatchNorm layer does; nothing is run and nothing changes.
 
     Args:
         model: Any module.

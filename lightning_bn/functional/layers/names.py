@@ -12,12 +12,13 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.layers.patterns import Pattern, Patterns, SelectionError, as_patterns, is_below
+from lightning_bn.functional.layers.torch_private import child_of
 
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
 
 def named_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Every module under every one of its canonical names, in registration order."""
+    """Yield every module under every one of its canonical names, in registration order."""
     seen: set[tuple[str, int]] = set()
     for path, module in model.named_modules(remove_duplicate=False):
         name = canonical_name(model, path)
@@ -27,7 +28,7 @@ def named_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def canonical_name(model: nn.Module, path: str) -> str:
-    """``path`` below ``model`` without the components that wrappers add.
+    """Return ``path`` below ``model`` without the components that wrappers add.
 
     Example:
         >>> canonical_name(nn.Sequential(), "backbone._orig_mod.bn1")
@@ -39,7 +40,7 @@ def canonical_name(model: nn.Module, path: str) -> str:
         wrapped = component == "module" and isinstance(module, DistributedDataParallel | DataParallel)
         if not wrapped and component not in _WRAPPER_COMPONENTS:
             kept.append(component)
-        module = None if module is None else module._modules.get(component)
+        module = None if module is None else child_of(module, component)
     return ".".join(kept)
 
 
@@ -67,7 +68,7 @@ class LayerNames:
             )
 
     def match(self, patterns: Patterns, root: str, argument: str) -> set[int]:
-        """Keys of the layers that any of the patterns means."""
+        """Return the keys of the layers that any of the patterns means."""
         matched: set[int] = set()
         for pattern in as_patterns(patterns, argument):
             hits = self._hits(pattern, root)

@@ -56,7 +56,7 @@ class Pattern:
 
 
 def as_patterns(patterns: Patterns, argument: str) -> list[Pattern]:
-    """The patterns of one argument; None is the one that means everything below the root.
+    """Return the patterns of one argument; None is the one that means everything below the root.
 
     Raises:
         SelectionError: If there is none, or one is empty or malformed.

@@ -7,6 +7,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
 
+from lightning_bn.functional.layers.torch_private import AFFINE, places_of
+
 
 def is_lazy(tensor: Tensor) -> bool:
     """Whether the tensor belongs to a lazy layer that has not seen a batch yet."""
@@ -38,12 +40,5 @@ def is_synchronized(layer: _BatchNorm) -> bool:
 
 def affine_parameters(layer: _BatchNorm) -> list[nn.Parameter]:
     """The layer's ``weight`` and ``bias``, those it has; of a parametrized one, the parameters it is computed from."""
-    found: list[nn.Parameter] = []
-    parametrizations = layer._modules.get("parametrizations")
-    for name in ("weight", "bias"):
-        own = layer._parameters.get(name)
-        if isinstance(own, nn.Parameter):
-            found.append(own)
-        elif isinstance(parametrizations, nn.ModuleDict) and name in parametrizations:
-            found += parametrizations[name].parameters()
-    return found
+    found = [home[key] for _, home, key in places_of(layer, AFFINE) if key in home]
+    return [parameter for parameter in found if isinstance(parameter, nn.Parameter)]

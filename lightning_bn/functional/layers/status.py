@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional.layers.selection import batch_norm_layers
+from lightning_bn.functional.layers.torch_private import attributes_of
 
 _ATTRIBUTE = "_lightning_bn_status"
 
@@ -33,22 +34,22 @@ class LayerStatus:
 
 
 def layer_status(layer: _BatchNorm) -> LayerStatus:
-    """What is known of ``layer``; the empty status if nothing is."""
-    status = layer.__dict__.get(_ATTRIBUTE)
+    """Return what is known of ``layer``; the empty status if nothing is."""
+    status = attributes_of(layer).get(_ATTRIBUTE)
     return status if isinstance(status, LayerStatus) else LayerStatus()
 
 
 def update_status(layer: _BatchNorm, **changes: Any) -> None:
-    """Records something of ``layer``; a status that says nothing leaves no trace on it."""
+    """Record something of ``layer``; a status that says nothing leaves no trace on it."""
     status = replace(layer_status(layer), **changes)
     if status == LayerStatus():
-        layer.__dict__.pop(_ATTRIBUTE, None)
+        attributes_of(layer).pop(_ATTRIBUTE, None)
     else:
-        layer.__dict__[_ATTRIBUTE] = status
+        attributes_of(layer)[_ATTRIBUTE] = status
 
 
 def status_by_name(model: nn.Module) -> dict[str, LayerStatus]:
-    """What is known of every BatchNorm layer of ``model``, by canonical name.
+    """Return what is known of every BatchNorm layer of ``model``, by canonical name.
 
     Raises:
         SelectionError: If the model has no BatchNorm layer.

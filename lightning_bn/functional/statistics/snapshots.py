@@ -19,6 +19,8 @@ from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_
 from lightning_bn.functional.statistics.channels import ChannelLayout
 
 _NO_COUNTER = -1
+_DEFAULT_EPS = 1e-5
+"""torch's own."""
 _TENSORS = ("mean", "var", "num_batches_tracked", "weight")
 
 
@@ -57,13 +59,7 @@ class Snapshot:
 
     def to(self, device: torch.device | str) -> Snapshot:
         """The same snapshot with its tensors on ``device``."""
-        return replace(
-            self,
-            mean=self.mean.to(device),
-            var=self.var.to(device),
-            num_batches_tracked=self.num_batches_tracked.to(device),
-            weight=self.weight.to(device),
-        )
+        return replace(self, **{name: getattr(self, name).to(device) for name in _TENSORS})
 
     def where_doubles_are(self) -> Snapshot:
         """The same snapshot, on the CPU if its device has no float64, as Apple's MPS has not."""
@@ -73,14 +69,9 @@ class Snapshot:
         """Of some of the layers, in the order of this snapshot."""
         kept = [name for name in self.names if name in names]
         chosen = [self.names.index(name) for name in kept]
-        return Snapshot(
-            layout=self.layout.restrict(kept),
-            mean=self.layout.pick(self.mean, kept),
-            var=self.layout.pick(self.var, kept),
-            num_batches_tracked=self.num_batches_tracked[chosen],
-            weight=self.layout.pick(self.weight, kept),
-            eps=tuple(self.eps[index] for index in chosen),
-        )
+        per_channel = {name: self.layout.pick(getattr(self, name), kept) for name in ("mean", "var", "weight")}
+        counters, eps = self.num_batches_tracked[chosen], tuple(self.eps[index] for index in chosen)
+        return Snapshot(self.layout.restrict(kept), num_batches_tracked=counters, eps=eps, **per_channel)
 
     def same_bits(self, other: Snapshot) -> bool:
         """Whether both describe the same layers with bit-identical statistics and counters (NaN equals itself)."""
@@ -99,13 +90,21 @@ class Snapshot:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> Snapshot:
-        """The snapshot that :meth:`state_dict` described."""
+        """The snapshot that :meth:`state_dict` described; what another version wrote beside it is not read."""
         layout = ChannelLayout(tuple(state["names"]), tuple(state["channels"]))
-        return cls(layout, **{name: state[name] for name in _TENSORS}, eps=tuple(state["eps"]))
+        unknown = torch.full((len(layout),), _NO_COUNTER)
+        return cls(
+            layout,
+            mean=state["mean"],
+            var=state["var"],
+            num_batches_tracked=state.get("num_batches_tracked", unknown),
+            weight=state.get("weight", torch.ones_like(state["mean"])),
+            eps=tuple(state.get("eps", (_DEFAULT_EPS,) * len(layout))),
+        )
 
 
 def take_snapshot(model: nn.Module, modules: Patterns = None, *, exclude: Patterns = None, root: str = "") -> Snapshot:
-    """Copies of the running statistics of the selected layers; nothing in ``model`` changes.
+    """Return copies of the running statistics of the selected layers; nothing in ``model`` changes.
 
     Args:
         model: Any module.
@@ -129,7 +128,7 @@ def take_snapshot(model: nn.Module, modules: Patterns = None, *, exclude: Patter
 
 
 def snapshot_of(layers: Mapping[str, _BatchNorm], weight: Tensor | None = None) -> Snapshot:
-    """The snapshot of layers that are already resolved; each must have running statistics.
+    """Return the snapshot of layers that are already resolved; each must have running statistics.
 
     Args:
         layers: By name.
@@ -148,7 +147,7 @@ def snapshot_of(layers: Mapping[str, _BatchNorm], weight: Tensor | None = None) 
 
 
 def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
-    """Writes a snapshot's running statistics and counters back, in place and bit-exactly.
+    """Write a snapshot's running statistics and counters back, in place and bit-exactly.
 
     The buffers stay the same tensor objects. Layers that the snapshot does not name, and all weights, are left alone.
     Where layers differ in dtype, a NaN stays a NaN but may lose its payload.
@@ -173,7 +172,7 @@ def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
 
 
 def restore_where_unchanged(model: nn.Module, snapshot: Snapshot, written: Snapshot) -> tuple[str, ...]:
-    """Writes ``snapshot`` into those layers that still hold, bit for bit, what ``written`` holds; their names.
+    """Write ``snapshot`` into those layers that still hold, bit for bit, what ``written`` holds; return their names.
 
     Args:
         model: Where the layers are.
@@ -198,7 +197,7 @@ def restore_where_unchanged(model: nn.Module, snapshot: Snapshot, written: Snaps
 
 
 def write_snapshot(layers: Mapping[str, _BatchNorm], snapshot: Snapshot) -> None:
-    """Writes a snapshot into layers that are already resolved, all of its names and no other.
+    """Write a snapshot into layers that are already resolved, all of its names and no other.
 
     Raises:
         ValueError: As for :func:`restore_snapshot`.
@@ -227,7 +226,7 @@ def write_snapshot(layers: Mapping[str, _BatchNorm], snapshot: Snapshot) -> None
 
 
 def _check_dtype(name: str, buffer: Tensor | None, values: Tensor) -> None:
-    """Narrowing is exact for what was widened, as in a model of several dtypes; anything else would round silently."""
+    """Refuse what would round silently; narrowing is exact for what was widened, as in a model of several dtypes."""
     if buffer is None or torch.promote_types(buffer.dtype, values.dtype) == buffer.dtype:
         return
     if not torch.equal(values.to(buffer.dtype).to(values.dtype).nan_to_num(nan=0.0), values.nan_to_num(nan=0.0)):

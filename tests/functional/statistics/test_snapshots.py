@@ -450,3 +450,16 @@ def test_a_snapshot_cannot_be_reassigned() -> None:
     snapshot = take_snapshot(fill_statistics(SmallResNet()))
     with pytest.raises(AttributeError):
         snapshot.mean = torch.zeros(1)  # type: ignore[misc]
+
+
+def test_a_state_of_another_version_is_read_as_far_as_it_is_known() -> None:
+    snapshot = take_snapshot(fill_statistics(SmallResNet()))
+    state = snapshot.state_dict()
+    assert state["format"] == 1
+    again = Snapshot.from_state_dict({**state, "format": 99, "something new": "unknown"})
+    assert again.same_bits(snapshot)
+    older = {key: state[key] for key in ("names", "channels", "mean", "var")}
+    least = Snapshot.from_state_dict(older)
+    assert least.num_batches_tracked.tolist() == [-1] * len(snapshot)
+    assert least.weight.tolist() == [1.0] * snapshot.layout.channels
+    assert least.eps == snapshot.eps
