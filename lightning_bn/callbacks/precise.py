@@ -31,7 +31,7 @@ from lightning_bn.callbacks._lightning.state import (
 from lightning_bn.callbacks._ranks import agree_on_ranks, same_on_all_ranks
 from lightning_bn.callbacks._second_run.loaders import second_pass
 from lightning_bn.callbacks._second_run.sources import Source, batches_of_method, loader_method
-from lightning_bn.callbacks._second_run.step import Weights, check_step, sandbox
+from lightning_bn.callbacks._second_run.step import Weights, check_step, isolated_step
 from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
 from lightning_bn.functional.layers.status import is_frozen, update_status
 from lightning_bn.functional.recalibration.isolation import preserved_modes
@@ -334,7 +334,7 @@ class PreciseBatchNorm(Callback):
                 rank_zero_info(f"PreciseBatchNorm: all {len(layers)} layers are frozen, nothing to recalibrate")
                 return
             with ExitStack() as stack:
-                forward, prepare = stack.enter_context(sandbox(trainer, module, self.step, self._weights))
+                forward, prepare = stack.enter_context(isolated_step(trainer, module, self.step, self._weights))
                 self.last = recalibrate(
                     module,
                     _told_when_long(stack.enter_context(closing(self._batches(trainer, module, prepare)))),

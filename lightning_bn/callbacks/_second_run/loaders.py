@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 
 from lightning_bn.callbacks._lightning.loaders import combined, train_loaders
 from lightning_bn.callbacks._lightning.namespaces import MisconfigurationException, Trainer
-from lightning_bn.callbacks._second_run.object_state import remembered
+from lightning_bn.callbacks._second_run.object_state import preserved_object_state
 from lightning_bn.functional.recalibration.isolation import preserved_rng
 
 _CHOICES = (
@@ -23,13 +23,13 @@ _CHOICES = (
 _MOST_BYTES = 1 << 20
 """Of a tensor or array that a dataset holds: larger ones are the data."""
 _OWN_ITERATION = ("_iterator", "dataset", "sampler", "batch_sampler")
-"""Attributes of a DataLoader that may well be their own iterators; each of them is seen to."""
+"""Attributes of a DataLoader that may well be their own iterators; each of them is handled."""
 _MUST_NOT_BE_COPIED = ("dataset", "data_source")
 
 
 @contextmanager
 def second_pass(trainer: Trainer, most: int | None) -> Iterator[Iterator[Any]]:
-    """At most ``most`` batches, and no more than an epoch has, from clones of the Trainer's training loaders.
+    """Yield at most ``most`` batches, and no more than an epoch has, from clones of the Trainer's training loaders.
 
     The clones share the datasets and have samplers, generators and iterators of their own, so that the running epoch
     goes on as if nothing had happened; what datasets and their transforms hold, random number generators included, is
@@ -42,7 +42,9 @@ def second_pass(trainer: Trainer, most: int | None) -> Iterator[Iterator[Any]]:
     limit = min(float("inf") if most is None else most, trainer.num_training_batches)
     with ExitStack() as stack:
         stack.enter_context(preserved_rng())
-        stack.enter_context(remembered(_in_this_process(loaders), leave=(DataLoader,), most_bytes=_MOST_BYTES))
+        stack.enter_context(
+            preserved_object_state(_in_this_process(loaders), leave=(DataLoader,), most_bytes=_MOST_BYTES)
+        )
         clones = tree_map(_clone, loaders)
         yield islice(stack.enter_context(combined(clones, mode)), None if limit == float("inf") else int(limit))
 

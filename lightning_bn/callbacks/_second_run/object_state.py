@@ -1,4 +1,4 @@
-"""Remembering what Python objects hold, as deep as it goes, and putting it back."""
+"""What Python objects hold, as deep as it goes, kept and restored."""
 
 from __future__ import annotations
 
@@ -42,48 +42,48 @@ _MACHINERY = (
 _MOST_OBJECTS = 50_000
 """That are looked at: what has more is data."""
 _LONG = 1000
-"""Of longer containers the order and the members are remembered, not what is inside these: they are data."""
+"""Of longer containers the order and the members are kept, not what is inside these: they are data."""
 
 
 @contextmanager
-def remembered(
+def preserved_object_state(
     roots: Iterable[Any],
     leave: tuple[type, ...] = (),
     most_bytes: int | None = None,
     known: Iterable[Any] = (),
 ) -> Iterator[None]:
-    """Whatever is reachable from ``roots`` holds afterwards what it held before.
+    """Restore at the end what everything that is reachable from ``roots`` held at the beginning.
 
     Followed are attributes and slots, lists, tuples, dicts, sets and deques of any class, bound methods, partials and
-    closures. What is there is put back by identity; of random number generators, tensors and arrays, the state and the
+    closures. What is there is restored by identity; of random number generators, tensors and arrays, the state and the
     values. Not followed: what lies at module level, iterators that are no datasets, and machinery: threads, processes,
     locks, queues, files and sockets, or an object that has one of these for an attribute.
 
     Args:
         roots: Where to begin.
         leave: Instances of these are not looked into.
-        known: Objects that somebody else sees to: neither remembered nor looked into.
+        known: Objects that somebody else restores: neither kept nor looked into.
         most_bytes: Tensors and arrays larger than this are taken to be data, which nobody writes to; None for no limit.
     """
-    memory = _Memory(leave, most_bytes, known)
+    state = _ObjectState(leave, most_bytes, known)
     for root in roots:
-        memory.add(root)
+        state.add(root)
     try:
         yield
     finally:
-        memory.put_back()
+        state.restore()
 
 
-class _Memory:
+class _ObjectState:
     def __init__(self, leave: tuple[type, ...], most_bytes: int | None, known: Iterable[Any]) -> None:
         self._leave = (*_ATOMS, *leave)
         self._most_bytes = most_bytes
         # The objects themselves too, so that no id is used twice.
         self._seen: dict[int, Any] = {id(value): value for value in known}
         # Aliases of known tensors are known too: a state dict that somebody keeps.
-        self._memory = {_address(value) for value in self._seen.values() if isinstance(value, Tensor)} - {0}
+        self._known_memory = {_address(value) for value in self._seen.values() if isinstance(value, Tensor)} - {0}
         self._looked_at = 0
-        self._put_back: list[Callable[[], object]] = []
+        self._restores: list[Callable[[], object]] = []
 
     def add(self, root: Any) -> None:
         stack = [root]
@@ -96,38 +96,38 @@ class _Memory:
                 self._looked_at += 1
                 stack.extend(self._look_at(value))
 
-    def put_back(self) -> None:
+    def restore(self) -> None:
         failed: list[Exception] = []
-        for put_back in self._put_back:
+        for restore in self._restores:
             try:
-                put_back()
+                restore()
             except Exception as error:
-                # What comes behind is put back all the same.
+                # What comes behind is restored all the same.
                 failed.append(error)
         if failed:
             raise failed[0]
 
     def _look_at(self, value: Any) -> Iterable[Any]:
-        """Remembers one object; returns what it refers to."""
+        """Keep the state of one object; return what it refers to."""
         numpy = sys.modules.get("numpy")
         if isinstance(value, random.SystemRandom):
             return ()
         if isinstance(value, random.Random):
-            self._remember(value.setstate, value.getstate())
+            self._keep(value.setstate, value.getstate())
         elif isinstance(value, torch.Generator):
-            self._remember(value.set_state, value.get_state())
+            self._keep(value.set_state, value.get_state())
         elif isinstance(value, Tensor):
             small = self._most_bytes is None or value.numel() * value.element_size() <= self._most_bytes
-            if is_plain(value) and small and _address(value) not in self._memory:
-                self._remember(functools.partial(_put_values, value), value.detach().clone())
+            if is_plain(value) and small and _address(value) not in self._known_memory:
+                self._keep(functools.partial(_put_values, value), value.detach().clone())
         elif numpy is not None and isinstance(value, numpy.random.Generator):
             # The state's dictionary is made anew at each look.
-            self._remember(functools.partial(setattr, value.bit_generator, "state"), value.bit_generator.state)
+            self._keep(functools.partial(setattr, value.bit_generator, "state"), value.bit_generator.state)
         elif numpy is not None and isinstance(value, numpy.random.RandomState):
-            self._remember(value.set_state, value.get_state())
+            self._keep(value.set_state, value.get_state())
         elif numpy is not None and isinstance(value, numpy.ndarray):
             if value.flags.writeable and (self._most_bytes is None or value.nbytes <= self._most_bytes):
-                self._remember(functools.partial(numpy.copyto, value), value.copy())
+                self._keep(functools.partial(numpy.copyto, value), value.copy())
         else:
             return self._look_into(value)
         return ()
@@ -135,13 +135,13 @@ class _Memory:
     def _look_into(self, value: Any) -> Iterable[Any]:
         referred: list[Any] = []
         if isinstance(value, dict):
-            self._remember(functools.partial(_put_items, value), list(value.items()))
+            self._keep(functools.partial(_put_items, value), list(value.items()))
             referred.extend(value.values() if len(value) <= _LONG else ())
         elif isinstance(value, list):
-            self._remember(functools.partial(list.__setitem__, value, slice(None)), list(value))
+            self._keep(functools.partial(list.__setitem__, value, slice(None)), list(value))
             referred.extend(value if len(value) <= _LONG else ())
         elif isinstance(value, set | deque):
-            self._remember(functools.partial(_put_members, value), list(value))
+            self._keep(functools.partial(_put_members, value), list(value))
             referred.extend(value if len(value) <= _LONG else ())
         elif isinstance(value, tuple):
             referred.extend(value if len(value) <= _LONG else ())
@@ -150,13 +150,13 @@ class _Memory:
         elif isinstance(value, types.FunctionType):
             full = [cell for cell in value.__closure__ or () if _is_full(cell)]
             for cell in full:
-                self._remember(functools.partial(setattr, cell, "cell_contents"), cell.cell_contents)
+                self._keep(functools.partial(setattr, cell, "cell_contents"), cell.cell_contents)
             referred += [*(cell.cell_contents for cell in full), value.__defaults__, value.__kwdefaults__]
         elif isinstance(value, functools.partial):
             return (value.func, value.args, value.keywords)
         attributes = getattr(value, "__dict__", None)
         if isinstance(attributes, dict):
-            self._remember(functools.partial(_put_items, attributes), list(attributes.items()))
+            self._keep(functools.partial(_put_items, attributes), list(attributes.items()))
             referred.extend(attributes.values())
         referred.extend(self._look_at_slots(value))
         return referred
@@ -168,13 +168,13 @@ class _Memory:
                     try:
                         held = slot.__get__(value)
                     except AttributeError:
-                        self._remember(functools.partial(_unset, value, slot), None)
+                        self._keep(functools.partial(_unset, value, slot), None)
                         continue
-                    self._remember(functools.partial(slot.__set__, value), held)
+                    self._keep(functools.partial(slot.__set__, value), held)
                     yield held
 
-    def _remember(self, put_back: Callable[[Any], object], state: Any) -> None:
-        self._put_back.append(lambda: void(put_back(state)))
+    def _keep(self, restore: Callable[[Any], object], state: Any) -> None:
+        self._restores.append(functools.partial(restore, state))
 
 
 def _address(tensor: Tensor) -> int:
@@ -186,10 +186,6 @@ def _is_machinery(value: Any) -> bool:
         return True
     attributes = getattr(value, "__dict__", None)
     return isinstance(attributes, dict) and any(isinstance(held, _MACHINERY) for held in attributes.values())
-
-
-def void(_: object) -> None:
-    """Nothing, of whatever was returned."""
 
 
 def _is_python(kind: type) -> bool:

@@ -19,7 +19,7 @@ Prepare: TypeAlias = Callable[[Any], Any]
 def batches_of_method(
     trainer: Trainer, module: LightningModule, method: str, prepare: Prepare
 ) -> Iterator[Iterator[Any]]:
-    """Batches of the loader that a method of the datamodule or of the module returns, prepared for the step.
+    """Yield batches of the loader that a method of the datamodule or of the module returns, prepared for the step.
 
     Raises:
         MisconfigurationException: If there is no such method.
@@ -29,7 +29,7 @@ def batches_of_method(
 
 
 def loader_method(trainer: Trainer, module: LightningModule, method: str) -> Callable[[], Any]:
-    """The method of the datamodule or of the module that returns a loader.
+    """Return the method of the datamodule or of the module that returns a loader.
 
     Raises:
         MisconfigurationException: If there is no such method.

@@ -19,32 +19,36 @@ from lightning_bn.callbacks._lightning.namespaces import (
 )
 from lightning_bn.callbacks._lightning.state import schedules
 from lightning_bn.callbacks._lightning.training_step import in_step_context, prepare_batch, training_stage
-from lightning_bn.callbacks._second_run.object_state import remembered
+from lightning_bn.callbacks._second_run.object_state import preserved_object_state
 from lightning_bn.functional._batches import default_forward
 from lightning_bn.functional._bits import same_bits
+from lightning_bn.functional.layers.exchange import Entries, exchanged
+from lightning_bn.functional.layers.torch_private import attributes_of, buffers_of, parameters_of
 
 _MOST_BYTES = 1 << 26
 """Of a tensor or array that a module keeps as an attribute: larger ones are data, which a step does not write to."""
+
+_SILENT = dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None)
 
 Step = Callable[[Any, Any], Any]
 
 
 @contextmanager
-def sandbox(
+def isolated_step(
     trainer: Trainer, module: LightningModule, step: str, weights: Weights
 ) -> Iterator[tuple[Step, Callable[[Any], Any]]]:
-    """Yields the step as ``forward(model, batch)`` and the function that prepares a batch for it.
+    """Yield the step as ``forward(model, batch)`` and the function that prepares a batch for it.
 
     Inside, ``log`` and ``log_dict`` are silent, the Trainer says that it is training and its loggers write nothing;
     afterwards torchmetrics' states and the modules' own attributes (counters, lists that steps append to) are as they
-    were, and so are weights that the step moves itself. What the caller has to see to: gradients off, modes, buffers
-    and random number generators.
+    were, and so are weights that the step moves itself. Left to the caller: gradients, modes, buffers and random
+    number generators.
     """
     with ExitStack() as stack:
         stack.enter_context(training_stage(trainer))
-        stack.enter_context(_silent(module))
+        stack.enter_context(exchanged("PreciseBatchNorm", [Entries("", module, attributes=_SILENT)]))
         stack.enter_context(preserved_attributes(module))
-        stack.enter_context(remembered(schedules(trainer), leave=(Optimizer, nn.Parameter)))
+        stack.enter_context(preserved_object_state(schedules(trainer), leave=(Optimizer, nn.Parameter)))
         stack.enter_context(weights.preserved(module))
         run = _step_function(module, step)
         batch_idx = -1
@@ -83,7 +87,7 @@ class Weights:
 
     @contextmanager
     def preserved(self, module: LightningModule) -> Iterator[None]:
-        """For one pass."""
+        """Put back, at the end of one pass, what the step moved in it."""
         self._kept = [
             (name, weight, weight.detach().clone())
             for name, weight in module.named_parameters()
@@ -98,7 +102,7 @@ class Weights:
             self._kept = []
 
     def after_batch(self, step: str) -> None:
-        """After the first batch it is known which weights the step moves.
+        """Find out, after the first batch, which weights the step moves.
 
         Raises:
             MisconfigurationException: If one of them is trained; it has been put back.
@@ -118,7 +122,7 @@ class Weights:
 
 
 def check_step(module: LightningModule, step: str) -> None:
-    """Whether ``step`` can be run.
+    """Raise unless ``step`` can be run.
 
     Raises:
         MisconfigurationException: If the module has no such method, or if it is ``training_step`` under manual
@@ -154,24 +158,11 @@ def _step_function(module: LightningModule, step: str) -> Callable[[Any, int], A
 
 
 @contextmanager
-def _silent(module: LightningModule) -> Iterator[None]:
-    shadowed = ("log", "log_dict")
-    found = {name: module.__dict__[name] for name in shadowed if name in module.__dict__}
-    module.__dict__.update(dict.fromkeys(shadowed, lambda *args, **kwargs: None))
-    try:
-        yield
-    finally:
-        for name in shadowed:
-            module.__dict__.pop(name, None)
-        module.__dict__.update(found)
-
-
-@contextmanager
 def preserved_attributes(module: LightningModule) -> Iterator[None]:
     """What the module and its submodules keep is afterwards as it was, metrics included; besides weights, buffers."""
-    internal = set(nn.Module().__dict__)
+    internal = set(attributes_of(nn.Module()))
     own = [
-        {name: value for name, value in submodule.__dict__.items() if name not in internal}
+        {name: value for name, value in attributes_of(submodule).items() if name not in internal}
         for submodule in module.modules()
     ]
     with ExitStack() as stack:
@@ -179,12 +170,14 @@ def preserved_attributes(module: LightningModule) -> Iterator[None]:
             stack.callback(_put_attributes, submodule, attributes, internal)
         # Modules, parameters and buffers are seen to elsewhere; above all, statistics are written meanwhile.
         known = [*module.modules(), *module.parameters(), *module.buffers()]
-        known += [found for part in module.modules() for found in (part.__dict__, part._parameters, part._buffers)]
-        stack.enter_context(remembered(own, leave=NOT_THE_MODULES_OWN, most_bytes=_MOST_BYTES, known=known))
+        homes = (attributes_of, parameters_of, buffers_of)
+        known += [home(part) for part in module.modules() for home in homes]
+        stack.enter_context(preserved_object_state(own, leave=NOT_THE_MODULES_OWN, most_bytes=_MOST_BYTES, known=known))
         yield
 
 
 def _put_attributes(module: nn.Module, attributes: dict[str, Any], internal: set[str]) -> None:
-    for name in [name for name in module.__dict__ if name not in internal and name not in attributes]:
-        del module.__dict__[name]
-    module.__dict__.update(attributes)
+    now = attributes_of(module)
+    for name in [name for name in now if name not in internal and name not in attributes]:
+        del now[name]
+    now.update(attributes)

@@ -15,7 +15,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bn.callbacks._second_run.object_state import remembered
+from lightning_bn.callbacks._second_run.object_state import preserved_object_state
 
 
 class Holder:
@@ -68,7 +68,7 @@ def test_containers_hold_what_they_held_and_are_the_same_objects(kind, hold):
     make, change = CHANGES[kind]
     value = make()
     holder = hold(value)
-    with remembered([holder]):
+    with preserved_object_state([holder]):
         change(value)
         assert as_told(value) != as_told(make())
     assert as_told(value) == as_told(make())
@@ -81,7 +81,7 @@ def test_after_an_exception_too():
     value = [1]
 
     def fail() -> None:
-        with remembered([value]):
+        with preserved_object_state([value]):
             value.append(2)
             raise RuntimeError("inside")
 
@@ -93,19 +93,19 @@ def test_after_an_exception_too():
 def test_attributes_that_were_replaced_added_or_deleted_are_as_they_were():
     first = [1]
     holder = Holder(first)
-    with remembered([holder]):
+    with preserved_object_state([holder]):
         holder.value = [2]
         holder.more = 3
     assert (holder.value, vars(holder)) == (first, {"value": first})
     assert holder.value is first
-    with remembered([holder]):
+    with preserved_object_state([holder]):
         del holder.value
     assert holder.value is first
 
 
 def test_slot_that_was_filled_inside_is_empty_again():
     holder = Slotted(1)
-    with remembered([holder]):
+    with preserved_object_state([holder]):
         holder.value, holder.later = 2, 3
     assert holder.value == 1
     assert not hasattr(holder, "later")
@@ -113,7 +113,7 @@ def test_slot_that_was_filled_inside_is_empty_again():
 
 def test_members_of_a_frozen_dataclass_are_followed():
     frozen = Frozen([1])
-    with remembered([frozen]):
+    with preserved_object_state([frozen]):
         frozen.value.append(2)
     assert frozen.value == [1]
 
@@ -121,7 +121,7 @@ def test_members_of_a_frozen_dataclass_are_followed():
 def test_things_that_refer_to_each_other_are_each_looked_at_once():
     one, other = Holder(1), Holder(2)
     one.value, other.value = [other], {"one": one}
-    with remembered([one]):
+    with preserved_object_state([one]):
         other.value["n"] = 1
         one.value.clear()
     assert one.value == [other]
@@ -133,7 +133,7 @@ def test_chain_longer_than_the_recursion_limit_is_followed():
     chain: Any = end
     for _ in range(5000):
         chain = [chain]
-    with remembered([chain]):
+    with preserved_object_state([chain]):
         end.append(2)
     assert end == [1]
 
@@ -192,7 +192,7 @@ class Callable_:
 def test_function_that_counts_goes_on_from_where_it_was(make):
     count = make()
     count()
-    with remembered([{"collate_fn": count}]):
+    with preserved_object_state([{"collate_fn": count}]):
         count()
         count()
     assert count() == 2
@@ -214,14 +214,14 @@ def test_function_that_counts_goes_on_from_where_it_was(make):
 def test_generator_goes_on_from_where_it_was(make, draw):
     rng, expected = make(), make()
     draw(rng), draw(expected)
-    with remembered([Holder([rng])]):
+    with preserved_object_state([Holder([rng])]):
         draw(rng)
     assert draw(rng) == draw(expected)
 
 
 def test_generator_of_the_system_has_no_state_and_stops_nothing():
     holder = Holder([random.SystemRandom(), value := [1]])
-    with remembered([holder]):
+    with preserved_object_state([holder]):
         value.append(2)
     assert value == [1]
 
@@ -233,7 +233,7 @@ def test_generator_of_the_system_has_no_state_and_stops_nothing():
 def test_tensor_holds_the_same_values_in_the_same_memory(dtype, shape):
     tensor = torch.ones(shape, dtype=dtype)
     view, kept = tensor.view(-1), tensor.clone()
-    with remembered([Holder(tensor)]):
+    with preserved_object_state([Holder(tensor)]):
         tensor.zero_()
     assert torch.equal(tensor, kept)
     assert torch.equal(view, kept.view(-1))
@@ -241,7 +241,7 @@ def test_tensor_holds_the_same_values_in_the_same_memory(dtype, shape):
 
 def test_parameter_holds_its_values_and_takes_gradients():
     parameter = torch.nn.Parameter(torch.ones(3))
-    with remembered([[parameter]]), torch.no_grad():
+    with preserved_object_state([[parameter]]), torch.no_grad():
         parameter.mul_(2)
     assert torch.equal(parameter, torch.ones(3))
     (parameter * 2).sum().backward()
@@ -250,14 +250,14 @@ def test_parameter_holds_its_values_and_takes_gradients():
 
 def test_tensor_that_was_not_written_to_is_not_written_to():
     tensor = torch.tensor([float("nan"), -0.0])
-    with remembered([[tensor]]):
+    with preserved_object_state([[tensor]]):
         pass
     assert tensor._version == 0
 
 
 def test_tensor_that_grew_inside_is_as_it_was_and_so_is_what_comes_after_it():
     bank, after = torch.ones(3), [1]
-    with remembered([[bank, after]]):
+    with preserved_object_state([[bank, after]]):
         bank.data = torch.cat([bank, torch.zeros(2)])
         after.append(2)
     assert after == [1]
@@ -278,7 +278,7 @@ def test_tensor_that_grew_inside_is_as_it_was_and_so_is_what_comes_after_it():
 @pytest.mark.filterwarnings("ignore:Sparse invariant checks are implicitly disabled")
 def test_tensor_of_an_uncommon_kind_stops_nothing(make):
     tensor, value = make(), [1]
-    with remembered([Holder([tensor, value])]):
+    with preserved_object_state([Holder([tensor, value])]):
         value.append(2)
     assert value == [1]
 
@@ -286,7 +286,7 @@ def test_tensor_of_an_uncommon_kind_stops_nothing(make):
 def test_array_holds_the_same_values_in_the_same_memory():
     array = np.arange(6.0).reshape(2, 3)
     view = array[0]
-    with remembered([Holder(array)]):
+    with preserved_object_state([Holder(array)]):
         array += 1
     assert view.tolist() == [0, 1, 2]
 
@@ -294,7 +294,7 @@ def test_array_holds_the_same_values_in_the_same_memory():
 def test_array_that_cannot_be_written_to_is_left():
     array = np.arange(3)
     array.flags.writeable = False
-    with remembered([[array]]):
+    with preserved_object_state([[array]]):
         pass
     assert array.tolist() == [0, 1, 2]
 
@@ -302,7 +302,7 @@ def test_array_that_cannot_be_written_to_is_left():
 def test_what_is_larger_than_most_bytes_is_taken_to_be_data():
     small, large = torch.zeros(4), torch.zeros(5)
     small_array, large_array = np.zeros(2), np.zeros(3)
-    with remembered([[small, large, small_array, large_array]], most_bytes=16):
+    with preserved_object_state([[small, large, small_array, large_array]], most_bytes=16):
         for value in (small, large, small_array, large_array):
             value.__iadd__(1)
     assert [float(value[0]) for value in (small, large, small_array, large_array)] == [0, 1, 0, 1]
@@ -313,7 +313,7 @@ def test_what_is_larger_than_most_bytes_is_taken_to_be_data():
 
 def test_what_is_to_be_left_is_not_looked_into():
     left, seen = Slotted([1]), Holder([1])
-    with remembered([[left, seen]], leave=(Slotted,)):
+    with preserved_object_state([[left, seen]], leave=(Slotted,)):
         left.value.append(2)
         seen.value.append(2)
     assert (left.value, seen.value) == ([1, 2], [1])
@@ -321,7 +321,7 @@ def test_what_is_to_be_left_is_not_looked_into():
 
 def test_iterators_go_on():
     holder = Holder([itertools.count(), iter([1, 2]), (n for n in range(3))])
-    with remembered([holder]):
+    with preserved_object_state([holder]):
         assert [next(iterator) for iterator in holder.value] == [0, 1, 0]
     assert [next(iterator) for iterator in holder.value] == [1, 2, 1]
 
@@ -333,7 +333,7 @@ def test_machinery_and_what_holds_it_goes_on():
 
     pending: queue.Queue[int] = queue.Queue()
     service = Service()
-    with remembered([{"queue": pending, "service": service}]):
+    with preserved_object_state([{"queue": pending, "service": service}]):
         pending.put(1)
         service.done = 1
         service.lock.acquire()
@@ -389,6 +389,6 @@ def scramble(value: Any) -> None:
 @given(nested)
 def test_any_nesting_is_as_it_was(value):
     before = told(value)
-    with remembered([value]):
+    with preserved_object_state([value]):
         scramble(value)
     assert told(value) == before
