@@ -27,8 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lightning_bn.functional.distributed.agreement import agree, layer_facts
-from lightning_bn.functional.recalibration.across_processes import Totals, across_processes
+from lightning_bn.functional.recalibration.across_processes import across_processes
 from lightning_bn.functional.recalibration.population import Population
+from lightning_bn.functional.recalibration.run import Counts
 from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.sample_moments import Moments, merge, variance
 
@@ -75,14 +76,13 @@ def package(gathered: Local) -> Callable[[], Statistics]:
     population = Population(
         layout=layout,
         moments=moments,
-        mean_error=errors[0],
-        var_error=errors[1],
+        errors=errors,
         averages=torch.stack((moments.mean, variance(moments))),
         eps=torch.full_like(moments.mean, 1e-5),
-        uses=dict.fromkeys(gathered, 1),
-        nonfinite=dict.fromkeys(gathered, 0),
+        uses=torch.ones(len(gathered)),
+        nonfinite=torch.zeros(len(gathered)),
     )
-    totals, device = Totals(batches=1, skipped=0, samples=32, ended_early=0), torch.device("cpu")
+    totals, device = Counts(batches=1, samples=32), torch.device("cpu")
 
     def run() -> Statistics:
         agree({**layer_facts(layout), "estimator": "pooled"}, device)

@@ -15,7 +15,7 @@ from _results import Results
 from torch import Tensor, nn
 
 from lightning_bn.functional import batch_norm_layers, recalibrate
-from lightning_bn.functional.recalibration.collector import Collector
+from lightning_bn.functional.recalibration.collector import collecting
 
 ALL = 1500
 ASKED = (0.1, 0.05, 0.02)
@@ -53,7 +53,7 @@ def readings(network: nn.Module, batches: list[Tensor]) -> list[float]:
     """The largest standard error of any channel, estimated after each of the batches."""
     found = []
     network.train()
-    with Collector(batch_norm_layers(network)) as collector, torch.no_grad():
+    with collecting(batch_norm_layers(network)) as collector, torch.no_grad():
         for batch in batches:
             with collector.batch():
                 network(batch)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bn.callbacks._lightning.namespaces import Trainer
-from lightning_bn.functional.distributed.agreement import Facts, agree, layer_facts, others_told
+from lightning_bn.functional.distributed.agreement import Facts, agree, layer_facts, tell_failure
 from lightning_bn.functional.statistics.channels import ChannelLayout
 
 
@@ -29,8 +29,11 @@ def agree_on_ranks(trainer: Trainer, doing: str, layers: Callable[[], ChannelLay
         layers()
         return
     device = trainer.strategy.root_device
-    with others_told(device, doing):
+    try:
         facts = {**layer_facts(layers()), **settings}
+    except BaseException:
+        tell_failure(device, doing)
+        raise
     agree(facts, device, doing=doing)
 
 

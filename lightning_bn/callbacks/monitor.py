@@ -33,9 +33,9 @@ from lightning_bn.functional.monitoring.cadence import Cadence
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.session import Sample, Watch, Watched
 from lightning_bn.functional.monitoring.threshold import Alarm
-from lightning_bn.functional.recalibration.checkpoint import snapshot_of_checkpoint
 from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.drift_measures import MEASURES, Measure
+from lightning_bn.functional.statistics.files import snapshot_of_checkpoint
 from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of
 from lightning_bn.functional.statistics.summary import DriftSummary
 from lightning_bn.report import drift_table

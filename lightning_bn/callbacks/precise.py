@@ -37,8 +37,8 @@ from lightning_bn.functional.layers.status import is_frozen, update_status
 from lightning_bn.functional.recalibration.isolation import preserved_modes
 from lightning_bn.functional.recalibration.population import Estimator
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
-from lightning_bn.functional.recalibration.result import Recalibration, RecalibrationError
-from lightning_bn.functional.recalibration.stopping import Budget
+from lightning_bn.functional.recalibration.result import AllFrozenError, NoUsableBatchError, Recalibration
+from lightning_bn.functional.recalibration.stopping import StoppingRule
 from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.snapshots import Snapshot, restore_where_unchanged
 from lightning_bn.functional.statistics.summary import summarize
@@ -121,7 +121,7 @@ class PreciseBatchNorm(Callback):
     ) -> None:
         super().__init__()
         try:
-            Budget(num_batches, num_samples, max_standard_error)
+            StoppingRule(num_batches, num_samples, max_standard_error)
         except ValueError as error:
             raise MisconfigurationException(f"PreciseBatchNorm: {error}") from error
         least: int
@@ -318,21 +318,17 @@ class PreciseBatchNorm(Callback):
     def _recalibrate(self, trainer: Trainer, module: LightningModule) -> None:
         try:
             self._recalibrate_now(trainer, module)
-        except RecalibrationError as error:
-            if error.__cause__ is not None:
-                # The other ranks could: they cannot go on alone.
-                raise
+        except AllFrozenError:
+            rank_zero_info(
+                f"PreciseBatchNorm: all {len(self._layout(module))} layers are frozen, nothing to recalibrate"
+            )
+        except NoUsableBatchError as error:
             # A run that diverged goes on as it would have without this callback.
             rank_zero_warn(f"PreciseBatchNorm: {error}")
 
     def _recalibrate_now(self, trainer: Trainer, module: LightningModule) -> None:
         with self._modes_of_training(module) if self._tree else nullcontext():
             layers = self._selection.tracked_layers(module)
-            in_training = any(submodule.training for submodule in module.modules())
-            frozen = [is_frozen(layer) or (in_training and not layer.training) for layer in layers.values()]
-            if all(frozen) and trainer.world_size == 1:
-                rank_zero_info(f"PreciseBatchNorm: all {len(layers)} layers are frozen, nothing to recalibrate")
-                return
             with ExitStack() as stack:
                 forward, prepare = stack.enter_context(isolated_step(trainer, module, self.step, self._weights))
                 self.last = recalibrate(

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Hashable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Hashable, Mapping, Sequence
+from contextlib import nullcontext
 
 import torch
 import torch.distributed as dist
@@ -25,17 +25,13 @@ def layer_facts(layout: ChannelLayout) -> dict[str, Hashable]:
     return {f"layer {name!r}": counted(size, "channel") for name, size in zip(layout.names, layout.sizes, strict=True)}
 
 
-@contextmanager
-def others_told(device: torch.device, doing: str = "recalibrate") -> Iterator[None]:
-    """Tell the other processes, who wait in :func:`agree`, of a failure inside."""
+def tell_failure(device: torch.device, doing: str = "recalibrate") -> bool:
+    """Tell the other processes, who wait in :func:`agree`, that this one failed; return whether they had not."""
     try:
-        yield
-    except BaseException as error:
-        try:
-            agree(None, device, doing=doing)
-        except DisagreementError as disagreement:
-            raise error from disagreement
-        raise
+        agree(None, device, doing=doing)
+    except DisagreementError:
+        return True
+    return False
 
 
 def agree(
@@ -46,7 +42,8 @@ def agree(
     Costs one small all_reduce. Values that are equal have to look equal, since their text is compared.
 
     Args:
-        facts: What has to be the same, by name; None where this process failed, so that the others are told.
+        facts: What has to be the same, by name; None where this process failed. If all of them did, nothing is
+            told: each has an error of its own.
         device: Where the process group can communicate.
         group: Which processes; None for all.
         doing: What they are about to do, for the error.
@@ -62,7 +59,7 @@ def agree(
     with waiting("this process"):
         dist.all_reduce(bounds, op=dist.ReduceOp.MAX, group=group)
         largest, smallest = bounds.tolist()
-    if largest == -smallest and told is not None:
+    if largest == -smallest:
         return
     # The slow way round, to say which.
     of_ranks: list[list[tuple[str, str]] | None] = [None] * dist.get_world_size(group)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from lightning_bn.functional.layers.torch_private import attributes_of, buffers_of, parameters_of
 
-_HOLDERS = "_lightning_bn_holders"
+_HOLDERS = "_lightning_bn_exchanged_by"
 _ABSENT = object()
 _serial = count()
 

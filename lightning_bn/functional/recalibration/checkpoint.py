@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections import OrderedDict
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +13,11 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bn.functional._text import quoted
-from lightning_bn.functional.layers.names import canonical_name
 from lightning_bn.functional.layers.selection import batch_norm_layers
+from lightning_bn.functional.layers.torch_private import buffers_of
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.result import Recalibration
-from lightning_bn.functional.statistics.snapshots import Snapshot
+from lightning_bn.functional.statistics.files import read_checkpoint, state_dict_of
 
 
 @dataclass(frozen=True)
@@ -50,7 +49,7 @@ def recalibrate_checkpoint(
     overwrite: bool = False,
     **options: Any,
 ) -> RecalibratedCheckpoint:
-    """Writes a copy of a checkpoint in which the running statistics are those of ``batches``.
+    """Write a copy of a checkpoint in which the running statistics are those of ``batches``.
 
     Nothing in the file is executed (``weights_only=True``). Where a checkpoint of Lightning's WeightAveraging holds
     averages, they are what is recalibrated, since they are its ``state_dict``; the weights being trained, beside them,
@@ -74,8 +73,8 @@ def recalibrate_checkpoint(
     path, out = Path(path), Path(out)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists: choose another out=, or pass overwrite=True to replace it.")
-    checkpoint = _read(path)
-    state = checkpoint.get("state_dict", checkpoint)
+    checkpoint = read_checkpoint(path)
+    state = state_dict_of(checkpoint)
     _load(model, state, prefix, path)
     recalibration = recalibrate(model, batches, **options)
     for name, buffer in _statistics(model, recalibration.layers).items():
@@ -83,56 +82,6 @@ def recalibrate_checkpoint(
             state[prefix + name] = buffer.detach().to("cpu", state[prefix + name].dtype, copy=True)
     _write(checkpoint, out)
     return RecalibratedCheckpoint(out, "averaging_state" in checkpoint, recalibration)
-
-
-def snapshot_of_checkpoint(path: str | Path, like: Snapshot) -> Snapshot:
-    """The running statistics that a checkpoint holds of the layers of a snapshot; nothing in the file is executed.
-
-    Args:
-        path: A Lightning checkpoint, or a state dict.
-        like: Says which layers, and has what a checkpoint lacks (``eps``).
-
-    Raises:
-        ValueError: If the file holds no state dict, or lacks a layer or has it with other channels.
-        pickle.UnpicklingError: If the file holds more than tensors and plain values.
-    """
-    checkpoint = _read(Path(path))
-    state = checkpoint.get("state_dict", checkpoint)
-    # Names as a model reports them: without the components that wrappers add.
-    state = {canonical_name(nn.Module(), name): value for name, value in state.items()}
-    missing = [
-        name
-        for name, size in zip(like.names, like.layout.sizes, strict=True)
-        if getattr(state.get(f"{name}.running_mean"), "shape", None) != (size,)
-    ]
-    if missing:
-        raise ValueError(
-            f"{Path(path).name} has no running statistics of {quoted(missing)} with as many channels: it was written "
-            f"by another model."
-        )
-
-    def gather(value: str) -> Tensor:
-        return torch.cat([state[f"{name}.{value}"].to(like.mean.dtype) for name in like.names])
-
-    counters = [state.get(f"{name}.num_batches_tracked", torch.tensor(-1)) for name in like.names]
-    read = replace(
-        like, mean=gather("running_mean"), var=gather("running_var"), num_batches_tracked=torch.stack(counters)
-    )
-    return read.to(like.mean.device)
-
-
-def _read(path: Path) -> dict[str, Any]:
-    try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise pickle.UnpicklingError(
-            f"{path.name} holds objects besides tensors and plain values, which reading would execute: load it "
-            f"yourself if you trust it, save its state dict alone, and pass that. ({str(error).splitlines()[0]})"
-        ) from error
-    state = checkpoint.get("state_dict", checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path.name} holds no state dict: neither the file itself nor its 'state_dict' is one.")
-    return checkpoint  # type: ignore[no-any-return]
 
 
 def _load(model: nn.Module, state: dict[str, Any], prefix: str, path: Path) -> None:
@@ -164,7 +113,7 @@ def _statistics(model: nn.Module, layers: Collection[str]) -> dict[str, Tensor]:
         for path, module in model.named_modules(remove_duplicate=False)
         if id(module) in chosen
         for value in ("running_mean", "running_var")
-        if (buffer := module._buffers[value]) is not None
+        if (buffer := buffers_of(module)[value]) is not None
     }
 
 

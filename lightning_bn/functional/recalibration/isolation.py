@@ -5,22 +5,43 @@ from __future__ import annotations
 import random
 import sys
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._bits import Flat, is_plain, same_bits
-from lightning_bn.functional.layers.properties import is_lazy
+from lightning_bn.functional.layers.properties import has_running_statistics, is_lazy
+from lightning_bn.functional.layers.selection import batch_norm_layers
+from lightning_bn.functional.layers.torch_private import buffers_of
+from lightning_bn.functional.recalibration.batch_count import single_values_refused
 
 _PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _COMPOSITE: dict[type, bool] = {}
 
 
 @contextmanager
+def isolated_statistics(model: nn.Module, targets: Collection[_BatchNorm]) -> Iterator[None]:
+    """Run forwards that collect the statistics of ``targets``; all else is afterwards as it was, whatever happens."""
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.no_grad())
+        stack.enter_context(run_as_written())
+        stack.enter_context(preserved_rng())
+        stack.enter_context(preserved_modes(model))
+        stack.enter_context(preserved_buffers(model))
+        # Layers without statistics normalize with the batch in every mode.
+        layers = batch_norm_layers(model)
+        always = {name: layer for name, layer in layers.items() if not has_running_statistics(layer)}
+        stack.enter_context(single_values_refused(always))
+        set_modes_for_statistics(model, targets)
+        yield
+
+
+@contextmanager
 def preserved_rng() -> Iterator[None]:
-    """Python's, numpy's (where loaded) and torch's generators, CUDA's included, are afterwards as they were before."""
+    """Put back at the end: Python's, numpy's (where loaded) and torch's generators, CUDA's included."""
     numpy = sys.modules.get("numpy")
     python_state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy is not None else None
@@ -39,20 +60,20 @@ def preserved_rng() -> Iterator[None]:
 
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """All buffers of ``model`` are afterwards the same objects with the same bits (sparse ones: the same objects).
+    """Put back at the end all buffers of ``model``: the same objects with the same bits (sparse ones: the objects).
 
     Costs a copy of them for the duration.
     """
-    found = [(module, dict(module._buffers)) for module in model.modules()]
+    found = [(buffers_of(module), dict(buffers_of(module))) for module in model.modules()]
     real = [buffer for _, buffers in found for buffer in _real(buffers.values())]
     values = Flat(real)
     try:
         yield
     finally:
         with torch.no_grad():
-            for module, buffers in found:
-                module._buffers.clear()
-                module._buffers.update(buffers)
+            for now, buffers in found:
+                now.clear()
+                now.update(buffers)
             if not values.same_bits(real):
                 for buffer, kept in zip(real, values.parts(), strict=True):
                     # Only what changed is written: a write bumps the version that others watch.
@@ -62,7 +83,7 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def preserved_modes(model: nn.Module) -> Iterator[None]:
-    """Every module's ``training`` flag is afterwards what it was, set directly and not through ``.train()``."""
+    """Put back at the end every module's ``training`` flag, set directly and not through ``.train()``."""
     flags = [(module, module.training) for module in model.modules()]
     try:
         yield
@@ -73,7 +94,7 @@ def preserved_modes(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def run_as_written() -> Iterator[None]:
-    """Compiled submodules run as they are written, where hooks added after compilation fire and nothing recompiles."""
+    """Run compiled submodules as they are written, where hooks added after compilation fire and nothing recompiles."""
     # Whatever is compiled has loaded dynamo, and loading it for nothing costs seconds.
     if "torch._dynamo" in sys.modules:
         with torch.compiler.set_stance("force_eager"):
@@ -83,7 +104,7 @@ def run_as_written() -> Iterator[None]:
 
 
 def set_modes_for_statistics(model: nn.Module, targets: Collection[_BatchNorm]) -> None:
-    """Modes in which a forward collects the statistics of ``targets`` and moves nothing else.
+    """Set the modes in which a forward collects the statistics of ``targets`` and moves nothing else.
 
     Targets go to train mode and everything that may act on its mode to eval: other BatchNorm layers, all leaf modules
     (dropout off, spectral norm and codebooks still) and torch's own composite layers (attention has its dropout

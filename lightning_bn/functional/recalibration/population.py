@@ -1,8 +1,8 @@
-"""What was gathered of many layers, flat: the statistics of the population and how sure they are."""
+"""Pooled statistics of many layers, flat: what was gathered of the population, and how sure it is."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -23,22 +23,21 @@ class Population:
     Attributes:
         layout: Of the layers, in order.
         moments: Pooled over all batches, shape ``(C,)`` each, float64 where the device has it.
-        mean_error: Squared deviations of the mean, see :meth:`~.spread.Spread.squared_deviations`; ``(C,)``.
-        var_error: Of the variance.
+        errors: Squared deviations of the mean and of the variance, see :meth:`~.standard_error.ErrorSums.squared`;
+            ``(2, C)``.
         averages: Sums over uses of batch mean and unbiased batch variance, ``(2, C)``.
         eps: Of the layers, ``(C,)``.
-        uses: Forwards with finite statistics, by layer.
-        nonfinite: Forwards left out because a statistic was not finite, by layer.
+        uses: Forwards with finite statistics, ``(L,)``.
+        nonfinite: Forwards left out because a statistic was not finite, ``(L,)``.
     """
 
     layout: ChannelLayout
     moments: Moments
-    mean_error: Tensor
-    var_error: Tensor
+    errors: Tensor
     averages: Tensor
     eps: Tensor
-    uses: Mapping[str, int]
-    nonfinite: Mapping[str, int]
+    uses: Tensor
+    nonfinite: Tensor
 
     @classmethod
     def of(cls, parts: Sequence[Population], names: Sequence[str]) -> Population:
@@ -46,41 +45,39 @@ class Population:
         if len(parts) == 1:
             return parts[0]
         joined, device = ChannelLayout.joined([part.layout for part in parts]), parts[0].eps.device
+        order = torch.tensor([joined.names.index(name) for name in names], device=device)
 
-        def gather(*of_parts: Tensor) -> Tensor:
-            return joined.pick(torch.cat([values.to(device) for values in of_parts], -1), names)
+        def flat(read: Callable[[Population], Tensor]) -> Tensor:
+            return torch.cat([read(part).to(device) for part in parts], -1)
 
-        uses = {name: count for part in parts for name, count in part.uses.items()}
-        nonfinite = {name: count for part in parts for name, count in part.nonfinite.items()}
         return cls(
             layout=joined.restrict(names),
-            moments=Moments(*(gather(*values) for values in zip(*(part.moments for part in parts), strict=True))),
-            mean_error=gather(*(part.mean_error for part in parts)),
-            var_error=gather(*(part.var_error for part in parts)),
-            averages=gather(*(part.averages for part in parts)),
-            eps=gather(*(part.eps for part in parts)),
-            uses={name: uses[name] for name in names},
-            nonfinite={name: nonfinite[name] for name in names},
+            moments=Moments(*joined.pick(flat(lambda part: torch.stack(tuple(part.moments))), names)),
+            errors=joined.pick(flat(lambda part: part.errors), names),
+            averages=joined.pick(flat(lambda part: part.averages), names),
+            eps=joined.pick(flat(lambda part: part.eps), names),
+            uses=flat(lambda part: part.uses)[order],
+            nonfinite=flat(lambda part: part.nonfinite)[order],
         )
 
+    def by_layer(self, counts: Tensor) -> dict[str, int]:
+        """Return counts of layers, ``(L,)``, by name."""
+        return dict(zip(self.layout.names, counts.int().tolist(), strict=True))
+
     def reached(self) -> list[str]:
-        """Layers of which there are at least two values per channel."""
-        if not len(self.layout):
-            return []
-        counts = self.layout.mean(self.moments.count).tolist()
+        """Return the layers of which there are at least two values per channel."""
+        counts = self.layout.mean(self.moments.count).tolist() if len(self.layout) else []
         return [name for name, count in zip(self.layout.names, counts, strict=True) if count > 1]
 
     def statistics(self, estimator: Estimator) -> dict[str, tuple[Tensor, Tensor]]:
-        """Mean and variance to be stored, ``(C,)`` each, by layer: pooled and unbiased, or means over batches."""
+        """Return mean and variance to be stored, by layer: pooled and unbiased, or means over batches."""
+        mean, var = self.moments.mean, variance(self.moments)
         if estimator == "mean_of_batches":
-            uses = torch.tensor([max(count, 1) for count in self.uses.values()]).to(self.averages)
-            mean, var = self.averages / self.layout.expand(uses)
-        else:
-            mean, var = self.moments.mean, variance(self.moments)
+            mean, var = self.averages / self.layout.expand(self.uses.clamp(min=1)).to(self.averages)
         means, variances = self.layout.split(mean), self.layout.split(var)
         return {name: (means[name], variances[name]) for name in self.layout.names}
 
     def standard_error(self) -> float:
-        """The largest relative standard error of any channel that was reached, see :func:`~.spread.relative_errors`."""
-        errors = relative_errors(self.moments, self.mean_error, self.var_error, self.eps)
+        """Return the largest relative standard error of any channel that was reached."""
+        errors = relative_errors(self.moments, self.errors, self.eps)
         return float(torch.where(self.moments.count > 1, errors, 0).max())

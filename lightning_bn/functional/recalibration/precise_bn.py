@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager, nullcontext
 from typing import Any, get_args
 
 import torch
@@ -13,25 +13,26 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._batches import default_forward, model_device
+from lightning_bn.functional._checks import check_choice
 from lightning_bn.functional._text import counted, quoted
-from lightning_bn.functional.distributed.agreement import agree, layer_facts, others_told
+from lightning_bn.functional.distributed.agreement import agree, layer_facts, tell_failure
 from lightning_bn.functional.distributed.lockstep import Lockstep
 from lightning_bn.functional.layers.patterns import Patterns
-from lightning_bn.functional.layers.properties import has_running_statistics, is_synchronized, processes_of
-from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
-from lightning_bn.functional.layers.status import is_frozen
-from lightning_bn.functional.recalibration.across_processes import Totals, across_processes
-from lightning_bn.functional.recalibration.collector import Collector, single_values_refused
-from lightning_bn.functional.recalibration.isolation import (
-    preserved_buffers,
-    preserved_modes,
-    preserved_rng,
-    run_as_written,
-    set_modes_for_statistics,
-)
+from lightning_bn.functional.layers.properties import is_synchronized
+from lightning_bn.functional.layers.selection import LayerSelection
+from lightning_bn.functional.recalibration.across_processes import across_processes
+from lightning_bn.functional.recalibration.collector import collecting
+from lightning_bn.functional.recalibration.isolation import isolated_statistics
 from lightning_bn.functional.recalibration.population import Estimator, Population
-from lightning_bn.functional.recalibration.result import Recalibration, RecalibrationError
-from lightning_bn.functional.recalibration.stopping import Budget, Usage
+from lightning_bn.functional.recalibration.result import (
+    FailedAloneError,
+    NoUsableBatchError,
+    Recalibration,
+    RecalibrationError,
+)
+from lightning_bn.functional.recalibration.run import CollectionRun
+from lightning_bn.functional.recalibration.stopping import StoppingRule
+from lightning_bn.functional.recalibration.targets import targets_of
 from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.snapshots import snapshot_of
 
@@ -50,7 +51,7 @@ def recalibrate(
     estimator: Estimator = "pooled",
     distributed: bool = False,
 ) -> Recalibration:
-    """Replaces running statistics by those of the population that ``batches`` are drawn from, with the weights of now.
+    """Replace running statistics by those of the population that ``batches`` are drawn from, with the weights of now.
 
     Every batch is run forward once, without gradients, each layer normalizing with the batch as in training. What a
     layer sees is pooled over all batches, positions and uses in float64; the mean and the unbiased variance of the
@@ -75,7 +76,7 @@ def recalibrate(
         num_batches: How many batches at most, in each process; None for all.
         num_samples: How many samples at most, over all processes; None for all.
         max_standard_error: Stop as soon as the standard error of every channel's mean (in standard deviations) and
-            variance (relative) is below this, estimated from the spread between batches, of which at least 8 are used.
+            variance (relative) is below this, estimated from how far batches lie apart, of which at least 8 are used.
         estimator: ``"pooled"``: one mean and variance of all values. ``"mean_of_batches"``: means of the batches' own
             means and unbiased variances, as ``momentum=None`` and other tools have it; it misses the variance between
             batches.
@@ -88,8 +89,10 @@ def recalibrate(
 
     Raises:
         ValueError: If a number is below 1 or not positive, or a layer is synchronized and ``distributed`` is not set.
-        RecalibrationError: A ValueError too: if all selected layers are frozen; if there is no batch, or none that can
-            be used; if no selected layer was reached.
+        RecalibrationError: A ValueError too. AllFrozenError: all selected layers are frozen. NoUsableBatchError: there
+            is no batch, or none that can be used, or no selected layer was reached. FailedAloneError: one of these,
+            while other processes could go on. The base class itself: a forward exchanged the running statistics of a
+            layer, or put it into eval mode.
         SelectionError: As for ``batch_norm_layers``, or if a selected layer has no running statistics.
         TypeError: If ``batches`` is one tensor, or a batch cannot be fed without ``forward``.
         RuntimeError: Under ``distributed``, if another process failed; a DisagreementError if they would do different
@@ -115,61 +118,72 @@ def recalibrate(
     started = time.monotonic()
     processes = dist.get_world_size() if distributed else 1
     device = model_device(model)
-    with others_told(device) if distributed else nullcontext():
-        budget = Budget(num_batches, num_samples, max_standard_error, processes)
+    with _failure_told(device) if distributed else nullcontext():
+        rule = StoppingRule(num_batches, num_samples, max_standard_error, processes)
         _check(batches, estimator)
         selected = LayerSelection(modules, exclude, root).tracked_layers(model)
-        targets = _targets(model, selected)
+        targets = targets_of(model, selected, distributed=distributed)
         layout = ChannelLayout.of(targets)
         synchronized = [name for name, layer in targets.items() if is_synchronized(layer)]
-        if synchronized and not distributed:
-            _check_alone(targets)
     if distributed:
         kinds = {f"layer {name!r} is synchronized": True for name in synchronized}
         agree({**layer_facts(layout), **kinds, "estimator": estimator, "num_samples": num_samples}, device)
-    usage = Usage(budget)
     lockstep = Lockstep(device) if synchronized and distributed else None
+    run, step = CollectionRun(rule, device, lockstep), forward or default_forward
+    # DDP's own forward exchanges buffers, for which a process with fewer batches would not come.
+    inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     gathered: Population | None = None
     try:
-        gathered = _collect(_inside_ddp(model), targets, batches, forward or default_forward, usage, device, lockstep)
+        with isolated_statistics(inner, targets.values()), collecting(targets) as collector:
+            run.feed(batches, lambda batch: step(inner, batch), collector)
+            gathered = collector.population()
     finally:
         # Also after a failure here, which the other processes are waiting to hear of.
-        totals = Totals(usage.batches, usage.skipped, usage.samples, int(usage.ended_early))
+        counts = run.counts
         if distributed and (lockstep is None or lockstep.settle()):
             eps = tuple(layer.eps for layer in targets.values())
-            gathered, totals = across_processes(gathered, layout, eps, totals, device)
+            gathered, counts = across_processes(gathered, layout, eps, counts, device)
     reached = {name: targets[name] for name in gathered.reached()}
+    uses, nonfinite = gathered.by_layer(gathered.uses), gathered.by_layer(gathered.nonfinite)
     if not reached:
-        why = None if totals.batches else usage.why_nothing(lockstep is not None)
-        raise RecalibrationError(why or _why_none(gathered, totals.batches))
+        why = None if counts.batches else run.why_nothing()
+        raise NoUsableBatchError(why or _why_none(nonfinite, counts.batches))
     before = snapshot_of(reached)
     _write(reached, gathered, estimator)
     return Recalibration(
         layers=tuple(reached),
         before=before,
         after=snapshot_of(reached),
-        num_batches=totals.batches,
-        num_samples=totals.samples,
+        num_batches=counts.batches,
+        num_samples=counts.samples,
         requested_batches=num_batches,
-        skipped_batches=totals.skipped,
+        skipped_batches=counts.skipped,
         standard_error=gathered.standard_error(),
         processes=processes,
-        ended_early=totals.ended_early,
-        nonfinite={name: count for name, count in gathered.nonfinite.items() if count},
-        unreached=tuple(name for name in layout.names if not gathered.uses[name] and not gathered.nonfinite[name]),
+        ended_early=counts.ended_early,
+        nonfinite={name: count for name, count in nonfinite.items() if count},
+        unreached=tuple(name for name in layout.names if not uses[name] and not nonfinite[name]),
         frozen=tuple(name for name in selected if name not in targets),
         seconds=time.monotonic() - started,
     )
 
 
-def _inside_ddp(model: nn.Module) -> nn.Module:
-    """The module itself: DDP's forward exchanges buffers, for which a process with fewer batches would not come."""
-    return model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
+@contextmanager
+def _failure_told(device: torch.device) -> Iterator[None]:
+    """Tell the other processes of a failure inside; a refusal that they do not share is an error of its own kind."""
+    try:
+        yield
+    except RecalibrationError as error:
+        if tell_failure(device):
+            raise FailedAloneError(str(error)) from error
+        raise
+    except BaseException:
+        tell_failure(device)
+        raise
 
 
 def _check(batches: Any, estimator: str) -> None:
-    if estimator not in get_args(Estimator):
-        raise ValueError(f"estimator={estimator!r} is not one of {', '.join(get_args(Estimator))}.")
+    check_choice("estimator", estimator, get_args(Estimator))
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(
             f"batches is a {type(batches).__name__}, not an iterable of batches: pass a DataLoader, or [batch] for "
@@ -177,72 +191,16 @@ def _check(batches: Any, estimator: str) -> None:
         )
 
 
-def _collect(
-    model: nn.Module,
-    targets: Mapping[str, _BatchNorm],
-    batches: Iterable[Any],
-    forward: Callable[[Any, Any], Any],
-    usage: Usage,
-    device: torch.device,
-    lockstep: Lockstep | None,
-) -> Population:
-    """Runs the batches and gives what the targets saw; the model is as it was before, whatever happens."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(run_as_written())
-        stack.enter_context(preserved_rng())
-        stack.enter_context(preserved_modes(model))
-        stack.enter_context(preserved_buffers(model))
-        stack.enter_context(single_values_refused(_always_batch(model)))
-        collector = stack.enter_context(Collector(targets))
-        set_modes_for_statistics(model, targets.values())
-        usage.run(batches, lambda batch: forward(model, batch), collector, device, lockstep)
-        return collector.population()
-
-
-def _targets(model: nn.Module, selected: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
-    """The selected layers that are not frozen; eval says frozen only where something else is in training."""
-    in_training = any(module.training for module in model.modules())
-    targets = {
-        name: layer for name, layer in selected.items() if not is_frozen(layer) and (layer.training or not in_training)
-    }
-    if not targets:
-        raise RecalibrationError(
-            f"nothing to recalibrate: {counted(len(selected), 'selected BatchNorm layer')}, every one frozen or in "
-            f"eval inside a model in training ({quoted(list(selected))}). Unfreeze them, or call model.eval() if eval "
-            f"was not meant to freeze them."
-        )
-    return targets
-
-
-def _check_alone(targets: Mapping[str, _BatchNorm]) -> None:
-    synchronized = [name for name, layer in targets.items() if processes_of(layer) > 1]
-    if synchronized:
-        name = synchronized[0]
-        more = f" (and {counted(len(synchronized) - 1, 'more layer')})" if len(synchronized) > 1 else ""
-        raise ValueError(
-            f"BatchNorm layer {name!r}{more} is synchronized over {processes_of(targets[name])} processes: each of its "
-            f"forwards waits for theirs. Pass distributed=True, in every process."
-        )
-
-
-def _always_batch(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Layers that normalize with the batch in every mode, as they have nothing else."""
-    layers = batch_norm_layers(model)
-    return {name: layer for name, layer in layers.items() if not has_running_statistics(layer)}
-
-
-def _why_none(gathered: Population, batches: int) -> str:
-    bad = [name for name, count in gathered.nonfinite.items() if count]
+def _why_none(nonfinite: Mapping[str, int], batches: int) -> str:
+    bad = [name for name, count in nonfinite.items() if count]
     if bad:
         return (
             f"no statistics could be collected from {counted(batches, 'batch', 'batches')}: the input of {quoted(bad)} "
             f"was never finite. Nothing was changed; look for inf or NaN in the data or the weights."
         )
     return (
-        f"none of the {len(gathered.layout)} selected BatchNorm layers was reached by the forward in {batches} "
-        f"batches: {quoted(gathered.layout.names)}. Nothing was changed; pass a forward= that runs them."
+        f"none of the {len(nonfinite)} selected BatchNorm layers was reached by the forward in {batches} batches: "
+        f"{quoted(list(nonfinite))}. Nothing was changed; pass a forward= that runs them."
     )
 
 

@@ -11,7 +11,19 @@ from lightning_bn.functional.statistics.summary import summarize
 
 
 class RecalibrationError(ValueError):
-    """Nothing could be recalibrated from the data that came; nothing was changed."""
+    """Nothing could be recalibrated; nothing was changed. Its subclasses say why, where a caller may want to know."""
+
+
+class AllFrozenError(RecalibrationError):
+    """Every selected layer is frozen, or in eval inside a model in training."""
+
+
+class NoUsableBatchError(RecalibrationError):
+    """There was no batch, or none that any layer could be recalibrated from."""
+
+
+class FailedAloneError(RecalibrationError):
+    """This process could not recalibrate where others could; none of them did. They have an error too."""
 
 
 _WORTH_SAYING = 0.01

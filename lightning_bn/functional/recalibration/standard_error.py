@@ -1,4 +1,4 @@
-"""How far the statistics of single batches are from the pooled ones: the standard error of what is being estimated."""
+"""Standard errors of pooled statistics, from how far those of single batches are from them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from lightning_bn.functional.statistics.sample_moments import Moments, variance
 
 
 @dataclass(frozen=True)
-class Spread:
+class ErrorSums:
     """Sums over batches from which standard errors of the pooled mean and variance follow.
 
     With n values in a batch, d the distance of its mean from that of the first batch and e its mean squared distance
@@ -42,11 +42,11 @@ class Spread:
     n2ee: Tensor
 
     @classmethod
-    def none(cls, zeros: Tensor) -> Spread:
+    def none(cls, zeros: Tensor) -> ErrorSums:
         """Of no batch yet; ``zeros`` gives shape, dtype and device."""
         return cls(*[zeros] * 8)
 
-    def with_batch(self, batch: Moments) -> Spread:
+    def with_batch(self, batch: Moments) -> ErrorSums:
         """With one batch more; channels with count 0 are not in it."""
         there = batch.count > 0
         origin = torch.where(self.batches > 0, self.origin, batch.mean)
@@ -54,7 +54,7 @@ class Spread:
         e = torch.where(there, batch.m2 / batch.count.clamp(min=1), 0) + d.square()
         n2 = batch.count.square()
         n2d, n2e = n2 * d, n2 * e
-        return Spread(
+        return ErrorSums(
             batches=self.batches + there,
             origin=origin,
             n2=self.n2 + n2,
@@ -65,8 +65,8 @@ class Spread:
             n2ee=self.n2ee + n2e * e,
         )
 
-    def squared_deviations(self, pooled: Moments) -> tuple[Tensor, Tensor]:
-        """Sums over batches of the squared n-fold distance of a batch's statistic from the pooled one: mean, variance.
+    def squared(self, pooled: Moments) -> Tensor:
+        """Return the summed squared n-fold distances of batches from the pooled mean and variance, ``(2, C)``.
 
         Corrected by b / (b - 1) for b batches; infinite for fewer than two. Divided by the squared count they are the
         squared standard errors, so that those of disjoint samples add up.
@@ -82,24 +82,19 @@ class Spread:
             + 2 * about * (self.n2e - 2 * shift * self.n2d)
             + about.square() * self.n2
         )
-        enough = self.batches > 1
         correction = self.batches / (self.batches - 1).clamp(min=1)
         # Rounding may leave a little below zero.
-        return (
-            torch.where(enough, mean.clamp(min=0) * correction, torch.inf),
-            torch.where(enough, var.clamp(min=0) * correction, torch.inf),
-        )
+        return torch.where(self.batches > 1, torch.stack((mean, var)).clamp(min=0) * correction, torch.inf)
 
 
-def relative_errors(pooled: Moments, mean: Tensor, var: Tensor, eps: Tensor) -> Tensor:
-    """The standard error of the mean in standard deviations, or that of the variance in variances if it is larger.
+def relative_errors(pooled: Moments, squared: Tensor, eps: Tensor) -> Tensor:
+    """Return the standard error of the mean in standard deviations, or of the variance in variances if that is larger.
 
     Args:
         pooled: The statistics that were estimated.
-        mean: Squared deviations of the mean, as :meth:`Spread.squared_deviations` gives them.
-        var: Of the variance.
-        eps: Added to the variance, so that a dead channel has no error.
+        squared: Squared deviations of both, as :meth:`ErrorSums.squared` gives them.
+        eps: Added to the variance, so that a collapsed channel has no error.
     """
     count = pooled.count.clamp(min=1)
     scale = variance(pooled, unbiased=False) + eps
-    return torch.maximum((mean / scale).sqrt() / count, var.sqrt() / scale / count)
+    return torch.maximum((squared[0] / scale).sqrt() / count, squared[1].sqrt() / scale / count)

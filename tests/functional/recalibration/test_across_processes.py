@@ -226,7 +226,7 @@ def test_ranks_that_ask_for_other_numbers_of_samples_are_told_so(ranks: Results)
 
 @pytest.mark.parametrize(
     ("scenario", "own"),
-    [("all frozen", "RecalibrationError: nothing to recalibrate"), ("nothing selected", "SelectionError")],
+    [("all frozen", "FailedAloneError: nothing to recalibrate"), ("nothing selected", "SelectionError")],
 )
 def test_rank_that_cannot_begin_tells_why_and_the_others_do_not_wait(ranks: Results, scenario: str, own: str) -> None:
     for index, rank in enumerate(ranks):

@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bn.functional.recalibration.collector import Collector, OneValuePerChannelError
+from lightning_bn.functional.recalibration.batch_count import OneValuePerChannelError
+from lightning_bn.functional.recalibration.collector import Collector, collecting
 from lightning_bn.functional.statistics.sample_moments import Moments, variance
 from tests.models import fill_statistics, images
 from tests.oracle import everything, per_channel
@@ -22,10 +23,9 @@ class Gathered(NamedTuple):
 
 def gathered_by(collector: Collector) -> dict[str, Gathered]:
     population = collector.population()
+    uses, nonfinite = population.by_layer(population.uses), population.by_layer(population.nonfinite)
     return {
-        name: Gathered(
-            Moments(*(values[part] for values in population.moments)), population.uses[name], population.nonfinite[name]
-        )
+        name: Gathered(Moments(*(values[part] for values in population.moments)), uses[name], nonfinite[name])
         for name, part in population.layout.slices.items()
     }
 
@@ -37,7 +37,7 @@ def two_layers() -> nn.ModuleDict:
 def test_moments_are_those_of_all_values_a_layer_was_given():
     net = two_layers()
     batches = [images(size, seed=size) for size in (8, 1, 5)]
-    with Collector(dict(net.items())) as collector:
+    with collecting(dict(net.items())) as collector:
         for batch in batches:
             with collector.batch():
                 net["a"](batch)
@@ -56,7 +56,7 @@ def test_moments_are_those_of_all_values_a_layer_was_given():
 def test_layers_are_afterwards_as_they_were():
     net = two_layers()
     found = everything(net)
-    with Collector(dict(net.items())) as collector, collector.batch():
+    with collecting(dict(net.items())) as collector, collector.batch():
         net["b"](net["a"](images(8)))
     assert everything(net) == found
 
@@ -66,7 +66,7 @@ def test_layers_are_as_they_were_after_an_exception():
     found = everything(net)
 
     def fail() -> None:
-        with Collector(dict(net.items())) as collector, collector.batch():
+        with collecting(dict(net.items())) as collector, collector.batch():
             net["a"](images(8))
             raise ZeroDivisionError
 
@@ -78,7 +78,7 @@ def test_layers_are_as_they_were_after_an_exception():
 @pytest.mark.parametrize("uses", [1, 2, 3])
 def test_nothing_of_a_batch_that_failed_is_kept(uses):
     net = two_layers()
-    with Collector(dict(net.items())) as collector:
+    with collecting(dict(net.items())) as collector:
         for fails in (False, True, False):
             try:
                 with collector.batch():
@@ -100,7 +100,7 @@ def test_nothing_of_a_batch_that_failed_is_kept(uses):
 def test_one_value_per_channel_is_an_error_that_names_the_layer():
     layer = nn.BatchNorm1d(3)
     with (
-        Collector({"head.bn": layer}) as collector,
+        collecting({"head.bn": layer}) as collector,
         pytest.raises(OneValuePerChannelError, match=r"head\.bn") as caught,
         collector.batch(),
     ):
@@ -113,7 +113,7 @@ def test_forward_that_is_not_finite_is_counted_and_left_out_for_that_layer_alone
     net = two_layers()
     spoiled = images(8)
     spoiled[0, 1, 2, 3] = torch.nan
-    with Collector(dict(net.items())) as collector:
+    with collecting(dict(net.items())) as collector:
         for batch in (images(8), spoiled, images(8)):
             with collector.batch():
                 net["a"](batch)
@@ -125,14 +125,17 @@ def test_forward_that_is_not_finite_is_counted_and_left_out_for_that_layer_alone
 
 
 def test_layer_without_running_statistics_is_refused_by_name():
-    with pytest.raises(ValueError, match=r"'stem\.bn'"):
-        Collector({"stem.bn": nn.BatchNorm2d(3, track_running_stats=False)})
+    with (
+        pytest.raises(ValueError, match=r"'stem\.bn'"),
+        collecting({"stem.bn": nn.BatchNorm2d(3, track_running_stats=False)}),
+    ):
+        pass
 
 
 def test_memory_grows_with_channels_and_not_with_batches():
     layer = nn.BatchNorm2d(3)
     seen = []
-    with Collector({"bn": layer}) as collector:
+    with collecting({"bn": layer}) as collector:
         for seed in range(3):
             with collector.batch():
                 layer(images(8, seed=seed))
@@ -143,7 +146,7 @@ def test_memory_grows_with_channels_and_not_with_batches():
 
 def test_population_is_a_state_and_not_a_view_of_what_is_to_come():
     layer = nn.BatchNorm2d(3)
-    with Collector({"bn": layer}) as collector:
+    with collecting({"bn": layer}) as collector:
         with collector.batch():
             layer(images(8))
         early = gathered_by(collector)["bn"]

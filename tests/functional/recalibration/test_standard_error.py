@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 from lightning_bn.functional import moments, recalibrate
-from lightning_bn.functional.recalibration.standard_error import Spread, relative_errors
+from lightning_bn.functional.recalibration.standard_error import ErrorSums, relative_errors
 from lightning_bn.functional.statistics.sample_moments import Moments, merge
 from tests.models import SharedNorm, images
 from tests.oracle import captured_inputs, per_channel
@@ -39,14 +39,14 @@ def errors_of(batches: list[Tensor], eps: float = 1e-5) -> Errors:
     )
 
 
-def spread_of(batches: list[Tensor]) -> tuple[Spread, Moments]:
+def sums_of(batches: list[Tensor]) -> tuple[ErrorSums, Moments]:
     zeros = torch.zeros(batches[0].shape[0], dtype=torch.float64)
-    spread, pooled = Spread.none(zeros), Moments(zeros, zeros, zeros)
+    sums, pooled = ErrorSums.none(zeros), Moments(zeros, zeros, zeros)
     for batch in batches:
         count, mean, m2 = moments(batch, channel_dim=0)
         one = Moments(count.expand_as(mean), mean, m2)
-        spread, pooled = spread.with_batch(one), merge(pooled, one)
-    return spread, pooled
+        sums, pooled = sums.with_batch(one), merge(pooled, one)
+    return sums, pooled
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -66,10 +66,10 @@ def test_errors_are_those_of_their_definition_whatever_the_batches(sizes, seed, 
         scale * (offset + between * normal(3, 1, seed=seed + index) + normal(3, size, seed=seed + 99 + index))
         for index, size in enumerate(sizes)
     ]
-    spread, pooled = spread_of(batches)
+    sums, pooled = sums_of(batches)
     eps = torch.full((3,), 1e-5, dtype=torch.float64)
     expected = torch.maximum(*errors_of(batches))
-    found = relative_errors(pooled, *spread.squared_deviations(pooled), eps)
+    found = relative_errors(pooled, sums.squared(pooled), eps)
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
@@ -86,8 +86,8 @@ def test_errors_predict_how_far_the_statistics_of_another_sample_are():
     estimated = [errors_of([batch[None] for batch in one]) for one in sample(17, 200)]
     found = []
     for one in sample(17, 200):
-        spread, together = spread_of([batch[None] for batch in one])
-        mean, var = spread.squared_deviations(together)
+        sums, together = sums_of([batch[None] for batch in one])
+        mean, var = sums.squared(together)
         found.append((mean.sqrt() / 360 / math.sqrt(2), var.sqrt() / 360 / 2))
     assert float(torch.stack([mean for mean, _ in found]).mean()) == pytest.approx(float(truth_mean), rel=0.06)
     assert float(torch.stack([var for _, var in found]).mean()) == pytest.approx(float(truth_var), rel=0.1)
