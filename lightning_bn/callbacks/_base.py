@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from lightning_bn.callbacks._lightning.callback_list import same_kind_beside
@@ -13,6 +13,8 @@ from lightning_bn.callbacks._lightning.namespaces import (
     Trainer,
 )
 from lightning_bn.callbacks._lightning.state import refuse_sharded
+from lightning_bn.functional.layers.selection import LayerSelection
+from lightning_bn.functional.statistics.channels import ChannelLayout
 
 
 class BatchNormCallback(Callback):
@@ -23,6 +25,7 @@ class BatchNormCallback(Callback):
     """
 
     name: str | None = None
+    _selection: LayerSelection
 
     @property
     def state_key(self) -> str:
@@ -36,6 +39,16 @@ class BatchNormCallback(Callback):
                 f"two {type(self).__name__}s have the name {self.name!r}: give each its own name=, so that their "
                 f"states are told apart in checkpoints."
             )
+
+    def _layout(self, module: LightningModule) -> ChannelLayout:
+        """Of the selected layers that keep running statistics."""
+        return ChannelLayout.of(self._selection.tracked_layers(module))
+
+    def _log_curves(self, trainer: Trainer, metrics: Mapping[str, float]) -> None:
+        """Give values to the loggers, at the step of now."""
+        if not trainer.barebones:
+            for logger in trainer.loggers:
+                logger.log_metrics(dict(metrics), step=trainer.global_step)
 
     @contextmanager
     def _checked(self) -> Iterator[None]:

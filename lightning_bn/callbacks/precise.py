@@ -4,16 +4,14 @@ from __future__ import annotations
 
 import time
 from collections import deque
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import ExitStack, closing
 from typing import Any, get_args
 
-from torch import nn
-
+from lightning_bn.callbacks._base import BatchNormCallback
 from lightning_bn.callbacks._lightning.averages import averaged_copies, averages_in_place
 from lightning_bn.callbacks._lightning.callback_list import put_before_checkpoints
 from lightning_bn.callbacks._lightning.namespaces import (
-    Callback,
     LightningModule,
     MisconfigurationException,
     Trainer,
@@ -23,32 +21,28 @@ from lightning_bn.callbacks._lightning.namespaces import (
 from lightning_bn.callbacks._lightning.state import (
     has_validation_batches,
     in_training_fit,
-    is_barebones,
     is_last_epoch,
-    refuse_sharded,
     several_loaders,
 )
 from lightning_bn.callbacks._ranks import agree_on_ranks, same_on_all_ranks
-from lightning_bn.callbacks._second_run.loaders import second_pass
-from lightning_bn.callbacks._second_run.sources import Source, batches_of_method, loader_method
+from lightning_bn.callbacks._second_run.modes import TrainingModes
+from lightning_bn.callbacks._second_run.sources import Source, batches_for, loader_method, told_when_long
 from lightning_bn.callbacks._second_run.step import Weights, check_step, isolated_step
-from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
-from lightning_bn.functional.layers.status import is_frozen, update_status
-from lightning_bn.functional.recalibration.isolation import preserved_modes
+from lightning_bn.functional._checks import check_choice, check_whole
+from lightning_bn.functional.layers.selection import LayerSelection
+from lightning_bn.functional.layers.status import update_status
 from lightning_bn.functional.recalibration.population import Estimator
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.result import AllFrozenError, NoUsableBatchError, Recalibration
 from lightning_bn.functional.recalibration.stopping import StoppingRule
-from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.snapshots import Snapshot, restore_where_unchanged
-from lightning_bn.functional.statistics.summary import summarize
 
-_LONG = 3.0
-"""Seconds after which a pass says that it is under way."""
+_LIMITS = ("num_samples", "max_standard_error", "every_n_validations", "start_epoch")
+_WAYS = ("source", "source_method", "step", "estimator", "restore")
 
 
-class PreciseBatchNorm(Callback):
-    """Recomputes BatchNorm's population statistics with the weights of the moment, right before each validation.
+class PreciseBatchNorm(BatchNormCallback):
+    """Recompute BatchNorm's population statistics with the weights of the moment, right before each validation.
 
     The moving average that training keeps lags behind the weights, and describes weights that are not those evaluated
     where averages (EMA, SWA) are. This callback runs some training batches forward before the first validation batch
@@ -60,10 +54,8 @@ class PreciseBatchNorm(Callback):
     On several ranks each runs its own batches, and the statistics are merged. In ``trainer.validate`` and
     ``trainer.test`` it runs only with a ``source_method``.
 
-    Logged after each recalibration, to the loggers: ``bn/precise_batches``, ``bn/precise_samples``,
-    ``bn/precise_seconds``, ``bn/precise_standard_error``, ``bn/precise_skipped`` (batches),
-    ``bn/precise_unreached`` (layers), ``bn/precise_drift_mean`` and ``bn/precise_drift_max`` (Jeffreys divergence of
-    what was replaced from what is there now), and after validation ``bn/precise_share``, the share of its time.
+    What it logs under ``bn/precise_`` is what :meth:`Recalibration.metrics` says, and after validation ``share``, its
+    share of that time.
 
     Args:
         num_batches: How many batches to use at most, on each rank; no more than an epoch has, None for an epoch.
@@ -105,6 +97,7 @@ class PreciseBatchNorm(Callback):
     def __init__(
         self,
         num_batches: int | None = 200,
+        *,
         num_samples: int | None = None,
         max_standard_error: float | None = None,
         every_n_validations: int = 1,
@@ -120,23 +113,12 @@ class PreciseBatchNorm(Callback):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        try:
+        with self._checked():
             StoppingRule(num_batches, num_samples, max_standard_error)
-        except ValueError as error:
-            raise MisconfigurationException(f"PreciseBatchNorm: {error}") from error
-        least: int
-        value: Any  # whatever a user gives
-        for key, value, least in (("every_n_validations", every_n_validations, 1), ("start_epoch", start_epoch, 0)):
-            if not isinstance(value, int) or value < least:
-                raise MisconfigurationException(
-                    f"PreciseBatchNorm({key}={value!r}) must be a whole number from {least} on."
-                )
-        if source not in ("train", "recent"):
-            raise MisconfigurationException(f"PreciseBatchNorm(source={source!r}) must be 'train' or 'recent'.")
-        if estimator not in get_args(Estimator):
-            raise MisconfigurationException(
-                f"PreciseBatchNorm(estimator={estimator!r}) must be one of {', '.join(get_args(Estimator))}."
-            )
+            check_whole("every_n_validations", every_n_validations, 1)
+            check_whole("start_epoch", start_epoch, 0)
+            check_choice("source", source, get_args(Source))
+            check_choice("estimator", estimator, get_args(Estimator))
         if source == "recent" and num_batches is None:
             raise MisconfigurationException(
                 "PreciseBatchNorm(source='recent', num_batches=None) would keep every batch of training on the device: "
@@ -163,19 +145,13 @@ class PreciseBatchNorm(Callback):
         self._done_at_step = -1
         self._recent: deque[Any] = deque(maxlen=num_batches or 0)
         self._replaced: tuple[Snapshot, Snapshot] | None = None
-        self._tree: list[nn.Module] = []
-        self._tree_is_old = True
-        self._modes: list[bool] = []
+        self._modes = TrainingModes()
         self._validation_began: float | None = None
         self._said_mixture = False
         self._weights = Weights()
 
-    @property
-    def state_key(self) -> str:
-        return f"{type(self).__name__}[{self.name}]" if self.name else type(self).__name__
-
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        refuse_sharded(trainer, self)
+        super().setup(trainer, pl_module, stage)
         # Behind WeightAveraging, whose on_train_end puts the average in the place of the weights.
         put_before_checkpoints(trainer, self)
 
@@ -183,14 +159,8 @@ class PreciseBatchNorm(Callback):
         check_step(pl_module, self.step)
         if self.source_method is not None:
             loader_method(trainer, pl_module, self.source_method)
-        limits = ("num_samples", "max_standard_error", "every_n_validations", "start_epoch")
-        ways = ("source", "source_method", "step", "estimator", "restore")
-        settings = {name: getattr(self, name) for name in (*limits, *ways)}
+        settings = {name: getattr(self, name) for name in (*_LIMITS, *_WAYS)}
         agree_on_ranks(trainer, "recalibrate", lambda: self._layout(pl_module), settings)
-
-    def _layout(self, module: LightningModule) -> ChannelLayout:
-        layers = self._selection.tracked_layers(module)
-        return ChannelLayout.of(layers)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not same_on_all_ranks(trainer, has_validation_batches(trainer)):
@@ -199,34 +169,24 @@ class PreciseBatchNorm(Callback):
                 f"PreciseBatchNorm: rank {trainer.global_rank} {have} validation batches, and not all ranks are alike: "
                 f"those that validate would wait for those that do not. Give every rank a batch, or none."
             )
-        self._look_at(pl_module)
+        self._modes.see(pl_module)
         if not trainer.global_step:
             self._validations, self._done_at_step, self._replaced = 0, -1, None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # The module's own hook comes after this one and may replace layers: looked at after the first batch.
-        self._tree_is_old = True
+        self._modes.expect_changes()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._replaced is not None:
-            # Only where the precise statistics still are: averages may have taken them along. And not where they have
-            # just been frozen, which is to start from the precise ones.
-            before, after = self._replaced
-            free = [name for name, layer in batch_norm_layers(pl_module).items() if not is_frozen(layer)]
-            kept = [name for name in after.names if name in free]
-            if kept:
-                restore_where_unchanged(pl_module, before.only(kept), after.only(kept))
+            # Not where averages have taken them along, or where they have just been frozen to start from.
+            restore_where_unchanged(pl_module, *self._replaced)
             self._replaced = None
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
-        # At validation everything is in eval: which layers train, and which containers branch on it, is known here.
-        if self._tree_is_old:
-            self._look_at(pl_module)
-            self._tree_is_old = False
-        else:
-            self._remember_modes()
+        self._modes.see(pl_module)
         if self.source == "recent" and self.source_method is None:
             self._recent.append(batch)
 
@@ -249,7 +209,7 @@ class PreciseBatchNorm(Callback):
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self.last is not None and self._validation_began is not None and self._is_fresh(trainer):
             share = self.last.seconds / max(time.monotonic() - self._validation_began, self.last.seconds)
-            self._log(trainer, {"bn/precise_share": share})
+            self._log_curves(trainer, {"bn/precise_share": share})
         self._validation_began = None
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -277,25 +237,18 @@ class PreciseBatchNorm(Callback):
 
     def state_dict(self) -> dict[str, Any]:
         replaced = None if self._replaced is None else [snapshot.state_dict() for snapshot in self._replaced]
-        return {"validations": self._validations, "done_at_step": self._done_at_step, "replaced": replaced}
+        counts = {"validations": self._validations, "done_at_step": self._done_at_step}
+        return {"format": 1, **counts, "replaced": replaced}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._validations = state_dict["validations"]
-        self._done_at_step = state_dict["done_at_step"]
-        if state_dict["replaced"] is not None:
+        self._validations = state_dict.get("validations", 0)
+        self._done_at_step = state_dict.get("done_at_step", -1)
+        if state_dict.get("replaced") is not None:
             before, after = (Snapshot.from_state_dict(state) for state in state_dict["replaced"])
             self._replaced = (before, after)
 
-    def _look_at(self, module: LightningModule) -> None:
-        self._tree = list(module.modules())
-        self._remember_modes()
-
-    def _remember_modes(self) -> None:
-        self._modes = [module.training for module in self._tree]
-
     def _forget(self) -> None:
-        # Layers are named, never held: only for the duration of a fit.
-        self._tree, self._modes, self._tree_is_old = [], [], True
+        self._modes.forget()
         self._recent.clear()
 
     def _is_fresh(self, trainer: Trainer) -> bool:
@@ -307,13 +260,6 @@ class PreciseBatchNorm(Callback):
             return False
         check_step(module, self.step)
         return True
-
-    @contextmanager
-    def _modes_of_training(self, module: LightningModule) -> Iterator[None]:
-        with preserved_modes(module):
-            for submodule, training in zip(self._tree, self._modes, strict=True):
-                submodule.training = training
-            yield
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule) -> None:
         try:
@@ -327,13 +273,16 @@ class PreciseBatchNorm(Callback):
             rank_zero_warn(f"PreciseBatchNorm: {error}")
 
     def _recalibrate_now(self, trainer: Trainer, module: LightningModule) -> None:
-        with self._modes_of_training(module) if self._tree else nullcontext():
+        with self._modes.in_place(module):
             layers = self._selection.tracked_layers(module)
             with ExitStack() as stack:
                 forward, prepare = stack.enter_context(isolated_step(trainer, module, self.step, self._weights))
+                batches = batches_for(
+                    trainer, module, self.source, self.source_method, self.num_batches, prepare, self._recent
+                )
                 self.last = recalibrate(
                     module,
-                    _told_when_long(stack.enter_context(closing(self._batches(trainer, module, prepare)))),
+                    told_when_long(stack.enter_context(closing(batches))),
                     modules=self.modules,
                     exclude=self.exclude,
                     root=self.root,
@@ -351,20 +300,9 @@ class PreciseBatchNorm(Callback):
             self._replaced = (self.last.before, self.last.after)
         self._report(trainer, self.last)
 
-    def _batches(self, trainer: Trainer, module: LightningModule, prepare: Any) -> Generator[Any, None, None]:
-        """Begins with the first batch, so that a loader that fails does so where other ranks hear of it."""
-        if self.source_method is not None:
-            with batches_of_method(trainer, module, self.source_method, prepare) as batches:
-                yield from batches
-        elif self.source == "recent":
-            # Prepared when training used them.
-            yield from tuple(self._recent)
-        else:
-            with second_pass(trainer, self.num_batches) as batches:
-                yield from map(prepare, batches)
-
     def _report(self, trainer: Trainer, done: Recalibration) -> None:
-        rank_zero_info(f"PreciseBatchNorm: epoch {trainer.current_epoch}{self._averaged(trainer)}, {done}")
+        averaged = ", averaged weights" if any(updated for _, updated in averaged_copies(trainer)) else ""
+        rank_zero_info(f"PreciseBatchNorm: epoch {trainer.current_epoch}{averaged}, {done}")
         if not self._said_mixture and self.source_method is None and several_loaders(trainer):
             self._said_mixture = True
             rank_zero_info(
@@ -372,38 +310,4 @@ class PreciseBatchNorm(Callback):
                 "mixture, which is not what each of them was normalized with: where they differ, recalibrate on each "
                 "one's own data (source_method) before it is evaluated."
             )
-        drift = summarize(reference=done.after, current=done.before)
-        self._log(
-            trainer,
-            {
-                "bn/precise_batches": done.num_batches,
-                "bn/precise_samples": done.num_samples or 0,
-                "bn/precise_seconds": done.seconds,
-                "bn/precise_standard_error": done.standard_error,
-                "bn/precise_skipped": done.skipped_batches,
-                "bn/precise_unreached": len(done.unreached),
-                "bn/precise_drift_mean": drift.mean,
-                "bn/precise_drift_max": drift.max,
-            },
-        )
-
-    def _averaged(self, trainer: Trainer) -> str:
-        return ", averaged weights" if any(updated for _, updated in averaged_copies(trainer)) else ""
-
-    def _log(self, trainer: Trainer, metrics: dict[str, float]) -> None:
-        if not is_barebones(trainer):
-            for logger in trainer.loggers:
-                logger.log_metrics(metrics, step=trainer.global_step)
-
-
-def _told_when_long(batches: Iterable[Any]) -> Iterator[Any]:
-    """The batches, with a line if they take longer than somebody who watches a progress bar stand still expects.
-
-    The Trainer's progress bar has no public place for what happens inside a hook.
-    """
-    began, told = time.monotonic(), False
-    for number, batch in enumerate(batches):
-        if not told and time.monotonic() - began > _LONG:
-            told = True
-            rank_zero_info(f"PreciseBatchNorm: recalibrating, {number:,} batches in {_LONG:.0f} s so far")
-        yield batch
+        self._log_curves(trainer, {f"bn/precise_{name}": value for name, value in done.metrics().items()})

@@ -30,11 +30,6 @@ def is_last_epoch(trainer: Trainer) -> bool:
     return epochs_are_over or steps_are_over or trainer.should_stop
 
 
-def is_barebones(trainer: Trainer) -> bool:
-    """Whether the Trainer was told to do nothing but train."""
-    return bool(trainer.barebones)
-
-
 def datamodule_of(trainer: Trainer) -> Any:
     """The datamodule, None without one."""
     return trainer.datamodule  # type: ignore[attr-defined]

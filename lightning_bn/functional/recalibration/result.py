@@ -43,7 +43,7 @@ class Recalibration:
         requested_batches: Batches that each process was asked for; None for all there are.
         skipped_batches: Batches left out because a layer saw one value per channel.
         standard_error: Largest relative standard error of any channel: of its mean in standard deviations or of its
-            variance in variances, estimated from the spread between batches; infinite for a single batch.
+            variance in variances, estimated from how far batches lie apart; infinite for a single batch.
         processes: How many took part.
         ended_early: Processes whose data ended before what was asked for.
         nonfinite: By layer, forwards left out because a batch statistic was not finite.
@@ -66,6 +66,23 @@ class Recalibration:
     unreached: tuple[str, ...]
     frozen: tuple[str, ...]
     seconds: float
+
+    def metrics(self) -> dict[str, float]:
+        """What a logger is given: amounts, seconds, the standard error, and how far off the replaced statistics were.
+
+        ``drift_mean`` and ``drift_max`` are the Jeffreys divergence of what was replaced from what is there now.
+        """
+        drift = summarize(reference=self.after, current=self.before)
+        return {
+            "batches": self.num_batches,
+            "samples": self.num_samples or 0,
+            "seconds": self.seconds,
+            "standard_error": self.standard_error,
+            "skipped": self.skipped_batches,
+            "unreached": len(self.unreached),
+            "drift_mean": drift.mean,
+            "drift_max": drift.max,
+        }
 
     def __str__(self) -> str:
         amount = f"{self.num_batches:,} batches" if self.num_samples is None else f"{self.num_samples:,} samples"

@@ -16,6 +16,7 @@ from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.properties import is_lazy
 from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
+from lightning_bn.functional.layers.status import is_frozen
 from lightning_bn.functional.statistics.channels import ChannelLayout
 
 _NO_COUNTER = -1
@@ -174,6 +175,8 @@ def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
 def restore_where_unchanged(model: nn.Module, snapshot: Snapshot, written: Snapshot) -> tuple[str, ...]:
     """Write ``snapshot`` into those layers that still hold, bit for bit, what ``written`` holds; return their names.
 
+    Layers that were frozen meanwhile keep what they were frozen with.
+
     Args:
         model: Where the layers are.
         snapshot: What to write.
@@ -183,7 +186,7 @@ def restore_where_unchanged(model: nn.Module, snapshot: Snapshot, written: Snaps
         ValueError: As for :func:`restore_snapshot`.
     """
     layers = batch_norm_layers(model)
-    names = [name for name in written.names if name in layers]
+    names = [name for name in written.names if name in layers and not is_frozen(layers[name])]
     parts = written.layout.slices
     unchanged = {
         name: layers[name]
