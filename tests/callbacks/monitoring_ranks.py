@@ -10,14 +10,14 @@ from torch import Tensor
 from lightning_bn.callbacks.monitor import BatchNormDriftError
 from tests.callbacks.fits import quiet, samples, train_loader, val_loader
 from tests.callbacks.freezing_ranks import Processes
-from tests.callbacks.monitoring_fits import Module, monitor, norms, pretrained
+from tests.callbacks.monitoring_fits import TamperedClassifier, monitor, norms, pretrained
 from tests.ranks import take_part
 from tests.synced import ReferenceSync
 
 BATCHES = 24
 
 
-class ByRank(Module):
+class ByRank(TamperedClassifier):
     """Rank 1 sees images that are shifted, from a step on."""
 
     def __init__(self, shift: float, start: int = 0) -> None:
