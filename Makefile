@@ -29,11 +29,11 @@ test-gpu: $(VENV)/.installed-test ## run the tests that need a CUDA device
 	then echo "Running the tests that need a CUDA device"; $(BIN)/python -m pytest -q -m gpu; \
 	else echo "No CUDA device here: NO test was run."; fi
 
-lint: $(VENV)/.installed-lint ## check style, formatting, import rules (ruff) and types (mypy --strict)
+lint: $(VENV)/.installed-lint ## check style, formatting, import rules (ruff) and types (mypy, --strict for the package)
 	@echo "Checking with ruff and mypy"
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo "Not formatted as ruff does it: run make format"; exit 1; }
-	@$(BIN)/mypy --strict --no-error-summary lightning_bn
+	@$(BIN)/mypy --strict --no-error-summary lightning_bn tests
 
 format: $(VENV)/.installed-lint ## rewrite the code as `make lint` wants it, where that is safe
 	@$(BIN)/ruff check --quiet --fix-only .
