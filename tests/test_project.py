@@ -1,5 +1,6 @@
 """What several files of the project say of the same thing is the same."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -98,3 +99,36 @@ def test_a_bug_report_has_what_one_needs_to_see_the_bug():
     body = yaml.safe_load((ROOT / ".github/ISSUE_TEMPLATE/bug.yml").read_text(encoding="utf-8"))["body"]
     required = {field["id"] for field in body if field["validations"]["required"]}
     assert required == {"what", "code", "callbacks", "layers", "versions", "strategy"}
+
+
+def networks(files):
+    """By name, the files that define a module of torch or Lightning of that name at their top level."""
+    found, kinds = {}, {"Module", "LightningModule"}
+    classes = [
+        (file, node) for file in files for node in ast.parse(file.read_text()).body if isinstance(node, ast.ClassDef)
+    ]
+    while True:
+        more = [
+            (file, node)
+            for file, node in classes
+            if kinds & {ast.unparse(base).rpartition(".")[2] for base in node.bases}
+        ]
+        if {node.name for _, node in more} <= kinds:
+            break
+        kinds |= {node.name for _, node in more}
+    for file, node in more:
+        found.setdefault(node.name, []).append(file.name)
+    return found
+
+
+def test_networks_of_the_tests_have_a_name_each():
+    found = networks(sorted((ROOT / "tests").rglob("*.py")))
+    assert {"SmallResNet", "BodyAndHead", "Classifier", "PretrainedClassifier"} <= set(found)
+    assert {name: files for name, files in found.items() if len(files) > 1} == {}
+
+
+def test_two_networks_of_one_name_are_seen(tmp_path):
+    (tmp_path / "one.py").write_text("class Net(nn.Module): ...\nclass Data: ...\n")
+    (tmp_path / "two.py").write_text("class Base(pl.LightningModule): ...\nclass Net(Base): ...\nclass Data: ...\n")
+    found = networks([tmp_path / "one.py", tmp_path / "two.py"])
+    assert found == {"Net": ["one.py", "two.py"], "Base": ["two.py"]}

@@ -17,7 +17,7 @@ from tests.synced import ReferenceSync
 BATCHES = 24
 
 
-class ByRank(TamperedClassifier):
+class TamperedByRank(TamperedClassifier):
     """Rank 1 sees images that are shifted, from a step on."""
 
     def __init__(self, shift: float, start: int = 0) -> None:
@@ -42,7 +42,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     shift = {"alike": 0.0, "other reset": 0.0, "stop, not finite": float("inf"), "other not finite": float("inf")}.get(
         name, 8.0
     )
-    module = ByRank(shift, start=6 if acting else 0)
+    module = TamperedByRank(shift, start=6 if acting else 0)
     module.reset_at = 5 if name == "other reset" else -1
     watching = monitor(act_above=1.5 if acting else None, action=acting or "warn")
     small = name.startswith("small")
