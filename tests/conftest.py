@@ -16,7 +16,7 @@ settings.load_profile("suite")
 
 
 def pytest_collection_modifyitems(items):
-    """Marks what `make test-fast` leaves out; skips tests marked ``gpu`` where there is no CUDA device."""
+    """Mark what `make test-fast` leaves out; skip tests marked ``gpu`` where there is no CUDA device."""
     for item in items:
         for mark in marks(item):
             item.add_marker(mark)
