@@ -12,7 +12,7 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-gpu lint format docs bench bench-gpu clean distclean
+.PHONY: help demo test test-fast test-gpu coverage lint format docs bench bench-gpu clean distclean
 
 help: ## list what can be done here
 	@$(PYTHON) -c 'import re; [print("  make %-10s %s" % t) for t in re.findall(r"^([a-z-]+):.*?## (.+)$$", open("Makefile").read(), re.M)]'
@@ -24,16 +24,24 @@ test: $(VENV)/.installed-test ## run all tests, doctests and the README's code
 	@echo "Running the tests, two at a time"
 	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not gpu"
 
+test-fast: $(VENV)/.installed-test ## run the tests that start no process and compile nothing: half a minute
+	@echo "Running the fast tests, two at a time"
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not (gpu or processes or compile or slow)"
+
 test-gpu: $(VENV)/.installed-test ## run the tests that need a CUDA device
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then echo "Running the tests that need a CUDA device"; $(BIN)/python -m pytest -q -m gpu; \
 	else echo "No CUDA device here: NO test was run."; fi
 
-lint: $(VENV)/.installed-lint ## check style, formatting, import rules (ruff) and types (mypy --strict)
+coverage: $(VENV)/.installed-test ## run all tests and see which lines and branches none of them reaches
+	@echo "Running the tests and measuring what they reach"
+	@$(ONE_THREAD) $(BIN)/python -m pytest -q -n 2 --dist worksteal -m "not gpu" --cov --cov-report=term-missing:skip-covered
+
+lint: $(VENV)/.installed-lint ## check style, formatting, import rules (ruff) and types (mypy, --strict for the package)
 	@echo "Checking with ruff and mypy"
 	@$(BIN)/ruff check --quiet .
 	@$(BIN)/ruff format --check --quiet . || { echo "Not formatted as ruff does it: run make format"; exit 1; }
-	@$(BIN)/mypy --strict --no-error-summary lightning_bn
+	@$(BIN)/mypy --strict --no-error-summary lightning_bn tests
 
 format: $(VENV)/.installed-lint ## rewrite the code as `make lint` wants it, where that is safe
 	@$(BIN)/ruff check --quiet --fix-only .

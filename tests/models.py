@@ -78,6 +78,41 @@ class Holder(nn.Module):
         return self.model(x)
 
 
+class BodyAndHead(nn.Module):
+    """Two BatchNorm layers in the body, one in the head; input (N, 3), output (N, 2)."""
+
+    def __init__(self, width: int = 4) -> None:
+        super().__init__()
+        self.body = nn.Sequential(
+            nn.Linear(3, width),
+            nn.BatchNorm1d(width),
+            nn.Tanh(),
+            nn.Linear(width, width),
+            nn.BatchNorm1d(width),
+            nn.Tanh(),
+        )
+        self.head = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.body(x))
+
+
+class EveryDimension(nn.Module):
+    """A BatchNorm layer of each dimension; input (N, 2, 4, 4, 4), output (N, 2)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv3, self.bn3 = nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3)
+        self.conv2, self.bn2 = nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)
+        self.linear, self.bn1 = nn.Linear(4, 5), nn.BatchNorm1d(5)
+        self.out = nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = torch.tanh(self.bn3(self.conv3(x))).mean(2)
+        x = torch.tanh(self.bn2(self.conv2(x))).mean((2, 3))
+        return self.out(torch.tanh(self.bn1(self.linear(x))))
+
+
 class SharedNorm(nn.Module):
     """One BatchNorm under two names, `first.norm` and `second.norm`, and another one, `own`."""
 
@@ -135,6 +170,10 @@ class FrozenBatchNorm2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         scale = self.weight * (self.running_var + 1e-5).rsqrt()
         return x * scale[:, None, None] + (self.bias - self.running_mean * scale)[:, None, None]
+
+
+class Broken(RuntimeError):
+    """What a test breaks with."""
 
 
 def images(batch: int = 8, *, seed: int = 0, size: int = 6, dtype: torch.dtype = torch.float32) -> Tensor:

@@ -17,7 +17,7 @@ Run = Callable[[nn.Module, Any], Any]
 
 
 def first(model: nn.Module, batch: Any) -> Any:
-    """Runs the model on a tensor, or on the first element of a tuple or list."""
+    """Run the model on a tensor, or on the first element of a tuple or list."""
     return model(batch if isinstance(batch, Tensor) else batch[0])
 
 
@@ -28,7 +28,7 @@ def per_channel(x: Tensor) -> Tensor:
 
 @contextmanager
 def captured_inputs(layers: dict[str, nn.Module]):
-    """Collects what the layers are given inside, by name: a list of (C, n) tensors."""
+    """Collect what the layers are given inside, by name: a list of (C, n) tensors."""
     seen: dict[str, list[Tensor]] = {name: [] for name in layers}
     handles = [
         layer.register_forward_pre_hook(lambda _, args, name=name: seen[name].append(per_channel(args[0])))

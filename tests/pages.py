@@ -40,7 +40,7 @@ def blocks(text: str) -> list[Block]:
 
 
 def run(block: Block, page: Path | str) -> dict[str, Any]:
-    """Executes a block in a namespace of its own, with the page's line numbers in tracebacks; gives the namespace."""
+    """Execute a block in a namespace of its own, with the page's line numbers in tracebacks; return the namespace."""
     namespace: dict[str, Any] = {"__name__": "__main__"}
     exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
     return namespace
@@ -59,7 +59,7 @@ class Printed(logging.Handler):
 
 @contextlib.contextmanager
 def recorded() -> Iterator[io.StringIO]:
-    """Yields what is printed, and what Lightning logs, inside."""
+    """Yield what is printed, and what Lightning logs, inside."""
     handler = Printed()
     loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch")]
     for logger in loggers:
@@ -78,7 +78,7 @@ def lines(text: str) -> list[str]:
 
 
 def check(block: Block, page: Path | str) -> dict[str, Any]:
-    """Runs a block; what the page says that it prints must be among what it printed."""
+    """Run a block; what the page says that it prints must be among what it printed."""
     if block.reason:
         pytest.skip(block.reason)
     with recorded() as stream:

@@ -23,7 +23,7 @@ Results = list[dict[str, Any]]
 
 
 def results_of(module: str, world: int, factory: pytest.TempPathFactory, limit: float) -> Results:
-    """Runs ``python -m module rank world folder`` on every rank, once for all workers that share the tests.
+    """Run ``python -m module rank world folder`` on every rank, once for all workers that share the tests.
 
     Args:
         module: Whose ``__main__`` calls :func:`take_part`.

@@ -20,7 +20,7 @@ from torch.utils.data import DataLoader
 
 from lightning_bn import BatchNormFreezer
 from lightning_bn.functional import freeze_batch_norm, unfreeze_batch_norm
-from tests.models import FrozenBatchNorm2d, bits, fill_statistics, seeded
+from tests.models import EveryDimension, FrozenBatchNorm2d, bits, fill_statistics, seeded
 
 PAGE = Path(__file__).parent.parent / "docs" / "freezer.md"
 BATCHES, EPOCHS = 5, 3
@@ -28,24 +28,8 @@ MIDDLE = 8
 """Steps after which a run is stopped: in its second epoch, and past half of all, so that only one checkpoint is due."""
 
 
-class Net(nn.Module):
-    """A BatchNorm layer of each dimension; input (N, 2, 4, 4, 4), output (N, 2)."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.conv3, self.bn3 = nn.Conv3d(2, 3, 2), nn.BatchNorm3d(3)
-        self.conv2, self.bn2 = nn.Conv2d(3, 4, 2), nn.BatchNorm2d(4)
-        self.linear, self.bn1 = nn.Linear(4, 5), nn.BatchNorm1d(5)
-        self.out = nn.Linear(5, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = torch.tanh(self.bn3(self.conv3(x))).mean(2)
-        x = torch.tanh(self.bn2(self.conv2(x))).mean((2, 3))
-        return self.out(torch.tanh(self.bn1(self.linear(x))))
-
-
-class Classifier(pl.LightningModule):
-    """Trains a Net whose batches are a function of epoch and index; compares what its layers do with evaluation.
+class ComparedClassifier(pl.LightningModule):
+    """Its batches are a function of epoch and index; compares what its layers do with evaluation.
 
     Args:
         train_at: Where it calls ``self.train()``: nowhere, at the start of an epoch, or in the training step.
@@ -54,7 +38,7 @@ class Classifier(pl.LightningModule):
 
     def __init__(self, train_at: str = "", trainable_only: bool = False) -> None:
         super().__init__()
-        self.net = fill_statistics(seeded(Net))
+        self.net = fill_statistics(seeded(EveryDimension))
         self.train_at = train_at
         self.trainable_only = trainable_only
         self.as_in_evaluation = dict.fromkeys(NAMES, True)
@@ -109,7 +93,7 @@ NAMES = ("bn2", "bn1", "bn3")
 """The two-dimensional one first: it is what the others are compared with."""
 
 
-def layers(module: Classifier) -> list[nn.Module]:
+def layers(module: ComparedClassifier) -> list[nn.Module]:
     return [getattr(module.net, name) for name in NAMES]
 
 
@@ -126,8 +110,8 @@ class ByHand(pl.Callback):
 
     def __init__(
         self,
-        begin: Callable[[Classifier], None],
-        end: Callable[[Classifier], None],
+        begin: Callable[[ComparedClassifier], None],
+        end: Callable[[ComparedClassifier], None],
         start: int | None = None,
         stop: int | None = None,
         each_batch: bool = False,
@@ -164,41 +148,41 @@ class Finetuning(BaseFinetuning):
             self.unfreeze_and_add_param_group(layers(pl_module), optimizer, train_bn=True)
 
 
-def require_gradients(module: Classifier, required: bool) -> None:
+def require_gradients(module: ComparedClassifier, required: bool) -> None:
     for layer in layers(module):
         layer.requires_grad_(required)
 
 
-def set_mode(module: Classifier, training: bool) -> None:
+def set_mode(module: ComparedClassifier, training: bool) -> None:
     for layer in layers(module):
         layer.train(training)
 
 
-def set_momentum(module: Classifier, momentum: float) -> None:
+def set_momentum(module: ComparedClassifier, momentum: float) -> None:
     for layer in layers(module):
         layer.momentum = momentum
 
 
-def replace_layers(module: Classifier) -> None:
+def replace_layers(module: ComparedClassifier) -> None:
     """As the libraries' own functions do it: the two-dimensional layers, and no other ones."""
     new = FrozenBatchNorm2d(module.net.bn2.num_features)
     new.load_state_dict(module.net.bn2.state_dict(), strict=False)
     module.net.bn2 = new
 
 
-def replace_back(module: Classifier) -> None:
+def replace_back(module: ComparedClassifier) -> None:
     new = nn.BatchNorm2d(len(module.net.bn2.weight))
     new.load_state_dict(module.net.bn2.state_dict(), strict=False)
     module.net.bn2 = new
 
 
-Callbacks = Callable[[Classifier, int | None, int | None], pl.Callback]
+Callbacks = Callable[[ComparedClassifier, int | None, int | None], pl.Callback]
 
 
 def by_hand(
-    begin: Callable[[Classifier], None], end: Callable[[Classifier], None], each_batch: bool = False
+    begin: Callable[[ComparedClassifier], None], end: Callable[[ComparedClassifier], None], each_batch: bool = False
 ) -> Callbacks:
-    def build(module: Classifier, start: int | None, stop: int | None) -> pl.Callback:
+    def build(module: ComparedClassifier, start: int | None, stop: int | None) -> pl.Callback:
         if start is None and not each_batch:
             begin(module)  # before the fit, where a script does it
         return ByHand(begin, end, start, stop, each_batch)
@@ -206,7 +190,7 @@ def by_hand(
     return build
 
 
-def freezer(module: Classifier, start: int | None, stop: int | None) -> pl.Callback:
+def freezer(module: ComparedClassifier, start: int | None, stop: int | None) -> pl.Callback:
     return BatchNormFreezer(root="net", start_epoch=start, stop_epoch=stop)
 
 
@@ -260,9 +244,9 @@ def fit(
     train_at: str = "",
     resume: Path | None = None,
     checkpoints: Path | None = None,
-) -> Classifier:
+) -> ComparedClassifier:
     """A fit with validation after every epoch; the module as it is afterwards."""
-    module = Classifier(train_at, trainable_only=stop is not None and alternative is ALTERNATIVES[LIGHTNINGS])
+    module = ComparedClassifier(train_at, trainable_only=stop is not None and alternative is ALTERNATIVES[LIGHTNINGS])
     callbacks = [alternative(module, start, stop)]
     if checkpoints is not None:
         callbacks.append(ModelCheckpoint(checkpoints, "middle", every_n_train_steps=MIDDLE))
@@ -292,9 +276,9 @@ def values(layer: nn.Module, *names: str) -> list[bytes]:
     return [bits(getattr(layer, name)) for name in names]
 
 
-def kept(module: Classifier) -> dict[str, Kept]:
+def kept(module: ComparedClassifier) -> dict[str, Kept]:
     """What stayed, by layer, since a module of the same seed was built."""
-    fresh = Classifier()
+    fresh = ComparedClassifier()
     found = {}
     for name in NAMES:
         before, after = getattr(fresh.net, name), getattr(module.net, name)
@@ -306,7 +290,7 @@ def kept(module: Classifier) -> dict[str, Kept]:
     return found
 
 
-def state(module: Classifier) -> Mapping[str, bytes]:
+def state(module: ComparedClassifier) -> Mapping[str, bytes]:
     return {name: bits(value) for name, value in module.state_dict().items()}
 
 
@@ -324,7 +308,7 @@ def is_resumed(alternative: Callbacks, folder: Path) -> bool:
     """
     uninterrupted = fit(alternative, start=1, checkpoints=folder)
     saved = torch.load(folder / "middle.ckpt", weights_only=True)
-    if set(saved["state_dict"]) != set(Classifier().state_dict()):
+    if set(saved["state_dict"]) != set(ComparedClassifier().state_dict()):
         return False  # nothing that the script builds could load it
     resumed = fit(alternative, start=1, resume=folder / "middle.ckpt")
     return saved["global_step"] == MIDDLE and state(resumed) == state(uninterrupted)
@@ -341,7 +325,7 @@ def measured(alternative: Callbacks, folder: Path) -> Facts:
         as_in_evaluation=said(plain.as_in_evaluation),
         through_train="yes" if hard and soft else "between batches" if soft else "no",
         other_dimensions=said(found["bn1"] == found["bn3"] == plain),
-        same_keys=said(set(module.state_dict()) == set(Classifier().state_dict())),
+        same_keys=said(set(module.state_dict()) == set(ComparedClassifier().state_dict())),
         undone=said(is_undone(alternative)),
         resumed=said(is_resumed(alternative, folder)),
     )

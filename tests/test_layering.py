@@ -1,6 +1,8 @@
 """Arrows point down only: the linter holds it, every rule can fail, and only who uses Lightning pays for it."""
 
 import ast
+import importlib
+import pkgutil
 import shutil
 import subprocess
 import sys
@@ -37,6 +39,30 @@ FREEZER = "lightning_bn/callbacks/freezer.py"
 MONITOR = "lightning_bn/callbacks/monitor.py"
 REPORT = "lightning_bn/report.py"
 
+FLOOR = "lightning_bn.functional"
+
+#: The rooms of the ground floor, and those that each of them must not import.
+ROOMS = {
+    "layers": ("statistics", "distributed", "freezing", "recalibration", "monitoring"),
+    "statistics": ("distributed", "freezing", "recalibration", "monitoring"),
+    "distributed": ("freezing", "recalibration", "monitoring"),
+    "freezing": ("recalibration", "monitoring"),
+    "recalibration": ("freezing", "monitoring"),
+    "monitoring": ("freezing", "recalibration"),
+}
+
+
+def forms(rooms):
+    """The ways to import from rooms: the package, a file of it, a name of a file, each room in each way."""
+    for room in rooms:
+        yield f"import {FLOOR}.{room}"
+        yield f"import {FLOOR}.{room}.planted as planted"
+        yield f"from {FLOOR} import {room}"
+        yield f"from {FLOOR}.{room} import planted"
+        yield f"from {FLOOR}.{room}.planted import name"
+        yield f"def f():\n    from {FLOOR}.{room}.planted import name"
+
+
 BANNED = [
     # the ground floor knows no framework and nothing above it
     (FUNCTIONAL, "import pytorch_lightning"),
@@ -62,6 +88,8 @@ BANNED = [
     # neither inside a function nor for type checkers only
     (FUNCTIONAL, "def f():\n    import pytorch_lightning"),
     (FUNCTIONAL, "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    import pytorch_lightning"),
+    # its __init__.py is no exception, as that of the package is
+    ("lightning_bn/functional/__init__.py", "import pytorch_lightning"),
     # folders below a folder with rules are under them too
     ("lightning_bn/functional/deeper/planted.py", "import pytorch_lightning"),
     ("lightning_bn/callbacks/deeper/planted.py", "import pytorch_lightning"),
@@ -90,6 +118,12 @@ BANNED = [
     (REPORT, "from lightning_bn import BatchNormFreezer"),
     (REPORT, "from lightning_bn import BatchNormMonitor"),
     (REPORT, "from lightning_bn import PreciseBatchNorm"),
+    # rooms do not know each other, the lower ones none above them
+    *((f"lightning_bn/functional/{room}/planted.py", line) for room, others in ROOMS.items() for line in forms(others)),
+    *(
+        (f"lightning_bn/functional/{room}/__init__.py", f"from {FLOOR}.{others[0]} import x")
+        for room, others in ROOMS.items()
+    ),
     # imports are absolute
     (FUNCTIONAL, "from .layers import batch_norm_layers"),
     (FREEZER, "from . import monitor"),
@@ -98,6 +132,13 @@ BANNED = [
 ]
 
 ALLOWED = [
+    *(
+        (f"lightning_bn/functional/{room}/planted.py", f"import torch\nfrom {FLOOR}.{other}.planted import name")
+        for room, others in ROOMS.items()
+        for other in ROOMS
+        if other not in others
+    ),
+    *((f"lightning_bn/functional/{room}/planted.py", f"from {FLOOR} import _bits, _checks") for room in ROOMS),
     (FUNCTIONAL, "import math\nimport torch\nfrom lightning_bn.functional.layers.selection import batch_norm_layers"),
     (FREEZER, "from lightning_bn.callbacks import _lightning\nfrom lightning_bn.callbacks._task_of import task_of"),
     (
@@ -128,12 +169,41 @@ def test_linter_lets_an_import_down_pass(copy, path, line):
     assert status == 0, said
 
 
+def bans(folder):
+    """Every import that the ruff.toml of this folder bans, with what it says."""
+    rows = (folder / "ruff.toml").read_text().splitlines()
+    return {row.split('"')[1]: row.split('"')[3] for row in rows if ".msg = " in row}
+
+
 def banned_names():
-    """(folder, name) of every import that a ruff.toml of the package bans."""
+    """(folder, name) of every import that a ruff.toml of the package bans; a room's own bans only."""
+    of_the_floor = bans(PACKAGE / "functional")
     for config in PACKAGE.rglob("ruff.toml"):
-        for row in config.read_text().splitlines():
-            if ".msg = " in row:
-                yield config.parent.relative_to(ROOT).as_posix(), row.split('"')[1]
+        folder = config.parent
+        repeated = of_the_floor if folder.parent == PACKAGE / "functional" else {}
+        yield from ((folder.relative_to(ROOT).as_posix(), name) for name in bans(folder) if name not in repeated)
+
+
+def test_every_room_of_the_ground_floor_has_rules():
+    assert {file.parent.name for file in (PACKAGE / "functional").glob("*/__init__.py")} == set(ROOMS)
+    assert {file.parent.name for file in (PACKAGE / "functional").glob("*/ruff.toml")} == set(ROOMS)
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_repeats_the_bans_of_the_ground_floor(room):
+    # ruff takes the nearest table as it stands, without those that it extends
+    of_the_floor = bans(PACKAGE / "functional")
+    assert of_the_floor.items() <= bans(PACKAGE / "functional" / room).items()
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_linter_refuses_in_a_room_what_the_ground_floor_must_not_import(copy, room):
+    lines = [line for path, line in BANNED if path == FUNCTIONAL and "\n" not in line]
+    status, said = lint(copy, f"lightning_bn/functional/{room}/planted.py", "\n".join(lines))
+    found = {int(row.split(":")[1]) for row in said.splitlines() if "TID25" in row}
+    assert status == 1, said
+    assert found == set(range(1, len(lines) + 1)), said
+    assert len(lines) > 15
 
 
 def imported(source):
@@ -218,3 +288,79 @@ def test_callbacks_are_found_in_the_package():
         assert getattr(lightning_bn, name).__name__ == name
     with pytest.raises(AttributeError, match="no attribute 'BatchNormFreezr'"):
         lightning_bn.BatchNormFreezr  # noqa: B018
+
+
+DICTIONARIES = {"_buffers", "_modules", "_parameters"}
+
+#: The one file that knows torch's private dictionaries.
+TORCH_PRIVATE = "functional/layers/torch_private.py"
+
+#: Files that still reach into torch's private dictionaries by themselves, and no longer should.
+STILL_PRIVATE = {
+    "callbacks/_second_run/step.py",
+    "functional/freezing/gradients.py",
+    "functional/freezing/shadow_statistics.py",
+    "functional/freezing/verification.py",
+    "functional/layers/names.py",
+    "functional/layers/properties.py",
+    "functional/recalibration/checkpoint.py",
+    "functional/recalibration/collector.py",
+    "functional/recalibration/isolation.py",
+}
+
+
+def private_dictionaries(source):
+    """Which of torch's private dictionaries a source reaches: as an attribute or by its name."""
+    found = set()
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Attribute):
+            found.add(node.attr)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.add(node.value)
+    return found & DICTIONARIES
+
+
+def test_torchs_private_dictionaries_are_reached_in_one_file():
+    files = {file.relative_to(PACKAGE).as_posix(): file for file in PACKAGE.rglob("*.py")}
+    found = {name for name, file in files.items() if private_dictionaries(file.read_text(encoding="utf-8"))}
+    assert TORCH_PRIVATE in found
+    # A file that no longer does so is taken out of the set.
+    assert found - {TORCH_PRIVATE} == STILL_PRIVATE
+
+
+@pytest.mark.parametrize(
+    "line",
+    ["layer._buffers['running_mean'] = x", "own = model._modules", "getattr(layer, '_parameters').clear()"],
+)
+def test_a_private_dictionary_is_seen(line):
+    clean = "buffers = buffers_of(layer)\nself._buffer = _parameters = {}  # layer._buffers\n"
+    assert not private_dictionaries(clean)
+    assert private_dictionaries(clean + line)
+
+
+PACKAGES = sorted(".".join(file.parent.relative_to(ROOT).parts) for file in PACKAGE.rglob("__init__.py"))
+
+
+def shadowed(package):
+    """Submodules of a package that its own names hide: ``import package.name`` would give something else."""
+    names = [info.name for info in pkgutil.iter_modules(package.__path__)]
+    modules = {name: importlib.import_module(f"{package.__name__}.{name}") for name in names}
+    return {name for name, module in modules.items() if getattr(package, name) is not module}
+
+
+@pytest.mark.parametrize("name", PACKAGES)
+def test_no_name_of_a_package_hides_a_module_of_it(name):
+    assert shadowed(importlib.import_module(name)) == set()
+
+
+def test_a_hidden_module_is_seen(tmp_path, monkeypatch):
+    (tmp_path / "planted_package").mkdir()
+    (tmp_path / "planted_package" / "drift.py").write_text("def drift(): ...\n")
+    (tmp_path / "planted_package" / "other.py").write_text("")
+    (tmp_path / "planted_package" / "__init__.py").write_text("from planted_package.drift import drift\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    try:
+        assert shadowed(importlib.import_module("planted_package")) == {"drift"}
+    finally:
+        for name in [name for name in sys.modules if name.partition(".")[0] == "planted_package"]:
+            del sys.modules[name]

@@ -16,7 +16,7 @@ from torchmetrics import MetricCollection
 from lightning_bn import BatchNormDrift
 from lightning_bn.functional import MEASURES, drift, take_snapshot
 from tests.callbacks.fits import quiet, train_loader, val_loader
-from tests.callbacks.monitoring_fits import Module, pretrained
+from tests.callbacks.monitoring_fits import TamperedClassifier, pretrained
 from tests.functional.statistics.test_drift_measures import layer_with
 from tests.metric_ranks import BY_RANK
 from tests.models import SmallResNet, fill_statistics, seeded
@@ -177,7 +177,7 @@ def test_in_a_collection_each_has_its_own_numbers() -> None:
 
 
 def test_log_dict_takes_it_from_a_module_that_holds_it() -> None:
-    class Logging(Module):
+    class Logging(TamperedClassifier):
         def on_fit_start(self) -> None:
             self.drift = BatchNormDrift(self.net)
 

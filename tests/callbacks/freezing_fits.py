@@ -16,9 +16,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bn import BatchNormFreezer
-from tests.models import bits, fill_statistics, seeded
+from tests.models import BodyAndHead, bits, fill_statistics, seeded
 
-#: The BatchNorm layers of a Classifier's network: those below ``net.body``, which the tests freeze, and the other one.
+#: The BatchNorm layers of a PretrainedClassifier: those below ``net.body``, which the tests freeze, and the other one.
 BODY = ("net.body.1", "net.body.4")
 HEAD = "net.head.1"
 
@@ -27,28 +27,9 @@ BATCHES = 4
 EPOCHS = 2
 
 
-class Net(nn.Module):
-    """Two BatchNorm layers in the body, one in the head; input (N, 3), output (N, 2)."""
-
-    def __init__(self, width: int = 4) -> None:
-        super().__init__()
-        self.body = nn.Sequential(
-            nn.Linear(3, width),
-            nn.BatchNorm1d(width),
-            nn.Tanh(),
-            nn.Linear(width, width),
-            nn.BatchNorm1d(width),
-            nn.Tanh(),
-        )
-        self.head = nn.Sequential(nn.Linear(width, width), nn.BatchNorm1d(width), nn.Tanh(), nn.Linear(width, 2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.head(self.body(x))
-
-
-def pretrained_net() -> Net:
+def pretrained_net() -> BodyAndHead:
     """The same network each time, with statistics and affine parameters that are not those of construction."""
-    return fill_statistics(seeded(Net))  # type: ignore[return-value]
+    return fill_statistics(seeded(BodyAndHead))  # type: ignore[return-value]
 
 
 def sgd(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
@@ -64,7 +45,7 @@ def adamw(parameters: Iterable[nn.Parameter]) -> torch.optim.Optimizer:
 Optimizer = Callable[[Iterable[nn.Parameter]], torch.optim.Optimizer]
 
 
-class Classifier(pl.LightningModule):
+class PretrainedClassifier(pl.LightningModule):
     """What a user writes around a network: two losses and an optimizer over all parameters."""
 
     def __init__(self, net: nn.Module | None = None, optimizer: Optimizer = sgd) -> None:
@@ -85,13 +66,26 @@ class Classifier(pl.LightningModule):
         return self._optimizer(self.parameters())
 
 
+class FrozenByHand(PretrainedClassifier):
+    """An oracle without the package: the body in eval before every batch, its parameters never part of the training."""
+
+    def __init__(self, **arguments: Any) -> None:
+        super().__init__(**arguments)
+        for name in BODY:
+            layers(self)[name].requires_grad_(False)
+
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
+        for name in BODY:
+            layers(self)[name].eval()
+
+
 #: Lightning cannot wind a plain DataLoader forward; a Located module does not need it to.
 resumed_in_mid_epoch = pytest.mark.filterwarnings(
     "ignore:You're resuming from a checkpoint that ended before the epoch ended"
 )
 
 
-class Located(Classifier):
+class Located(PretrainedClassifier):
     """Its batches are a function of epoch and index, so that a resumed run sees those that the first one would have."""
 
     def training_step(self, batch: Any, batch_idx: int) -> STEP_OUTPUT:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 import lightning_bn
 from lightning_bn import BatchNormFreezer
-from tests.callbacks.freezing_fits import BATCHES, Classifier, adamw, freezer, loader, trainer_of, values
+from tests.callbacks.freezing_fits import BATCHES, PretrainedClassifier, adamw, freezer, loader, trainer_of, values
 from tests.callbacks.test_freezer_by_task import BY_TASK, MultiTask, batch_of, loader_of
 from tests.models import bits
 from tests.ranks import take_part
@@ -109,22 +109,22 @@ class ByKey(MultiTask):
 
 #: Name -> the module, the freezer and the settings of the Trainer and of DDP.
 SCENARIOS: dict[str, tuple[Callable[[], Any], Callable[[], BatchNormFreezer], dict[str, Any], dict[str, Any]]] = {
-    "unfrozen from epoch 1 on": (lambda: Classifier(optimizer=adamw), lambda: freezer(stop_epoch=1), {}, {}),
-    "frozen from epoch 1 on": (lambda: Classifier(optimizer=adamw), lambda: freezer(start_epoch=1), {}, {}),
+    "unfrozen from epoch 1 on": (lambda: PretrainedClassifier(optimizer=adamw), lambda: freezer(stop_epoch=1), {}, {}),
+    "frozen from epoch 1 on": (lambda: PretrainedClassifier(optimizer=adamw), lambda: freezer(start_epoch=1), {}, {}),
     "accumulated": (
-        lambda: Classifier(optimizer=adamw),
+        lambda: PretrainedClassifier(optimizer=adamw),
         lambda: freezer(stop_epoch=1),
         {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
         {},
     ),
     "static graph": (
-        lambda: Classifier(optimizer=adamw),
+        lambda: PretrainedClassifier(optimizer=adamw),
         lambda: freezer(stop_epoch=1),
         {},
         {"static_graph": True, "gradient_as_bucket_view": True},
     ),
     "unused parameters": (
-        lambda: Classifier(optimizer=adamw),
+        lambda: PretrainedClassifier(optimizer=adamw),
         lambda: freezer(stop_epoch=1),
         {},
         {"find_unused_parameters": True},

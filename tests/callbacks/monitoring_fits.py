@@ -21,7 +21,7 @@ from tests.models import seeded
 Fault = Callable[[Tensor, int], Tensor]
 
 
-class Module(pl.LightningModule):
+class TamperedClassifier(pl.LightningModule):
     """A classifier whose training images may be tampered with on the way in."""
 
     def __init__(self, net: nn.Module, fault: Fault | None = None, lr: float = 0.01) -> None:

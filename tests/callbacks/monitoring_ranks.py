@@ -10,14 +10,14 @@ from torch import Tensor
 from lightning_bn.callbacks.monitor import BatchNormDriftError
 from tests.callbacks.fits import quiet, samples, train_loader, val_loader
 from tests.callbacks.freezing_ranks import Processes
-from tests.callbacks.monitoring_fits import Module, monitor, norms, pretrained
+from tests.callbacks.monitoring_fits import TamperedClassifier, monitor, norms, pretrained
 from tests.ranks import take_part
 from tests.synced import ReferenceSync
 
 BATCHES = 24
 
 
-class ByRank(Module):
+class TamperedByRank(TamperedClassifier):
     """Rank 1 sees images that are shifted, from a step on."""
 
     def __init__(self, shift: float, start: int = 0) -> None:
@@ -42,7 +42,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     shift = {"alike": 0.0, "other reset": 0.0, "stop, not finite": float("inf"), "other not finite": float("inf")}.get(
         name, 8.0
     )
-    module = ByRank(shift, start=6 if acting else 0)
+    module = TamperedByRank(shift, start=6 if acting else 0)
     module.reset_at = 5 if name == "other reset" else -1
     watching = monitor(act_above=1.5 if acting else None, action=acting or "warn")
     small = name.startswith("small")

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from tests.callbacks import precise_ranks
 from tests.callbacks.freezing_ranks import Processes
-from tests.callbacks.precise_ranks import SCENARIOS, Module, freezer, from_target, precise, run_fit, watching
+from tests.callbacks.precise_ranks import SCENARIOS, RankClassifier, freezer, from_target, precise, run_fit, watching
 from tests.ranks import take_part
 from tests.synced import ReferenceSync
 
@@ -39,13 +39,13 @@ def scenarios(device: str) -> dict[str, Any]:
     of = options(device)
     bf16 = {**of, "precision": "bf16-mixed"}
     return {
-        "without": (Module, list, of, {}),
-        "with": (Module, lambda: [precise(), watching()], of, {}),
-        "fewer on one": (Module, lambda: [from_target()], of, {}),
-        "frozen, without": (Module, lambda: [freezer()], of, {}),
-        "frozen": (Module, lambda: [freezer(), precise(), watching()], of, {}),
-        "bf16, without": (Module, list, bf16, {}),
-        "bf16": (Module, lambda: [precise(), watching()], bf16, {}),
+        "without": (RankClassifier, list, of, {}),
+        "with": (RankClassifier, lambda: [precise(), watching()], of, {}),
+        "fewer on one": (RankClassifier, lambda: [from_target()], of, {}),
+        "frozen, without": (RankClassifier, lambda: [freezer()], of, {}),
+        "frozen": (RankClassifier, lambda: [freezer(), precise(), watching()], of, {}),
+        "bf16, without": (RankClassifier, list, bf16, {}),
+        "bf16": (RankClassifier, lambda: [precise(), watching()], bf16, {}),
     }
 
 

@@ -18,7 +18,7 @@ from lightning_bn.functional import freeze_batch_norm
 from tests.callbacks.fits import RECALIBRATED_FROM, Classifier, Recorder, quiet, samples
 from tests.callbacks.freezing_ranks import Processes
 from tests.callbacks.monitoring_fits import norms
-from tests.models import state_bits
+from tests.models import Broken, state_bits
 from tests.ranks import take_part
 from tests.synced import ReferenceSync
 
@@ -26,11 +26,7 @@ BATCHES = 4
 """Of training, on each rank and in each epoch; the last one is smaller."""
 
 
-class Broken(RuntimeError):
-    """What a test breaks with."""
-
-
-class Module(Classifier):
+class RankClassifier(Classifier):
     """Every rank validates on the same data; what it is recalibrated from differs by rank."""
 
     def on_validation_epoch_end(self) -> None:
@@ -62,7 +58,7 @@ class Module(Classifier):
             yield batch
 
 
-class Unused(Module):
+class Unused(RankClassifier):
     """Has a layer that no step reaches."""
 
     def __init__(self) -> None:
@@ -70,7 +66,7 @@ class Unused(Module):
         self.spare = torch.nn.BatchNorm1d(3)
 
 
-class Raising(Module):
+class Raising(RankClassifier):
     """Its step fails on rank 1 while it is recalibrated from."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Tensor:
@@ -79,7 +75,7 @@ class Raising(Module):
         return super().training_step(batch, batch_idx)
 
 
-class OtherTasks(Module):
+class OtherTasks(RankClassifier):
     """In the third step rank 1 trains another task."""
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -90,7 +86,7 @@ class OtherTasks(Module):
         return super().training_step(batch["batch"], batch_idx)
 
 
-class ValidatesOnOne(Module):
+class ValidatesOnOne(RankClassifier):
     """Rank 1 has nothing to validate on, which Lightning has to be allowed."""
 
     def __init__(self) -> None:
@@ -98,7 +94,7 @@ class ValidatesOnOne(Module):
         self.allow_zero_length_dataloader_with_multiple_devices = True
 
 
-class FrozenOnOne(Module):
+class FrozenOnOne(RankClassifier):
     """One rank freezes the statistics of all of its layers in the middle of training."""
 
     def on_train_batch_end(self, *_: Any) -> None:
@@ -123,52 +119,57 @@ def from_target(method: str = "target", **kwargs: Any) -> PreciseBatchNorm:
 
 
 #: Name -> the module, the callbacks, the settings of the Trainer and of DDP.
-Scenario = tuple[Callable[[], Module], Callable[[], list[Any]], dict[str, Any], dict[str, Any]]
+Scenario = tuple[Callable[[], RankClassifier], Callable[[], list[Any]], dict[str, Any], dict[str, Any]]
 SCENARIOS: dict[str, Scenario] = {
-    "without": (Module, list, {}, {}),
-    "with": (Module, lambda: [precise()], {}, {}),
-    "twice an epoch, without": (Module, list, {"val_check_interval": 2}, {}),
-    "twice an epoch": (Module, lambda: [precise()], {"val_check_interval": 2}, {}),
-    "whole epoch": (Module, lambda: [precise(num_batches=None)], {}, {}),
-    "restored": (Module, lambda: [precise(restore=True)], {}, {}),
-    "accumulated, without": (Module, list, {"accumulate_grad_batches": 2}, {}),
-    "accumulated": (Module, lambda: [precise()], {"accumulate_grad_batches": 2}, {}),
-    "recent": (Module, lambda: [precise(source="recent", num_batches=2)], {}, {}),
-    "static graph, without": (Module, list, {}, {"static_graph": True}),
-    "static graph": (Module, lambda: [precise()], {}, {"static_graph": True}),
+    "without": (RankClassifier, list, {}, {}),
+    "with": (RankClassifier, lambda: [precise()], {}, {}),
+    "twice an epoch, without": (RankClassifier, list, {"val_check_interval": 2}, {}),
+    "twice an epoch": (RankClassifier, lambda: [precise()], {"val_check_interval": 2}, {}),
+    "whole epoch": (RankClassifier, lambda: [precise(num_batches=None)], {}, {}),
+    "restored": (RankClassifier, lambda: [precise(restore=True)], {}, {}),
+    "accumulated, without": (RankClassifier, list, {"accumulate_grad_batches": 2}, {}),
+    "accumulated": (RankClassifier, lambda: [precise()], {"accumulate_grad_batches": 2}, {}),
+    "recent": (RankClassifier, lambda: [precise(source="recent", num_batches=2)], {}, {}),
+    "static graph, without": (RankClassifier, list, {}, {"static_graph": True}),
+    "static graph": (RankClassifier, lambda: [precise()], {}, {"static_graph": True}),
     "unused parameters, without": (Unused, list, {}, {"find_unused_parameters": True}),
     "unused parameters": (Unused, lambda: [precise()], {}, {"find_unused_parameters": True}),
-    "fewer on one": (Module, lambda: [from_target()], {}, {}),
-    "none on one": (Module, lambda: [from_target("nothing_on_one")], {}, {}),
-    "averaged, without": (Module, lambda: [EMAWeightAveraging(decay=0.9)], {}, {}),
-    "averaged": (Module, lambda: [precise(), EMAWeightAveraging(decay=0.9)], {}, {}),
-    "synchronized, without": (Module, list, {"plugins": ReferenceSync()}, {}),
-    "synchronized": (Module, lambda: [precise(), watching()], {"plugins": ReferenceSync()}, {}),
-    "synchronized, fewer on one": (Module, lambda: [from_target()], {"plugins": ReferenceSync()}, {}),
-    "synchronized, frozen, without": (Module, lambda: [freezer()], {"plugins": ReferenceSync()}, {}),
+    "fewer on one": (RankClassifier, lambda: [from_target()], {}, {}),
+    "none on one": (RankClassifier, lambda: [from_target("nothing_on_one")], {}, {}),
+    "averaged, without": (RankClassifier, lambda: [EMAWeightAveraging(decay=0.9)], {}, {}),
+    "averaged": (RankClassifier, lambda: [precise(), EMAWeightAveraging(decay=0.9)], {}, {}),
+    "synchronized, without": (RankClassifier, list, {"plugins": ReferenceSync()}, {}),
+    "synchronized": (RankClassifier, lambda: [precise(), watching()], {"plugins": ReferenceSync()}, {}),
+    "synchronized, fewer on one": (RankClassifier, lambda: [from_target()], {"plugins": ReferenceSync()}, {}),
+    "synchronized, frozen, without": (RankClassifier, lambda: [freezer()], {"plugins": ReferenceSync()}, {}),
     "synchronized, frozen": (
-        Module,
+        RankClassifier,
         lambda: [freezer(), precise(), watching()],
         {"plugins": ReferenceSync()},
         {},
     ),
-    "synchronized in part, without": (Module, list, {"plugins": ReferenceSync(("net.bn",))}, {}),
-    "synchronized in part": (Module, lambda: [precise()], {"plugins": ReferenceSync(("net.bn",))}, {}),
-    "no validation": (Module, lambda: [precise()], {"limit_val_batches": 0}, {}),
+    "synchronized in part, without": (RankClassifier, list, {"plugins": ReferenceSync(("net.bn",))}, {}),
+    "synchronized in part": (RankClassifier, lambda: [precise()], {"plugins": ReferenceSync(("net.bn",))}, {}),
+    "no validation": (RankClassifier, lambda: [precise()], {"limit_val_batches": 0}, {}),
 }
 FAILURES: dict[str, Scenario] = {
     "step raises": (Raising, lambda: [precise()], {}, {}),
-    "frozen otherwise on one": (Module, lambda: [freezer("features" if dist.get_rank() else "head")], {}, {}),
-    "frozen without affine on one": (Module, lambda: [freezer(affine=not dist.get_rank())], {}, {}),
-    "frozen nothing on one": (Module, lambda: [freezer("laier" if dist.get_rank() else "head")], {}, {}),
-    "recalibrated otherwise on one": (Module, lambda: [precise(every_n_validations=1 + dist.get_rank())], {}, {}),
+    "frozen otherwise on one": (RankClassifier, lambda: [freezer("features" if dist.get_rank() else "head")], {}, {}),
+    "frozen without affine on one": (RankClassifier, lambda: [freezer(affine=not dist.get_rank())], {}, {}),
+    "frozen nothing on one": (RankClassifier, lambda: [freezer("laier" if dist.get_rank() else "head")], {}, {}),
+    "recalibrated otherwise on one": (
+        RankClassifier,
+        lambda: [precise(every_n_validations=1 + dist.get_rank())],
+        {},
+        {},
+    ),
     "another task on one": (
         OtherTasks,
         lambda: [BatchNormFreezer(by_task={"a": "net.features", "b": "net.head"}, task_key="task")],
         {"plugins": ReferenceSync()},
         {},
     ),
-    "monitored otherwise on one": (Module, lambda: [watching(1 + dist.get_rank())], {}, {}),
+    "monitored otherwise on one": (RankClassifier, lambda: [watching(1 + dist.get_rank())], {}, {}),
     # Where buffers are broadcast, DDP itself waits in the first validation forward.
     "validation on one": (
         ValidatesOnOne,
@@ -176,10 +177,10 @@ FAILURES: dict[str, Scenario] = {
         {"num_sanity_val_steps": 0},
         {"broadcast_buffers": False},
     ),
-    "loader raises": (Module, lambda: [from_target("broken_later_on_one")], {}, {}),
+    "loader raises": (RankClassifier, lambda: [from_target("broken_later_on_one")], {}, {}),
 }
 STRANDING: dict[str, Scenario] = {
-    "method raises": (Module, lambda: [from_target("broken_on_one")], {}, {}),
+    "method raises": (RankClassifier, lambda: [from_target("broken_on_one")], {}, {}),
     "frozen on one": (FrozenOnOne, lambda: [precise()], {}, {}),
 }
 
@@ -190,7 +191,7 @@ def train_loader(rank: int) -> DataLoader[Any]:
     return DataLoader(data, batch_size=8, sampler=sampler)
 
 
-def fitted(scenario: Scenario, folder: Path) -> tuple[Module, list[Any], Recorder, Callable[[], None]]:
+def fitted(scenario: Scenario, folder: Path) -> tuple[RankClassifier, list[Any], Recorder, Callable[[], None]]:
     """All there is to a fit, and what starts it."""
     build, callbacks, options, ddp = scenario
     rank = dist.get_rank()

@@ -20,9 +20,9 @@ from tests.callbacks.freezing_fits import (
     BODY,
     EPOCHS,
     HEAD,
-    Classifier,
+    FrozenByHand,
     Hooked,
-    Net,
+    PretrainedClassifier,
     Watch,
     adamw,
     fit,
@@ -37,7 +37,7 @@ from tests.callbacks.freezing_fits import (
     trainer_of,
     values,
 )
-from tests.models import BatchNormAct2d, SharedNorm, fill_statistics, seeded
+from tests.models import BatchNormAct2d, BodyAndHead, SharedNorm, fill_statistics, seeded
 
 PUT_BACK = "a frozen value was moved and has been put back"
 MOVED_BY_OTHERS = "moved by others and put back"
@@ -77,7 +77,7 @@ def noticed() -> Iterator[None]:
     ids=["momentum and weight decay", "AdamW", "Nesterov", "RMSprop", "Adam", "one group per parameter"],
 )
 def test_frozen_values_are_bit_identical_under_every_optimizer(optimizer: Any) -> None:
-    module, frozen = Classifier(optimizer=optimizer), freezer()
+    module, frozen = PretrainedClassifier(optimizer=optimizer), freezer()
     with held(module):
         fit(module, frozen)
     assert frozen.report is not None
@@ -87,7 +87,7 @@ def test_frozen_values_are_bit_identical_under_every_optimizer(optimizer: Any) -
 
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 def test_moments_gathered_before_a_scheduled_freeze_do_not_move_a_parameter(optimizer: Any) -> None:
-    module, at_freeze = Classifier(optimizer=optimizer), {}
+    module, at_freeze = PretrainedClassifier(optimizer=optimizer), {}
 
     def note(trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         if trainer.global_step == BATCHES:
@@ -102,24 +102,18 @@ def test_moments_gathered_before_a_scheduled_freeze_do_not_move_a_parameter(opti
     assert frozen.report.identical
 
 
-class ByHand(Classifier):
-    """An oracle without the package: the body in eval before every batch, its parameters never part of the training."""
+class AsIfByHand(FrozenByHand):
+    """The training step is that of another module."""
 
-    def __init__(self, base: type[Classifier], **arguments: Any) -> None:
+    def __init__(self, base: type[PretrainedClassifier], **arguments: Any) -> None:
         super().__init__(**arguments)
         self._step = base.training_step
-        for name in BODY:
-            layers(self)[name].requires_grad_(False)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        for name in BODY:
-            layers(self)[name].eval()
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
         return self._step(self, batch, batch_idx)
 
 
-class Manual(Classifier):
+class ManualClassifier(PretrainedClassifier):
     """Two Lightning optimizers, each with half of the layers, stepped by the user."""
 
     plain = False
@@ -138,7 +132,7 @@ class Manual(Classifier):
         return [self._optimizer(self.net.body.parameters()), self._optimizer(self.net.head.parameters())]
 
 
-class ManuallyClipped(Manual):
+class ManuallyClipped(ManualClassifier):
     def training_step(self, batch: Any, batch_idx: int) -> None:
         for optimizer in self.optimizers():
             optimizer.zero_grad()
@@ -147,22 +141,32 @@ class ManuallyClipped(Manual):
             optimizer.step()
 
 
-class ByHandManual(ByHand):
-    def __init__(self, base: type[Classifier], **arguments: Any) -> None:
+class AsIfByHandManual(AsIfByHand):
+    def __init__(self, base: type[PretrainedClassifier], **arguments: Any) -> None:
         super().__init__(base, **arguments)
         self.automatic_optimization = False
 
-    configure_optimizers = Manual.configure_optimizers
+    configure_optimizers = ManualClassifier.configure_optimizers
     plain = False
 
 
 @pytest.mark.parametrize(
     ("base", "oracle", "options"),
     [
-        pytest.param(Classifier, ByHand, {"gradient_clip_val": 0.05}, id="norm"),
-        pytest.param(Classifier, ByHand, {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2}, id="accumulated"),
-        pytest.param(Classifier, ByHand, {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"}, id="value"),
-        pytest.param(ManuallyClipped, ByHandManual, {}, id="manual"),
+        pytest.param(PretrainedClassifier, AsIfByHand, {"gradient_clip_val": 0.05}, id="norm"),
+        pytest.param(
+            PretrainedClassifier,
+            AsIfByHand,
+            {"gradient_clip_val": 0.05, "accumulate_grad_batches": 2},
+            id="accumulated",
+        ),
+        pytest.param(
+            PretrainedClassifier,
+            AsIfByHand,
+            {"gradient_clip_val": 0.01, "gradient_clip_algorithm": "value"},
+            id="value",
+        ),
+        pytest.param(ManuallyClipped, AsIfByHandManual, {}, id="manual"),
     ],
 )
 def test_clipping_sees_the_norm_of_the_gradients_that_are_used(base: Any, oracle: Any, options: dict[str, Any]) -> None:
@@ -175,15 +179,15 @@ def test_clipping_sees_the_norm_of_the_gradients_that_are_used(base: Any, oracle
 
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 def test_a_frozen_fit_is_bit_identical_to_one_frozen_by_hand(optimizer: Any) -> None:
-    module = Classifier(optimizer=optimizer)
+    module = PretrainedClassifier(optimizer=optimizer)
     fit(module, freezer())
-    expected = ByHand(Classifier, optimizer=optimizer)
+    expected = AsIfByHand(PretrainedClassifier, optimizer=optimizer)
     fit(expected)
     assert state(module) == state(expected)
 
 
 def test_gradient_accumulation_moves_nothing() -> None:
-    module, frozen = Classifier(optimizer=adamw), freezer()
+    module, frozen = PretrainedClassifier(optimizer=adamw), freezer()
     with held(module):
         fit(module, frozen, accumulate_grad_batches=3)
     assert frozen.report is not None
@@ -193,7 +197,7 @@ def test_gradient_accumulation_moves_nothing() -> None:
 
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 def test_manual_optimization_with_several_optimizers_moves_nothing(optimizer: Any) -> None:
-    module, frozen = Manual(optimizer=optimizer), freezer()
+    module, frozen = ManualClassifier(optimizer=optimizer), freezer()
     with held(module):
         fit(module, frozen)
     assert frozen.report is not None
@@ -201,7 +205,7 @@ def test_manual_optimization_with_several_optimizers_moves_nothing(optimizer: An
 
 
 def test_an_optimizer_stepped_behind_lightnings_back_moves_nothing() -> None:
-    module, frozen = Manual(optimizer=adamw), freezer()
+    module, frozen = ManualClassifier(optimizer=adamw), freezer()
     module.plain = True
     with held(module):
         fit(module, frozen)
@@ -210,7 +214,7 @@ def test_an_optimizer_stepped_behind_lightnings_back_moves_nothing() -> None:
 
 
 def test_a_backward_and_a_step_of_which_lightning_knows_nothing_are_healed_and_reported() -> None:
-    class Plain(Manual):
+    class Plain(ManualClassifier):
         plain = True
 
         def manual_backward(self, loss: Tensor, *_: Any, **__: Any) -> None:
@@ -233,7 +237,7 @@ def lbfgs(parameters: Any) -> torch.optim.Optimizer:
 @pytest.mark.parametrize("interval", [1.0, 1])
 def test_an_optimizer_that_moves_parameters_without_gradient_is_healed_and_named(interval: float) -> None:
     # LBFGS keeps a history of directions, those from before the freeze among them.
-    module, frozen, seen = Classifier(optimizer=lbfgs), freezer(start_epoch=1), []
+    module, frozen, seen = PretrainedClassifier(optimizer=lbfgs), freezer(start_epoch=1), []
 
     def note(trainer: Any, pl_module: Any, *_: Any) -> None:
         if trainer.global_step >= BATCHES:
@@ -257,9 +261,9 @@ def test_an_optimizer_that_moves_parameters_without_gradient_is_healed_and_named
 
 @pytest.mark.parametrize(("stats", "affine"), [(True, False), (False, True)])
 def test_statistics_and_affine_are_frozen_separately(stats: bool, affine: bool) -> None:
-    module, watch = Classifier(), Watch()
+    module, watch = PretrainedClassifier(), Watch()
     fit(module, freezer(stats=stats, affine=affine), watch)
-    before, after = values(Classifier(), BODY), values(module, BODY)
+    before, after = values(PretrainedClassifier(), BODY), values(module, BODY)
     frozen = ("running_mean", "running_var", "num_batches_tracked") if stats else ("weight", "bias")
     for key, value in before.items():
         assert (after[key] == value) == key.endswith(frozen), key
@@ -304,7 +308,7 @@ def initialized_lazy() -> nn.Module:
     ],
 )
 def test_every_kind_of_batch_norm_is_frozen(build: Any, shape: tuple[int, ...], optimizer: Any) -> None:
-    module = Classifier(fill_statistics(seeded(lambda: Single(build(), shape))), optimizer)
+    module = PretrainedClassifier(fill_statistics(seeded(lambda: Single(build(), shape))), optimizer)
     kind = type(layers(module)["net.norm"])
     frozen = freezer(modules="norm")
     with held(module, ("net.norm",)):
@@ -315,20 +319,20 @@ def test_every_kind_of_batch_norm_is_frozen(build: Any, shape: tuple[int, ...], 
 
 
 def test_a_lazy_layer_that_saw_no_batch_is_an_error_that_names_it() -> None:
-    module = Classifier(Single(nn.LazyBatchNorm2d(), (3, 2, 2)))
+    module = PretrainedClassifier(Single(nn.LazyBatchNorm2d(), (3, 2, 2)))
     with pytest.raises(SelectionError, match=r"net\.norm.*forward"):
         fit(module, freezer(modules="norm"))
 
 
 def test_a_layer_without_running_statistics_is_an_error_that_names_it() -> None:
-    module = Classifier(Single(nn.BatchNorm2d(3, track_running_stats=False), (3, 2, 2)))
+    module = PretrainedClassifier(Single(nn.BatchNorm2d(3, track_running_stats=False), (3, 2, 2)))
     with pytest.raises(SelectionError, match=r"net\.norm.*stats=False"):
         fit(module, freezer(modules="norm"))
 
 
 def test_affine_of_a_layer_without_running_statistics_is_frozen() -> None:
     norm = nn.BatchNorm2d(3, track_running_stats=False)
-    module = Classifier(fill_statistics(seeded(lambda: Single(norm, (3, 2, 2)))))
+    module = PretrainedClassifier(fill_statistics(seeded(lambda: Single(norm, (3, 2, 2)))))
     with held(module, ("net.norm",)):
         fit(module, freezer(modules="norm", stats=False))
 
@@ -337,7 +341,7 @@ def test_affine_of_a_layer_without_running_statistics_is_frozen() -> None:
 def test_a_layer_shared_under_two_names_is_frozen_under_either(path: str) -> None:
     shared = fill_statistics(seeded(SharedNorm))
     net = nn.Sequential(nn.Linear(3, 12), nn.Unflatten(1, (3, 2, 2)), shared, nn.Flatten(), nn.Linear(12, 2))
-    module, frozen = Classifier(net), freezer(modules=f"2.{path}")
+    module, frozen = PretrainedClassifier(net), freezer(modules=f"2.{path}")
     with held(module, ("net.2.first.norm",)):
         fit(module, frozen)
     assert frozen.report is not None
@@ -345,7 +349,7 @@ def test_a_layer_shared_under_two_names_is_frozen_under_either(path: str) -> Non
 
 
 def test_only_batch_norm_is_frozen() -> None:
-    module = Classifier()
+    module = PretrainedClassifier()
     before = state(module)
     fit(module, freezer())
     after = state(module)
@@ -356,7 +360,7 @@ def test_only_batch_norm_is_frozen() -> None:
 
 def test_a_frozen_layer_normalizes_with_its_running_statistics_in_training() -> None:
     normalized: list[tuple[Tensor, Tensor]] = []
-    module = Classifier()
+    module = PretrainedClassifier()
     layer = layers(module)[BODY[0]]
     layer.register_forward_hook(lambda layer, inputs, output: normalized.append((inputs[0].detach(), output.detach())))
     mean, var = layer.running_mean.clone(), layer.running_var.clone()
@@ -389,9 +393,9 @@ def test_a_frozen_layer_normalizes_with_its_running_statistics_in_training() -> 
 def test_train_called_in_any_hook_does_not_thaw_a_layer(hook: str) -> None:
     def train(self: pl.LightningModule, *arguments: Any) -> Any:
         self.train()
-        return Classifier.training_step(self, *arguments) if hook == "training_step" else None  # type: ignore[arg-type]
+        return PretrainedClassifier.training_step(self, *arguments) if hook == "training_step" else None  # type: ignore[arg-type]
 
-    module, frozen = type("Adversary", (Classifier,), {hook: train})(), freezer()
+    module, frozen = type("Adversary", (PretrainedClassifier,), {hook: train})(), freezer()
     with held(module):
         fit(module, frozen, val_check_interval=2)
     assert frozen.report is not None
@@ -399,7 +403,7 @@ def test_train_called_in_any_hook_does_not_thaw_a_layer(hook: str) -> None:
 
 
 def test_train_called_on_the_layer_itself_in_training_step_does_not_thaw_it() -> None:
-    class Adversary(Classifier):
+    class Adversary(PretrainedClassifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.net.body[1].train()
             self.net.body[4].train(True)
@@ -412,7 +416,7 @@ def test_train_called_on_the_layer_itself_in_training_step_does_not_thaw_it() ->
     assert frozen.report.identical
 
 
-class SetsTheFlag(Classifier):
+class SetsTheFlag(PretrainedClassifier):
     """Sets the flag itself in every step, which no ``train`` method sees."""
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:
@@ -452,7 +456,7 @@ def test_a_layer_whose_flag_is_set_again_and_again_is_guarded_before_its_forward
 
 
 def test_validation_in_mid_epoch_thaws_nothing() -> None:
-    module, watch, frozen = Classifier(), Watch(), freezer()
+    module, watch, frozen = PretrainedClassifier(), Watch(), freezer()
     with held(module):
         fit(module, watch, frozen, val_check_interval=1)
     assert not any(moved[name] for moved in watch.stats for name in BODY)
@@ -462,7 +466,7 @@ def test_validation_in_mid_epoch_thaws_nothing() -> None:
 
 def test_the_sanity_check_moves_nothing_and_lightning_does_not_warn_of_modules_in_eval() -> None:
     # Warnings are errors here: freezing before the sanity check would make Lightning count modules in eval mode.
-    module, frozen = Classifier(), freezer()
+    module, frozen = PretrainedClassifier(), freezer()
     with held(module):
         fit(module, frozen, num_sanity_val_steps=-1)
     assert frozen.report is not None
@@ -527,14 +531,16 @@ WRITERS = {
 named = pytest.mark.parametrize("write", list(WRITERS), ids=lambda write: write.__name__)
 
 
-def writing(write: Callable[[_BatchNorm], None], at_step: int, hook: str = "on_train_batch_end") -> Classifier:
+def writing(
+    write: Callable[[_BatchNorm], None], at_step: int, hook: str = "on_train_batch_end"
+) -> PretrainedClassifier:
     """A module that writes to a frozen layer once, in one of its hooks, which run after those of all callbacks."""
 
     def act(self: pl.LightningModule, *arguments: Any) -> None:
         if self.global_step == at_step:
             write(layers(self)[BODY[0]])
 
-    return type("Writing", (Classifier,), {hook: act})()
+    return type("Writing", (PretrainedClassifier,), {hook: act})()
 
 
 @named
@@ -560,7 +566,7 @@ def test_a_written_value_does_not_reach_validation(write: Any) -> None:
     frozen = freezer()
     with noticed():
         fit(module, frozen, Hooked(on_validation_batch_start=lambda *a: seen.append(values(a[1], BODY))))
-    expected = values(Classifier(), BODY)
+    expected = values(PretrainedClassifier(), BODY)
     assert len(seen) > EPOCHS
     assert all(one == expected for one in seen)
 
@@ -579,7 +585,7 @@ def test_a_written_value_does_not_reach_validation(write: Any) -> None:
 def test_a_written_value_does_not_reach_a_checkpoint(
     write: Any, every: dict[str, int], save_weights_only: bool, tmp_path: Path
 ) -> None:
-    class Writing(Classifier):
+    class Writing(PretrainedClassifier):
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             if self.global_step in (1, 2 * BATCHES - 1):
                 write(layers(self)[BODY[0]])
@@ -604,7 +610,7 @@ def test_a_value_written_in_the_last_step_of_an_epoch_without_validation_does_no
     with noticed():
         fit(module, freezer(), keep, limit_val_batches=0)
     checkpoint = torch.load(tmp_path / f"step={BATCHES}.ckpt", weights_only=True)
-    assert saved(checkpoint["state_dict"]) == values(Classifier(), BODY)
+    assert saved(checkpoint["state_dict"]) == values(PretrainedClassifier(), BODY)
 
 
 @pytest.mark.parametrize("write", [add_in_place, set_data, replace_buffer], ids=lambda write: write.__name__)
@@ -618,7 +624,7 @@ def test_what_is_written_in_validation_does_not_reach_the_training_after_it(writ
             val_check_interval=2,
         )
     assert len(seen) == EPOCHS * BATCHES
-    assert all(one == values(Classifier(), BODY) for one in seen)
+    assert all(one == values(PretrainedClassifier(), BODY) for one in seen)
 
 
 def test_a_value_moved_by_a_hair_and_back_again_is_not_reported() -> None:
@@ -640,7 +646,7 @@ def test_finetuning_of_lightning_beside_it_moves_nothing() -> None:
             if epoch == 1:
                 self.unfreeze_and_add_param_group(pl_module.net.body, optimizer, lr=0.05)
 
-    class OverWhatTrains(Classifier):
+    class OverWhatTrains(PretrainedClassifier):
         def configure_optimizers(self) -> Any:
             return sgd(p for p in self.parameters() if p.requires_grad)
 
@@ -658,7 +664,7 @@ def test_finetuning_of_lightning_beside_it_moves_nothing() -> None:
 def test_values_given_inside_allow_updates_are_the_frozen_ones_afterwards() -> None:
     frozen = freezer()
 
-    class Updating(Classifier):
+    class Updating(PretrainedClassifier):
         def on_train_epoch_start(self) -> None:
             if self.current_epoch == 1:
                 with frozen.allow_updates():
@@ -677,7 +683,7 @@ def test_values_given_inside_allow_updates_are_the_frozen_ones_afterwards() -> N
 def test_a_layer_in_allow_updates_trains_and_afterwards_is_frozen_at_once() -> None:
     frozen = freezer()
 
-    class Updating(Classifier):
+    class Updating(PretrainedClassifier):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             if self.global_step == 2:
                 with frozen.allow_updates():
@@ -694,7 +700,7 @@ def test_a_layer_in_allow_updates_trains_and_afterwards_is_frozen_at_once() -> N
 
 def test_allow_updates_is_harmless_outside_a_fit_and_where_the_freeze_is_off() -> None:
     frozen = freezer(start_epoch=1)
-    module = Classifier()
+    module = PretrainedClassifier()
     with frozen.allow_updates():
         pass
 
@@ -714,7 +720,7 @@ def test_allow_updates_is_harmless_outside_a_fit_and_where_the_freeze_is_off() -
 
 
 def test_layers_built_in_configure_model_are_frozen() -> None:
-    class Late(Classifier):
+    class Late(PretrainedClassifier):
         def __init__(self) -> None:
             super().__init__(nn.Identity())
 
@@ -724,14 +730,14 @@ def test_layers_built_in_configure_model_are_frozen() -> None:
 
     module, frozen = Late(), freezer()
     fit(module, frozen)
-    assert values(module, BODY) == values(Classifier(), BODY)
-    assert values(module, [HEAD]) != values(Classifier(), [HEAD])
+    assert values(module, BODY) == values(PretrainedClassifier(), BODY)
+    assert values(module, [HEAD]) != values(PretrainedClassifier(), [HEAD])
     assert frozen.report is not None
     assert frozen.report.identical
 
 
 def test_layers_of_a_compiled_backbone_are_frozen_under_their_plain_names() -> None:
-    class Compiled(Classifier):
+    class Compiled(PretrainedClassifier):
         def on_train_epoch_start(self) -> None:
             self.train()
 
@@ -746,32 +752,32 @@ def test_layers_of_a_compiled_backbone_are_frozen_under_their_plain_names() -> N
 
     fit(module, Hooked(on_train_epoch_start=note), frozen, max_epochs=3)
     assert values(module, BODY) == at_freeze
-    assert values(Classifier(), BODY) != at_freeze
+    assert values(PretrainedClassifier(), BODY) != at_freeze
     assert frozen.report is not None
     assert frozen.report.identical
     assert frozen.report.layers == BODY
 
 
 def test_weights_loaded_in_the_modules_own_on_train_start_are_the_frozen_ones() -> None:
-    class Loading(Classifier):
+    class Loading(PretrainedClassifier):
         def on_train_start(self) -> None:
             self.net.load_state_dict(loaded)
 
-    loaded = fill_statistics(seeded(Net), seed=5).state_dict()
+    loaded = fill_statistics(seeded(BodyAndHead), seed=5).state_dict()
     module, frozen = Loading(), freezer()
     fit(module, frozen)
-    assert values(module, BODY) == values(Classifier(fill_statistics(seeded(Net), seed=5)), BODY)
+    assert values(module, BODY) == values(PretrainedClassifier(fill_statistics(seeded(BodyAndHead), seed=5)), BODY)
     assert frozen.report is not None
     assert frozen.report.identical
 
 
 def test_statistics_that_are_still_those_of_construction_are_warned_of() -> None:
     with pytest.warns(UserWarning, match=r"statistics of construction.*'net\.body\.1'"):
-        fit(Classifier(seeded(Net)), freezer())
+        fit(PretrainedClassifier(seeded(BodyAndHead)), freezer())
 
 
 def test_a_selection_that_means_no_layer_is_an_error_before_training() -> None:
-    module = Classifier()
+    module = PretrainedClassifier()
     before = state(module)
     with pytest.raises(SelectionError, match=r"bodi.*Closest.*'body'"):
         fit(module, freezer(modules="bodi"))
@@ -784,7 +790,7 @@ def test_a_selection_that_means_no_layer_is_an_error_before_training() -> None:
 @pytest.mark.parametrize("interval", [1.0, 2])
 @pytest.mark.parametrize("found", [True, False], ids=["found in train", "found in eval"])
 def test_modes_classes_and_flags_are_given_back_when_the_fit_ends(found: bool, interval: float) -> None:
-    module = Classifier()
+    module = PretrainedClassifier()
     for name in BODY:
         layers(module)[name].train(found)
     before = modes(module)
@@ -811,9 +817,9 @@ def test_modes_of_the_frozen_layers_are_given_back_after_an_exception(where: str
     def fail(self: pl.LightningModule, *arguments: Any) -> None:
         if self.global_step:
             raise RuntimeError("as planned")
-        return Classifier.training_step(self, *arguments) if where == "training_step" else None  # type: ignore[arg-type]
+        return PretrainedClassifier.training_step(self, *arguments) if where == "training_step" else None  # type: ignore[arg-type]
 
-    module = type("Failing", (Classifier,), {where: fail})()
+    module = type("Failing", (PretrainedClassifier,), {where: fail})()
     for name in BODY:
         layers(module)[name].train(found)
     before = values(module, BODY)
@@ -829,7 +835,7 @@ def test_modes_of_the_frozen_layers_are_given_back_after_an_exception(where: str
 
 
 def test_a_keyboard_interrupt_gives_the_layers_back_too() -> None:
-    class Interrupted(Classifier):
+    class Interrupted(PretrainedClassifier):
         def on_train_epoch_end(self) -> None:
             raise KeyboardInterrupt
 
@@ -842,7 +848,7 @@ def test_a_keyboard_interrupt_gives_the_layers_back_too() -> None:
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_later_trainer_without_a_freezer_trains_the_layers(fails: bool) -> None:
-    class Failing(Classifier):
+    class Failing(PretrainedClassifier):
         fails = False
 
         def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -861,7 +867,7 @@ def test_a_later_trainer_without_a_freezer_trains_the_layers(fails: bool) -> Non
 
 
 def test_a_trainer_that_fits_twice_freezes_twice() -> None:
-    module, frozen = Classifier(), freezer()
+    module, frozen = PretrainedClassifier(), freezer()
     trainer = fit(module, frozen)
     first = frozen.report
     trainer.fit_loop.max_epochs = 2 * EPOCHS
@@ -872,11 +878,11 @@ def test_a_trainer_that_fits_twice_freezes_twice() -> None:
     assert frozen.report is not None
     assert frozen.report is not first
     assert frozen.report.identical
-    assert modes(module) == modes(Classifier())
+    assert modes(module) == modes(PretrainedClassifier())
 
 
 def test_what_the_ground_floor_froze_stays_frozen_after_the_fit() -> None:
-    module = Classifier()
+    module = PretrainedClassifier()
     freeze_batch_norm(module, "net.body.1")
     with pytest.warns(UserWarning, match="in eval mode"):
         fit(module, freezer())
@@ -888,7 +894,7 @@ def test_what_the_ground_floor_froze_stays_frozen_after_the_fit() -> None:
 
 
 def test_the_gradients_that_are_there_when_a_freeze_begins_are_dropped() -> None:
-    module, seen = Classifier(), {}
+    module, seen = PretrainedClassifier(), {}
 
     def note(trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         seen[trainer.global_step] = [p.grad is None for name in BODY for p in layers(pl_module)[name].parameters()]
@@ -899,7 +905,7 @@ def test_the_gradients_that_are_there_when_a_freeze_begins_are_dropped() -> None
 
 
 def test_the_parameters_stay_in_their_optimizer_group_and_are_the_same_objects() -> None:
-    module = Classifier(optimizer=adamw)
+    module = PretrainedClassifier(optimizer=adamw)
     before = {name: id(parameter) for name, parameter in module.named_parameters()}
     trainer = fit(module, freezer())
     assert {name: id(parameter) for name, parameter in module.named_parameters()} == before
@@ -909,7 +915,7 @@ def test_the_parameters_stay_in_their_optimizer_group_and_are_the_same_objects()
 
 @pytest.mark.parametrize("options", [{"fast_dev_run": True}, {"barebones": True}, {"limit_val_batches": 0}])
 def test_the_shorter_ways_through_a_trainer_freeze_as_well(options: dict[str, Any]) -> None:
-    module, frozen = Classifier(), freezer()
+    module, frozen = PretrainedClassifier(), freezer()
     if "barebones" in options:
         trainer = pl.Trainer(accelerator="cpu", max_epochs=1, callbacks=[frozen], barebones=True)
         with held(module):
@@ -923,7 +929,7 @@ def test_the_shorter_ways_through_a_trainer_freeze_as_well(options: dict[str, An
 
 @pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true"])
 def test_frozen_values_are_bit_identical_in_half_precision(precision: str) -> None:
-    module, frozen, first = Classifier(optimizer=adamw), freezer(), {}
+    module, frozen, first = PretrainedClassifier(optimizer=adamw), freezer(), {}
 
     def note(trainer: Any, pl_module: Any) -> None:
         first.update(values(pl_module, BODY))
@@ -942,10 +948,10 @@ def test_nothing_to_freeze_is_refused() -> None:
 
 
 def test_validate_and_test_without_a_fit_leave_the_layers_alone() -> None:
-    module, frozen = Classifier(), freezer()
+    module, frozen = PretrainedClassifier(), freezer()
     before = state(module)
     trainer = trainer_of(frozen)
     trainer.validate(module, loader(), verbose=False)
     assert state(module) == before
-    assert modes(module) == modes(Classifier())
+    assert modes(module) == modes(PretrainedClassifier())
     assert frozen.report is None

@@ -19,10 +19,10 @@ from tests.callbacks.freezing_fits import (
     BATCHES,
     BODY,
     HEAD,
-    Classifier,
+    FrozenByHand,
     Hooked,
     Located,
-    Net,
+    PretrainedClassifier,
     adamw,
     fit,
     freezer,
@@ -32,7 +32,7 @@ from tests.callbacks.freezing_fits import (
     state,
     values,
 )
-from tests.models import fill_statistics, seeded
+from tests.models import BodyAndHead, fill_statistics, seeded
 
 #: Enough updates for an average of equal values to drift by its own rounding.
 LONG = 10
@@ -60,22 +60,9 @@ def average_of(averaging: Any) -> nn.Module:
     return averaging._average_model.module
 
 
-class FrozenByHand(Classifier):
-    """Frozen without the package."""
-
-    def __init__(self) -> None:
-        super().__init__(optimizer=adamw)
-        for name in BODY:
-            layers(self)[name].requires_grad_(False)
-
-    def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
-        for name in BODY:
-            layers(self)[name].eval()
-
-
 def test_an_average_of_equal_values_drifts_by_its_own_rounding() -> None:
     # Why the average has to be looked after: without the freezer, what it saves is not what was frozen.
-    module = FrozenByHand()
+    module = FrozenByHand(optimizer=adamw)
     expected = values(module, BODY)
     fit(module, EMAWeightAveraging(decay=0.9), max_epochs=LONG)
     assert values(module, BODY) != expected
@@ -86,7 +73,7 @@ def test_an_average_of_equal_values_drifts_by_its_own_rounding() -> None:
 def test_frozen_values_are_bit_identical_live_in_the_average_in_validation_and_in_every_checkpoint(
     averaging: Any, freezer_first: bool, tmp_path: Path
 ) -> None:
-    module, frozen, averages, seen = Classifier(optimizer=adamw), freezer(), averaging(), []
+    module, frozen, averages, seen = PretrainedClassifier(optimizer=adamw), freezer(), averaging(), []
     expected, head = values(module, BODY), values(module, [HEAD])
     swapped = []
 
@@ -120,7 +107,7 @@ def test_frozen_values_are_bit_identical_live_in_the_average_in_validation_and_i
 def test_a_freeze_beside_an_average_that_is_already_under_way_holds_each_at_its_own_values(
     averaging: Any, freezer_first: bool, tmp_path: Path
 ) -> None:
-    module, frozen, averages = Classifier(optimizer=adamw), freezer(start_epoch=2), averaging()
+    module, frozen, averages = PretrainedClassifier(optimizer=adamw), freezer(start_epoch=2), averaging()
     live: list[dict[str, bytes]] = []
     average: list[dict[str, bytes]] = []
     validated: list[dict[str, bytes]] = []
@@ -151,13 +138,13 @@ def test_a_freeze_beside_an_average_that_is_already_under_way_holds_each_at_its_
 
 @freezer_first
 def test_an_average_that_was_made_before_the_weights_were_loaded_holds_what_was_loaded(freezer_first: bool) -> None:
-    class Loading(Classifier):
+    class Loading(PretrainedClassifier):
         def on_train_start(self) -> None:
             self.net.load_state_dict(loaded)
 
-    loaded = fill_statistics(seeded(Net), seed=5).state_dict()
+    loaded = fill_statistics(seeded(BodyAndHead), seed=5).state_dict()
     module, frozen, averages = Loading(optimizer=adamw), freezer(), EMAWeightAveraging(decay=0.9)
-    expected = values(Classifier(fill_statistics(seeded(Net), seed=5)), BODY)
+    expected = values(PretrainedClassifier(fill_statistics(seeded(BodyAndHead), seed=5)), BODY)
     fit(module, *ordered(freezer_first, frozen, averages), max_epochs=3)
     assert values(module, BODY) == expected
     assert values(average_of(averages), BODY) == expected
@@ -167,14 +154,18 @@ def test_an_average_that_was_made_before_the_weights_were_loaded_holds_what_was_
 
 @freezer_first
 def test_an_average_whose_freeze_has_ended_averages_again(freezer_first: bool) -> None:
-    module, frozen, averages = Classifier(optimizer=adamw), freezer(stop_epoch=2), EMAWeightAveraging(decay=0.5)
+    module, frozen, averages = (
+        PretrainedClassifier(optimizer=adamw),
+        freezer(stop_epoch=2),
+        EMAWeightAveraging(decay=0.5),
+    )
     noted: dict[int, dict[str, bytes]] = {}
 
     def note(trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         noted[trainer.global_step] = values(average_of(averages), BODY)
 
     fit(module, Hooked(on_train_batch_start=note), *ordered(freezer_first, frozen, averages), max_epochs=3)
-    assert noted[2 * BATCHES] == values(Classifier(), BODY)
+    assert noted[2 * BATCHES] == values(PretrainedClassifier(), BODY)
     assert all(value != noted[2 * BATCHES][key] for key, value in noted[2 * BATCHES + 2].items())
 
 
@@ -201,7 +192,7 @@ def test_a_run_with_averages_resumed_in_mid_epoch_equals_the_uninterrupted_one(
 
 @freezer_first
 def test_stochastic_weight_averaging_is_put_right_and_named(freezer_first: bool) -> None:
-    module, frozen = Classifier(), freezer()
+    module, frozen = PretrainedClassifier(), freezer()
     expected = values(module, BODY)
     swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=1)
     seen = []
@@ -225,7 +216,7 @@ def test_stochastic_weight_averaging_is_put_right_and_named(freezer_first: bool)
 
 @freezer_first
 def test_frozen_layers_stay_out_of_a_recalibration_of_averaged_weights(freezer_first: bool) -> None:
-    module, frozen = Classifier(optimizer=adamw), freezer()
+    module, frozen = PretrainedClassifier(optimizer=adamw), freezer()
     expected = values(module, BODY)
     precise = PreciseBatchNorm(num_batches=2)
     fit(module, *ordered(freezer_first, frozen, precise, EMAWeightAveraging(decay=0.9)), max_epochs=6)
@@ -238,7 +229,7 @@ def test_frozen_layers_stay_out_of_a_recalibration_of_averaged_weights(freezer_f
 
 def test_a_write_while_averages_are_swapped_in_is_not_taken_for_the_models_own() -> None:
     # Nothing is healed while averages stand in the place of the weights: the average's values would be "put back".
-    module, averages, seen = Classifier(optimizer=adamw), EMAWeightAveraging(decay=0.9), []
+    module, averages, seen = PretrainedClassifier(optimizer=adamw), EMAWeightAveraging(decay=0.9), []
     frozen = freezer(start_epoch=1)
 
     def save(trainer: Any, pl_module: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
@@ -257,7 +248,7 @@ def test_a_write_while_averages_are_swapped_in_is_not_taken_for_the_models_own()
 def test_updates_that_are_allowed_reach_the_live_model_beside_an_average() -> None:
     frozen, averages = freezer(), EMAWeightAveraging(decay=0.5)
 
-    class Updating(Classifier):
+    class Updating(PretrainedClassifier):
         def on_train_epoch_start(self) -> None:
             if self.current_epoch == 1:
                 with frozen.allow_updates():

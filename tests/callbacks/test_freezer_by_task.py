@@ -269,7 +269,7 @@ def test_activations_recomputed_in_the_backward_contribute_no_more(reentrant: bo
     assert values(module, ALL - FROZEN["det"]) != values(before, ALL - FROZEN["det"])
 
 
-class Manual(MultiTask):
+class ManualMultiTask(MultiTask):
     """Two steps of two optimizers for every batch."""
 
     def __init__(self, optimizer: Any = sgd) -> None:
@@ -289,7 +289,7 @@ class Manual(MultiTask):
 
 @pytest.mark.parametrize("optimizer", [sgd, adamw])
 def test_manual_optimization_with_several_steps_for_one_batch(optimizer: Any) -> None:
-    module, watch, frozen = Manual(optimizer), Watch(), freezer()
+    module, watch, frozen = ManualMultiTask(optimizer), Watch(), freezer()
     tasks = ["det", "seg", "depth", "det"]
     fit(module, tasks, watch, frozen)
     for noted in (watch.stats, watch.affine):

@@ -8,18 +8,18 @@ from torch.nn.utils import parametrize
 
 from lightning_bn import BatchNormFreezer, PreciseBatchNorm
 from lightning_bn.functional import take_snapshot
-from tests.callbacks.freezing_fits import BODY, Classifier, fit, freezer, layers, said, values
+from tests.callbacks.freezing_fits import BODY, PretrainedClassifier, fit, freezer, layers, said, values
 from tests.models import bits, fill_statistics
 
 
 def test_a_layer_that_is_replaced_in_mid_fit_is_frozen_too_with_the_kept_values() -> None:
-    class Replaces(Classifier):
+    class Replaces(PretrainedClassifier):
         def on_train_epoch_start(self) -> None:
             if self.current_epoch == 1:
                 self.net.body[1] = nn.BatchNorm1d(4)
 
     module, frozen = Replaces(), freezer()
-    before = values(Classifier(), BODY)
+    before = values(PretrainedClassifier(), BODY)
     with pytest.warns(UserWarning, match=r"net\.body\.1 \(layer \(replaced by another one\)"):
         fit(module, frozen)
     assert values(module, BODY) == before
@@ -32,7 +32,7 @@ def test_affine_parameters_of_a_parametrized_layer_do_not_move() -> None:
         def forward(self, weight: Tensor) -> Tensor:
             return weight / 2
 
-    module, frozen = Classifier(), freezer()
+    module, frozen = PretrainedClassifier(), freezer()
     parametrize.register_parametrization(module.net.body[1], "weight", Halved())
     original = module.net.body[1].parametrizations.weight.original
     before = bits(original)
@@ -43,12 +43,12 @@ def test_affine_parameters_of_a_parametrized_layer_do_not_move() -> None:
 
 
 def test_statistics_do_not_move_in_a_sanity_check_in_train_mode() -> None:
-    class TrainsInThere(Classifier):
+    class TrainsInThere(PretrainedClassifier):
         def on_validation_model_eval(self) -> None:
             self.train()
 
     module, frozen = TrainsInThere(), freezer()
-    before = values(Classifier(), BODY)
+    before = values(PretrainedClassifier(), BODY)
     fit(module, frozen, num_sanity_val_steps=2)
     assert values(module, BODY) == before
 
@@ -61,17 +61,17 @@ def test_what_a_later_freeze_holds_are_the_precise_statistics_also_where_others_
             if trainer.current_epoch == 0 and not trainer.sanity_checking:
                 expected["body"] = take_snapshot(pl_module, "net.body")
 
-    precise, module = PreciseBatchNorm(num_batches=4, restore=True), Classifier()
+    precise, module = PreciseBatchNorm(num_batches=4, restore=True), PretrainedClassifier()
     fit(module, precise, freezer(start_epoch=1), Notes(), max_epochs=2)
     assert take_snapshot(module, "net.body").same_bits(expected["body"])
 
 
 def test_what_became_of_another_plan_is_not_counted_in_this_one(tmp_path) -> None:
-    first = fit(Classifier(), freezer(), max_epochs=1)
+    first = fit(PretrainedClassifier(), freezer(), max_epochs=1)
     first.save_checkpoint(tmp_path / "last.ckpt")
     frozen = BatchNormFreezer("body.1", root="net")
     with pytest.warns(UserWarning, match="another plan"):
-        fit(Classifier(), frozen, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
+        fit(PretrainedClassifier(), frozen, max_epochs=2, ckpt_path=tmp_path / "last.ckpt")
     assert frozen.report is not None
     assert frozen.report.steps == 4
 
@@ -79,7 +79,7 @@ def test_what_became_of_another_plan_is_not_counted_in_this_one(tmp_path) -> Non
 def test_a_schedule_that_is_never_reached_is_said_and_proves_nothing() -> None:
     frozen = freezer(start_epoch=50)
     with said() as lines:
-        fit(Classifier(), frozen)
+        fit(PretrainedClassifier(), frozen)
     assert any("from epoch 50 is never reached with max_epochs=2" in line for line in lines)
     assert any("the freeze was never on" in line for line in lines)
 

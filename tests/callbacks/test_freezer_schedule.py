@@ -13,9 +13,9 @@ from tests.callbacks.freezing_fits import (
     BATCHES,
     BODY,
     HEAD,
-    Classifier,
     Hooked,
     Located,
+    PretrainedClassifier,
     Watch,
     adamw,
     fit,
@@ -60,7 +60,7 @@ def as_flags(expected: str) -> list[bool]:
 def test_the_layers_are_frozen_in_these_steps_and_train_in_all_others(
     settings: dict[str, int], expected: str, interval: float
 ) -> None:
-    module, watch, frozen = Classifier(), Watch(), freezer(**settings)
+    module, watch, frozen = PretrainedClassifier(), Watch(), freezer(**settings)
     fit(module, watch, frozen, max_epochs=3, val_check_interval=interval)
     flags = as_flags(expected)
     for name in BODY:
@@ -73,7 +73,7 @@ def test_the_layers_are_frozen_in_these_steps_and_train_in_all_others(
 
 
 def test_steps_are_optimizer_steps_under_gradient_accumulation() -> None:
-    module, watch, frozen = Classifier(), Watch(), freezer(start_step=1, stop_step=3)
+    module, watch, frozen = PretrainedClassifier(), Watch(), freezer(start_step=1, stop_step=3)
     fit(module, watch, frozen, accumulate_grad_batches=2, max_epochs=2)
     assert [not moved[BODY[0]] for moved in watch.stats] == as_flags("..xx xx..")
     assert frozen.report is not None
@@ -81,7 +81,7 @@ def test_steps_are_optimizer_steps_under_gradient_accumulation() -> None:
 
 
 def test_a_freeze_that_ends_leaves_the_layers_as_if_by_hand() -> None:
-    class ByHand(Classifier):
+    class ByHand(PretrainedClassifier):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             for name in BODY:
                 layers(self)[name].train(not self.global_step < BATCHES + 1)
@@ -92,7 +92,7 @@ def test_a_freeze_that_ends_leaves_the_layers_as_if_by_hand() -> None:
                     for parameter in layers(self)[name].parameters():
                         parameter.grad = None
 
-    module, by_hand = Classifier(optimizer=adamw), ByHand(optimizer=adamw)
+    module, by_hand = PretrainedClassifier(optimizer=adamw), ByHand(optimizer=adamw)
     fit(module, freezer(stop_step=BATCHES + 1), max_epochs=3)
     fit(by_hand, max_epochs=3)
     assert state(module) == state(by_hand)
@@ -101,7 +101,7 @@ def test_a_freeze_that_ends_leaves_the_layers_as_if_by_hand() -> None:
 @pytest.mark.parametrize("settings", [{"start_epoch": -2}, {"stop_epoch": -1}])
 def test_epochs_that_count_from_an_end_that_is_not_known_are_an_error(settings: dict[str, int]) -> None:
     with pytest.raises(MisconfigurationException, match=r"=-\d.*max_epochs=-1.*set max_epochs or use steps"):
-        fit(Classifier(), freezer(**settings), max_epochs=-1, max_steps=3)
+        fit(PretrainedClassifier(), freezer(**settings), max_epochs=-1, max_steps=3)
 
 
 @pytest.mark.parametrize(
@@ -152,7 +152,7 @@ def test_a_resumed_run_that_trains_longer_counts_from_its_own_end(tmp_path: Path
 
 @pytest.mark.parametrize("freezer_first", [True, False])
 def test_what_the_last_epochs_freeze_are_the_precise_statistics(freezer_first: bool) -> None:
-    module, watch, frozen = Classifier(), Watch(), freezer(start_epoch=-1)
+    module, watch, frozen = PretrainedClassifier(), Watch(), freezer(start_epoch=-1)
     precise = PreciseBatchNorm(num_batches=BATCHES)
     by_epoch = []
 
@@ -174,6 +174,6 @@ def test_what_the_last_epochs_freeze_are_the_precise_statistics(freezer_first: b
 
 def test_the_report_of_a_freeze_that_never_began_claims_no_steps() -> None:
     frozen = BatchNormFreezer("body", root="net", start_epoch=7)
-    fit(Classifier(), frozen)
+    fit(PretrainedClassifier(), frozen)
     assert frozen.report is not None
     assert frozen.report.steps == 0

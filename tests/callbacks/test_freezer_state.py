@@ -17,9 +17,9 @@ from tests.callbacks.freezing_fits import (
     BODY,
     EPOCHS,
     HEAD,
-    Classifier,
     Hooked,
     Located,
+    PretrainedClassifier,
     Watch,
     adamw,
     fit,
@@ -57,14 +57,14 @@ class Moving(Located):
 def test_there_is_no_report_before_a_fit_and_none_while_it_runs() -> None:
     frozen, seen = freezer(), []
     assert frozen.report is None
-    fit(Classifier(), frozen, Hooked(on_train_batch_end=lambda *a: seen.append(frozen.report)))
-    fit(Classifier(), frozen, Hooked(on_train_batch_end=lambda *a: seen.append(frozen.report)))
+    fit(PretrainedClassifier(), frozen, Hooked(on_train_batch_end=lambda *a: seen.append(frozen.report)))
+    fit(PretrainedClassifier(), frozen, Hooked(on_train_batch_end=lambda *a: seen.append(frozen.report)))
     assert seen == [None] * (2 * EPOCHS * BATCHES)
 
 
 def test_the_report_says_what_was_frozen_for_how_long() -> None:
     frozen = freezer()
-    fit(Classifier(), frozen)
+    fit(PretrainedClassifier(), frozen)
     assert frozen.report is not None
     assert frozen.report.layers == BODY
     assert frozen.report.steps == EPOCHS * BATCHES
@@ -89,7 +89,7 @@ def test_the_report_says_what_moved_when_and_by_how_much() -> None:
 
 def test_a_fit_says_in_one_line_what_it_will_freeze_and_in_one_that_nothing_moved() -> None:
     with said() as lines:
-        fit(Classifier(), freezer())
+        fit(PretrainedClassifier(), freezer())
     own = [line for line in lines if line.startswith("BatchNormFreezer")]
     assert own == [
         "BatchNormFreezer: 2 of 3 layers frozen (statistics, affine) by body: 2; 4 other weights below these "
@@ -111,7 +111,7 @@ def test_what_became_of_the_frozen_values_is_logged(tmp_path: Path) -> None:
 
 
 def test_the_report_after_an_exception_is_of_the_steps_until_then() -> None:
-    class Failing(Classifier):
+    class Failing(PretrainedClassifier):
         def on_train_batch_end(self, *_: Any) -> None:
             if self.global_step == 3:
                 raise RuntimeError("as planned")
@@ -146,7 +146,7 @@ def test_the_state_in_a_checkpoint_is_plain_and_small(tmp_path: Path) -> None:
 
 
 def test_a_checkpoint_tells_of_a_move_that_was_found_while_it_was_written(tmp_path: Path) -> None:
-    class Late(Classifier):
+    class Late(PretrainedClassifier):
         def on_before_optimizer_step(self, optimizer: Any) -> None:
             if self.global_step == 2:
                 mean = layers(self)[BODY[0]].running_mean
@@ -155,7 +155,7 @@ def test_a_checkpoint_tells_of_a_move_that_was_found_while_it_was_written(tmp_pa
     with pytest.warns(UserWarning, match=PUT_BACK), pytest.warns(UserWarning, match=MOVED_BY_OTHERS):
         fit(Late(), freezer(), last_kept(tmp_path, every_n_train_steps=3))
     checkpoint = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
-    assert saved(checkpoint["state_dict"]) == values(Classifier(), BODY)
+    assert saved(checkpoint["state_dict"]) == values(PretrainedClassifier(), BODY)
     (moved,) = checkpoint["callbacks"]["BatchNormFreezer"]["report"]["moved"]
     assert (moved["layer"], moved["value"]) == (BODY[0], "running_mean")
 
@@ -174,8 +174,8 @@ def test_steps_and_moves_are_counted_across_a_resume(tmp_path: Path) -> None:
 
 
 def test_what_validate_read_from_a_checkpoint_is_not_counted_in_a_later_fit(tmp_path: Path) -> None:
-    fit(Classifier(), freezer(), last_kept(tmp_path))
-    module, frozen = Classifier(), freezer()
+    fit(PretrainedClassifier(), freezer(), last_kept(tmp_path))
+    module, frozen = PretrainedClassifier(), freezer()
     trainer = trainer_of(frozen)
     trainer.validate(module, loader(16, seed=1), ckpt_path=tmp_path / "step=8.ckpt", verbose=False)
     fit(module, frozen)
@@ -253,7 +253,7 @@ def test_two_freezers_of_one_name_are_refused() -> None:
 
 @pytest.mark.parametrize("name", [None, "backbone"])
 def test_two_freezers_of_one_name_are_refused_where_the_module_brings_one(name: str | None) -> None:
-    class Bringing(Classifier):
+    class Bringing(PretrainedClassifier):
         def configure_callbacks(self) -> Any:
             return [freezer(name=name), freezer(modules="head", name=name)]
 
@@ -275,7 +275,7 @@ def test_two_freezers_of_different_names_keep_states_of_their_own(tmp_path: Path
 @pytest.mark.parametrize("interval", [1.0, 1])
 @pytest.mark.parametrize("first", [True, False])
 def test_a_layer_that_two_freezers_hold_stays_frozen_until_both_let_go(first: bool, interval: float) -> None:
-    module, watch = Classifier(optimizer=adamw), Watch()
+    module, watch = PretrainedClassifier(optimizer=adamw), Watch()
     both = [freezer(name="short", stop_step=3), freezer(modules="body.1", name="long", stop_epoch=2)]
     held_by: list[tuple[str, ...]] = []
 
@@ -289,12 +289,12 @@ def test_a_layer_that_two_freezers_hold_stays_frozen_until_both_let_go(first: bo
         assert [not moved[BODY[1]] for moved in noted] == [True] * 3 + [False] * 9
     assert [len(holders) for holders in held_by] == [2] * 3 + [1] * 5 + [0] * 4
     assert all(one.report is not None and one.report.identical for one in both)
-    assert modes(module) == modes(Classifier())
+    assert modes(module) == modes(PretrainedClassifier())
     assert not any(is_frozen(layer) for layer in layers(module).values())
 
 
 def test_one_freezer_for_statistics_and_one_for_affine_are_one_for_both() -> None:
-    module, together = Classifier(optimizer=adamw), Classifier(optimizer=adamw)
+    module, together = PretrainedClassifier(optimizer=adamw), PretrainedClassifier(optimizer=adamw)
     fit(module, freezer(affine=False, name="statistics"), freezer(stats=False, name="affine"))
     fit(together, freezer())
     assert state(module) == state(together)

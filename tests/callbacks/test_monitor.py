@@ -22,15 +22,15 @@ from lightning_bn.callbacks.monitor import BatchNormDriftError
 from lightning_bn.functional import take_snapshot
 from lightning_bn.functional.statistics.drift_measures import drift
 from tests.callbacks.fits import Classifier, Net, quiet, samples, train_loader, trajectory, val_loader
-from tests.callbacks.monitoring_fits import Module, csv_rows, fit, monitor, norms, pretrained, warned
+from tests.callbacks.monitoring_fits import TamperedClassifier, csv_rows, fit, monitor, norms, pretrained, warned
 from tests.models import bits, seeded
 
 KEYS = {"bn/jeffreys_mean", "bn/jeffreys_max"}
 CURVES = {*KEYS, "bn/jeffreys_p95", "bn/dead_channels"}
 
 
-def module(lr: float = 0.01, fault: Any = None) -> Module:
-    return Module(pretrained(), fault, lr=lr)
+def module(lr: float = 0.01, fault: Any = None) -> TamperedClassifier:
+    return TamperedClassifier(pretrained(), fault, lr=lr)
 
 
 def shifted_from(step: int, by: float = 5.0) -> Any:
@@ -145,7 +145,7 @@ def test_layers_that_start_untrained_have_no_drift_until_they_are_settled_and_ot
     net = pretrained()
     net.head[1].reset_running_stats()  # type: ignore[index, union-attr]
     watching = monitor()
-    fit(Module(net), watching, max_epochs=2)
+    fit(TamperedClassifier(net), watching, max_epochs=2)
     values = watching.history.values()
     assert (values[:, :2] > 0).all()
     # (1 - 0.1)^44 is the first below 1 %.
@@ -156,7 +156,7 @@ def test_layers_that_start_untrained_have_no_drift_until_they_are_settled_and_ot
 @pytest.mark.parametrize("reference", ["previous_epoch", "recalibrated"])
 def test_a_reference_that_moves_does_not_make_untrained_layers_settled(reference: str) -> None:
     watching = monitor(reference=reference)
-    fit(Module(seeded(Net)), watching, PreciseBatchNorm(2, restore=True), max_epochs=5, count=8 * 16)
+    fit(TamperedClassifier(seeded(Net)), watching, PreciseBatchNorm(2, restore=True), max_epochs=5, count=8 * 16)
     settled = [step >= 45 for step in watching.history.steps]
     drifts = watching.history.values().max(1).values.tolist()
     assert not any(drift for drift, known in zip(drifts, settled, strict=True) if not known)
@@ -169,7 +169,7 @@ def test_pretrained_statistics_without_a_counter_are_no_untrained_ones() -> None
     for layer in norms(net):
         layer.num_batches_tracked.zero_()  # type: ignore[union-attr, operator]
     watching = monitor()
-    fit(Module(net), watching, max_epochs=1, count=32)
+    fit(TamperedClassifier(net), watching, max_epochs=1, count=32)
     assert (watching.history.values() > 0).all()
 
 
@@ -192,10 +192,10 @@ def test_a_checkpoint_is_measured_from(tmp_path: Path, bare: bool) -> None:
 
 
 def test_untrained_layers_too_are_measured_from_a_checkpoint(tmp_path: Path) -> None:
-    trained = Module(pretrained())
+    trained = TamperedClassifier(pretrained())
     torch.save(trained.state_dict(), tmp_path / "reference.ckpt")
     watching = monitor(reference=str(tmp_path / "reference.ckpt"))
-    scratch, seen = Module(seeded(Net), lr=1e-3), Seen()
+    scratch, seen = TamperedClassifier(seeded(Net), lr=1e-3), Seen()
     fit(scratch, watching, seen, max_epochs=3)
     values = watching.history.values()
     assert float(values[:40].max()) == 0
@@ -454,7 +454,7 @@ def test_layers_that_are_not_measured_yet_are_said_not_to_be(
 ) -> None:
     watching = monitor(report=True)
     with caplog.at_level("INFO"):
-        fit(Module(seeded(Net)), watching, max_epochs=1, count=8 * 40)
+        fit(TamperedClassifier(seeded(Net)), watching, max_epochs=1, count=8 * 40)
     assert "running statistics: 3 layers started untrained and are not measured yet" in caplog.text
     assert "did not move" not in caplog.text
     assert "the worst first" in capsys.readouterr().out
@@ -468,11 +468,19 @@ def test_drift_of_layers_that_started_untrained_is_said_to_be_since_they_were_me
     watching = monitor(every_n_steps=5)
     checkpoint = ModelCheckpoint(tmp_path, save_last=True)
     with caplog.at_level("INFO"):
-        fit(Module(seeded(Net)), watching, checkpoint, max_epochs=1, count=8 * 64, enable_checkpointing=True)
+        fit(
+            TamperedClassifier(seeded(Net)), watching, checkpoint, max_epochs=1, count=8 * 64, enable_checkpointing=True
+        )
     assert "since step 45, untrained before" in caplog.text
     caplog.clear()
     with caplog.at_level("INFO"):
-        fit(Module(seeded(Net)), monitor(every_n_steps=5), max_epochs=2, count=8 * 64, ckpt_path=tmp_path / "last.ckpt")
+        fit(
+            TamperedClassifier(seeded(Net)),
+            monitor(every_n_steps=5),
+            max_epochs=2,
+            count=8 * 64,
+            ckpt_path=tmp_path / "last.ckpt",
+        )
     assert "since step 45, untrained before" in caplog.text
 
 
@@ -705,12 +713,12 @@ def test_a_checkpoint_saved_by_an_exception_keeps_history_and_reference(tmp_path
 def test_a_second_fit_without_a_checkpoint_starts_a_new_history() -> None:
     watching = monitor()
     fit(module(), watching, max_epochs=1, count=32)
-    fit(Module(seeded(lambda: Net(0.0))), watching, max_epochs=1, count=16)
+    fit(TamperedClassifier(seeded(lambda: Net(0.0))), watching, max_epochs=1, count=16)
     assert watching.history.steps == [1, 2]
 
 
 def test_a_layer_replaced_before_the_fit_is_the_one_that_is_watched() -> None:
-    class Late(Module):
+    class Late(TamperedClassifier):
         def configure_model(self) -> None:
             self.net.bn = torch.nn.BatchNorm2d(4)
 
@@ -721,7 +729,7 @@ def test_a_layer_replaced_before_the_fit_is_the_one_that_is_watched() -> None:
 
 
 def test_manual_optimization_with_two_optimizers_is_sampled_and_judged() -> None:
-    class Manual(Module):
+    class Manual(TamperedClassifier):
         automatic_optimization = False
 
         def configure_optimizers(self) -> Any:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from lightning_bn import BatchNormFreezer, PreciseBatchNorm
 from lightning_bn.functional import freeze_batch_norm
 from tests.callbacks.fits import Net, quiet
-from tests.callbacks.monitoring_fits import Module, csv_rows, fit, monitor, norms, pretrained, warned
+from tests.callbacks.monitoring_fits import TamperedClassifier, csv_rows, fit, monitor, norms, pretrained, warned
 from tests.models import SharedNorm, seeded
 from tests.pages import lines
 from tests.ranks import ROOT, Results, results_of
@@ -32,7 +32,7 @@ def from_step(start: int, gain: float = 1.0, shift: float = 0.0) -> Any:
 
 @pytest.mark.parametrize("fault", [from_step(40, gain=2.0), from_step(40, shift=4.0)])
 def test_inputs_that_change_in_mid_run_are_warned_of_once_with_layer_and_step(fault: Any) -> None:
-    said = fit(Module(pretrained(), fault, lr=1e-3), monitor(warn_above=0.8))
+    said = fit(TamperedClassifier(pretrained(), fault, lr=1e-3), monitor(warn_above=0.8))
     [line] = [line for line in said if "freeze it or give it statistics of its own" in line]
     assert FIRST in line
     assert "since fit start" in line
@@ -42,7 +42,7 @@ def test_inputs_that_change_in_mid_run_are_warned_of_once_with_layer_and_step(fa
 
 def test_a_changed_input_moves_the_variance_that_is_named_by_its_factor() -> None:
     watching = monitor()
-    fit(Module(pretrained(), from_step(0, gain=2.0), lr=1e-5), watching, max_epochs=3)
+    fit(TamperedClassifier(pretrained(), from_step(0, gain=2.0), lr=1e-5), watching, max_epochs=3)
     # Means of 1.5 to 2.5 and standard deviations of 2 double: variance x4 in every channel.
     layer = watching.history.names.index(FIRST)
     assert float(watching.history.values()[-1, layer]) > 1.0
@@ -51,7 +51,7 @@ def test_a_changed_input_moves_the_variance_that_is_named_by_its_factor() -> Non
 @pytest.mark.parametrize("every_n_steps", [1, 10])
 def test_the_warning_says_since_when_inputs_are_others(every_n_steps: int) -> None:
     fault, watching = from_step(200, shift=4.0), monitor(warn_above=2.0, every_n_steps=every_n_steps)
-    said = fit(Module(pretrained(), fault, lr=1e-4), watching, max_epochs=10)
+    said = fit(TamperedClassifier(pretrained(), fault, lr=1e-4), watching, max_epochs=10)
     [line] = [line for line in said if "above warn_above" in line]
     since = int(line.split("its inputs changed at about step ")[1].split(";")[0])
     assert 200 - every_n_steps <= since <= 205
@@ -85,7 +85,7 @@ def test_a_change_of_task_on_digits_is_named_with_layer_and_step() -> None:
 @pytest.mark.parametrize("reference", ["previous_epoch", "recalibrated"])
 def test_where_the_reference_moves_along_no_change_of_inputs_is_claimed(reference: str) -> None:
     watching = monitor(reference=reference, warn_above=0.15)
-    said = fit(Module(seeded(lambda: Net(dropout=0.0)), lr=0.3), watching, max_epochs=6)
+    said = fit(TamperedClassifier(seeded(lambda: Net(dropout=0.0)), lr=0.3), watching, max_epochs=6)
     assert [line for line in said if "above warn_above" in line]
     assert not [line for line in said if "inputs changed" in line]
 
@@ -105,7 +105,7 @@ class Zeroed(pl.Callback):
 def test_channels_that_die_are_named_once_and_counted_in_a_curve(tmp_path: Any) -> None:
     logger = CSVLogger(tmp_path)
     watching = monitor(every_n_steps=5)
-    said = fit(Module(pretrained(), lr=1e-3), Zeroed(), watching, max_epochs=6, logger=logger)
+    said = fit(TamperedClassifier(pretrained(), lr=1e-3), Zeroed(), watching, max_epochs=6, logger=logger)
     [line] = said
     # The first of the two to fall.
     assert "net.bn has 1 channel whose variance fell below eps" in line
@@ -122,11 +122,11 @@ def test_inputs_that_are_constant_from_the_start_have_not_died() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(self.bn(x * torch.tensor([1.0, 0.0, 1.0])[:, None, None]))
 
-    assert fit(Module(seeded(Masked)), monitor(every_n_steps=10), max_epochs=6) == []
+    assert fit(TamperedClassifier(seeded(Masked)), monitor(every_n_steps=10), max_epochs=6) == []
 
 
 def test_inputs_on_another_scale_explode_in_the_first_layer() -> None:
-    said = fit(Module(pretrained(), from_step(40, gain=255.0), lr=1e-4), monitor(), max_epochs=3)
+    said = fit(TamperedClassifier(pretrained(), from_step(40, gain=255.0), lr=1e-4), monitor(), max_epochs=3)
     [line] = [line for line in said if "running variances x" in line]
     assert f": {FIRST} has" in line
     assert "0 to 255" in line
@@ -138,18 +138,22 @@ def test_inputs_on_another_scale_explode_in_the_first_layer() -> None:
 
 @pytest.mark.parametrize("bad", [float("inf"), float("nan")])
 def test_one_bad_batch_is_named_at_its_step_before_validation(bad: float) -> None:
-    said = fit(Module(pretrained(), lambda x, step: x * bad if step == 20 else x), monitor(), max_epochs=1)
+    said = fit(TamperedClassifier(pretrained(), lambda x, step: x * bad if step == 20 else x), monitor(), max_epochs=1)
     assert said[0].startswith(f"BatchNormMonitor: step 21: {FIRST} ")
     assert all("4 channels whose running statistics are not finite" in line for line in said)
 
 
 def test_one_bad_batch_is_one_line_whatever_lies_behind_it() -> None:
-    said = fit(Module(pretrained(), lambda x, step: x * torch.inf if step == 20 else x), monitor(), max_epochs=1)
+    said = fit(
+        TamperedClassifier(pretrained(), lambda x, step: x * torch.inf if step == 20 else x), monitor(), max_epochs=1
+    )
     assert len(said) == 1, said
 
 
 def test_untrained_layers_too_are_named_when_they_are_not_finite() -> None:
-    said = fit(Module(seeded(Net), lambda x, step: x * torch.inf if step == 3 else x), monitor(), max_epochs=1)
+    said = fit(
+        TamperedClassifier(seeded(Net), lambda x, step: x * torch.inf if step == 3 else x), monitor(), max_epochs=1
+    )
     assert said
     assert f"step 4: {FIRST}" in said[0]
 
@@ -180,13 +184,13 @@ def branched(trained: bool) -> nn.Module:
 @pytest.mark.parametrize("every_n_steps", [1, 5, 20])
 @pytest.mark.parametrize("trained", [True, False])
 def test_a_branch_that_no_forward_reaches_is_stalled(trained: bool, every_n_steps: int) -> None:
-    said = fit(Module(branched(trained)), monitor(every_n_steps=every_n_steps), max_epochs=2)
+    said = fit(TamperedClassifier(branched(trained)), monitor(every_n_steps=every_n_steps), max_epochs=2)
     assert len(said) == 1, said
     assert "net.branch.1 is in train mode but was not updated in" in said[0]
 
 
 def test_a_branch_that_stalls_is_named_in_a_fit_shorter_than_the_interval() -> None:
-    said = fit(Module(branched(True)), monitor(every_n_steps=50), max_epochs=1, count=8 * 30)
+    said = fit(TamperedClassifier(branched(True)), monitor(every_n_steps=50), max_epochs=1, count=8 * 30)
     assert len(said) == 1, said
     assert "is in train mode but was not updated in 30 batches" in said[0]
 
@@ -194,20 +198,20 @@ def test_a_branch_that_stalls_is_named_in_a_fit_shorter_than_the_interval() -> N
 def test_a_layer_that_never_follows_because_its_momentum_is_0_is_stalled() -> None:
     net = pretrained()
     norms(net)[1].momentum = 0.0
-    [line] = fit(Module(net, lr=1e-3), monitor(every_n_steps=10), max_epochs=1)
+    [line] = fit(TamperedClassifier(net, lr=1e-3), monitor(every_n_steps=10), max_epochs=1)
     assert "net.bn is in train mode but was not updated" in line
 
 
 def test_a_layer_whose_tracking_was_switched_off_is_stalled() -> None:
     net = pretrained()
     net.bn.track_running_stats = False  # type: ignore[union-attr]
-    [line] = fit(Module(net), monitor(every_n_steps=20), max_epochs=2)
+    [line] = fit(TamperedClassifier(net), monitor(every_n_steps=20), max_epochs=2)
     assert "net.bn is in train mode but was not updated" in line
     assert "its tracking was switched off" in line
 
 
 def test_a_layer_in_eval_is_not_called_stalled() -> None:
-    class Eval(Module):
+    class Eval(TamperedClassifier):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> None:
             self.net.bn.eval()
 
@@ -226,7 +230,7 @@ class Twice(nn.Module):
 
 @pytest.mark.parametrize("every_n_steps", [1, 10])
 def test_a_layer_used_twice_in_a_forward_is_named_and_its_neighbor_is_not(every_n_steps: int) -> None:
-    said = fit(Module(pretrained(seeded(Twice))), monitor(every_n_steps=every_n_steps), max_epochs=1)
+    said = fit(TamperedClassifier(pretrained(seeded(Twice))), monitor(every_n_steps=every_n_steps), max_epochs=1)
     [line] = said
     assert "net.body.first.norm is updated 2 times per batch" in line
 
@@ -243,11 +247,11 @@ def test_many_layers_used_twice_are_one_line() -> None:
         def forward(self, x: Tensor) -> Tensor:
             return self.net(x) + self.net(x.flip(-1))
 
-    [line] = fit(Module(pretrained(seeded(Pair)), lr=1e-3), monitor(), max_epochs=2)
+    [line] = fit(TamperedClassifier(pretrained(seeded(Pair)), lr=1e-3), monitor(), max_epochs=2)
     assert "net.net.features.1 (and 2 more layers) is updated 2 times per batch" in line
 
 
-def trained_by(module: Module, start: int) -> Module:
+def trained_by(module: TamperedClassifier, start: int) -> TamperedClassifier:
     def fault(x: Tensor, step: int) -> Tensor:
         if step >= start:
             module.net.bn.training = True
@@ -257,7 +261,7 @@ def trained_by(module: Module, start: int) -> Module:
     return module
 
 
-def written_by(module: Module, start: int) -> Module:
+def written_by(module: TamperedClassifier, start: int) -> TamperedClassifier:
     def fault(x: Tensor, step: int) -> Tensor:
         if step >= start:
             module.net.bn.running_mean.add_(0.5)
@@ -269,7 +273,7 @@ def written_by(module: Module, start: int) -> Module:
 
 @pytest.mark.parametrize("move", [trained_by, written_by])
 def test_a_frozen_layer_that_moves_is_named(move: Any) -> None:
-    module = Module(pretrained())
+    module = TamperedClassifier(pretrained())
     freeze_batch_norm(module.net.bn)
     said = [line for line in fit(move(module, 20), monitor(), max_epochs=2) if "frozen" in line]
     [line] = said
@@ -279,13 +283,18 @@ def test_a_frozen_layer_that_moves_is_named(move: Any) -> None:
 @pytest.mark.parametrize("freezer_first", [True, False])
 def test_a_layer_that_the_freezer_keeps_is_no_fault(freezer_first: bool) -> None:
     callbacks: list[Any] = [BatchNormFreezer("net.bn"), monitor()]
-    module = Module(pretrained())
+    module = TamperedClassifier(pretrained())
     assert fit(module, *(callbacks if freezer_first else callbacks[::-1]), max_epochs=2) == []
 
 
 def test_a_scheduled_freeze_and_unfreeze_are_marked_and_no_fault() -> None:
     watching = monitor()
-    said = fit(Module(pretrained()), BatchNormFreezer("net.bn", start_epoch=1, stop_epoch=2), watching, max_epochs=4)
+    said = fit(
+        TamperedClassifier(pretrained()),
+        BatchNormFreezer("net.bn", start_epoch=1, stop_epoch=2),
+        watching,
+        max_epochs=4,
+    )
     assert said == []
     marks = [(event, layer) for _, layer, event in watching.history.marks]
     assert marks == [("frozen", "net.bn"), ("unfrozen", "net.bn")]
@@ -299,7 +308,7 @@ def test_a_scheduled_freeze_and_unfreeze_are_marked_and_no_fault() -> None:
 
 @pytest.mark.parametrize("every_n_steps", [1, 2, 3, 4, 10, 50])
 def test_two_sources_that_alternate_batch_by_batch_are_named_whatever_the_interval(every_n_steps: int) -> None:
-    module = Module(pretrained(), lambda x, step: x + (6.0 if step % 2 else -6.0), lr=1e-3)
+    module = TamperedClassifier(pretrained(), lambda x, step: x + (6.0 if step % 2 else -6.0), lr=1e-3)
     said = fit(module, monitor(every_n_steps=every_n_steps), max_epochs=1, count=8 * max(64, 10 * every_n_steps))
     assert len(said) == 1, said
     assert f"{FIRST}" in said[0]
@@ -311,20 +320,20 @@ def test_two_sources_that_alternate_batch_by_batch_are_named_whatever_the_interv
 def test_alternation_is_named_where_the_eighth_sampled_batch_is_before_validation(
     batches: int, every_n_steps: int
 ) -> None:
-    module = Module(pretrained(), lambda x, step: x + (6.0 if step % 2 else -6.0), lr=1e-3)
+    module = TamperedClassifier(pretrained(), lambda x, step: x + (6.0 if step % 2 else -6.0), lr=1e-3)
     said = fit(module, monitor(every_n_steps=every_n_steps), max_epochs=4, count=8 * batches)
     assert len([line for line in said if "sources that alternate" in line]) == 1, said
 
 
 @pytest.mark.parametrize("batch_size", [2, 3, 4])
 def test_alternation_is_named_for_small_batches_too(batch_size: int) -> None:
-    module = Module(pretrained(), lambda x, step: x + (8.0 if step % 2 else -8.0), lr=1e-3)
+    module = TamperedClassifier(pretrained(), lambda x, step: x + (8.0 if step % 2 else -8.0), lr=1e-3)
     said = fit(module, monitor(), max_epochs=1, batch_size=batch_size, count=32 * batch_size)
     assert len([line for line in said if "sources that alternate" in line]) == 1, said
 
 
 def test_a_schedule_of_momentum_is_not_taken_for_sources() -> None:
-    class Scheduled(Module):
+    class Scheduled(TamperedClassifier):
         def on_train_start(self) -> None:
             for layer in norms(self):
                 layer.momentum = 0.3
@@ -339,7 +348,7 @@ def test_two_sources_mixed_in_every_batch_are_no_fault() -> None:
     sign = torch.tensor([6.0, -6.0]).repeat(16)[:, None, None, None]
     # Statistics of the mixture first: nothing lags.
     net = seeded(lambda: Net(dropout=0.0))
-    module = Module(net, lambda x, step: x + sign, lr=1e-3)
+    module = TamperedClassifier(net, lambda x, step: x + sign, lr=1e-3)
     assert fit(module, monitor(), batch_size=32, count=512, max_epochs=5) == []
 
 
@@ -349,7 +358,7 @@ def test_a_moving_average_too_slow_for_its_batches_lags(every_n_steps: int) -> N
     for layer in norms(net):
         layer.momentum = 0.001
         layer.num_batches_tracked.fill_(10_000)  # type: ignore[union-attr, operator]
-    module = Module(net, lambda x, step: x + 5, lr=1e-4)
+    module = TamperedClassifier(net, lambda x, step: x + 5, lr=1e-4)
     said = fit(module, monitor(every_n_steps=every_n_steps), max_epochs=2)
     assert len(said) == 1, said
     assert FIRST in said[0]
@@ -437,7 +446,7 @@ class Reset(pl.Callback):
 @pytest.mark.parametrize("every_n_steps", [1, 10])
 def test_a_reset_by_another_callback_re_baselines_instead_of_alarming(every_n_steps: int) -> None:
     watching = monitor(every_n_steps=every_n_steps, warn_above=3.0, act_above=3.0, action="raise")
-    module = Module(pretrained(), lr=1e-4)
+    module = TamperedClassifier(pretrained(), lr=1e-4)
     assert fit(module, Reset(71), watching, max_epochs=4) == []
     assert {(layer, event) for _, layer, event in watching.history.marks} == {
         (name, event) for name in watching.history.names for event in ("reset", "untrained", "measured")
@@ -449,7 +458,7 @@ def test_a_reset_by_another_callback_re_baselines_instead_of_alarming(every_n_st
 def test_swa_resets_statistics_without_an_alarm() -> None:
     watching = monitor(warn_above=6.0, act_above=6.0, action="raise")
     swa = StochasticWeightAveraging(1e-3, swa_epoch_start=2, annealing_epochs=1)
-    assert fit(Module(pretrained(), lr=1e-3), swa, watching, max_epochs=4) == []
+    assert fit(TamperedClassifier(pretrained(), lr=1e-3), swa, watching, max_epochs=4) == []
     assert {event for _, _, event in watching.history.marks} == {"reset", "measured"}
 
 
@@ -457,7 +466,7 @@ def test_swa_resets_statistics_without_an_alarm() -> None:
 def test_a_recalibration_is_marked_and_no_fault(restore: bool) -> None:
     watching = monitor()
     precise = PreciseBatchNorm(10, restore=restore)
-    assert fit(Module(pretrained(), lr=0.005), precise, watching, max_epochs=3) == []
+    assert fit(TamperedClassifier(pretrained(), lr=0.005), precise, watching, max_epochs=3) == []
     marks = [(step, layer, event) for step, layer, event in watching.history.marks]
     assert {event for _, _, event in marks} == {"recalibrated"}
     assert [step for step, layer, _ in marks if layer == FIRST] == [32, 64, 96]

@@ -33,7 +33,7 @@ from tests.callbacks.fits import (
     trajectory,
     val_loader,
 )
-from tests.models import bits, fill_statistics, state_bits
+from tests.models import Broken, bits, fill_statistics, state_bits
 from tests.oracle import assert_all_statistics, everything, generators, layer_inputs
 
 NORMS = [name.removeprefix("net.") for name in LAYERS]
@@ -560,10 +560,6 @@ def test_compiled_network_is_recalibrated_and_not_compiled_again():
 
 
 # Failures
-
-
-class Broken(RuntimeError):
-    pass
 
 
 @pytest.mark.parametrize("error", [Broken, KeyboardInterrupt])

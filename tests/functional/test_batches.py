@@ -100,7 +100,7 @@ def test_device_is_that_of_the_first_parameter_or_buffer_and_else_the_cpu():
     assert model_device(nn.ReLU()) == torch.device("cpu")
 
 
-class Two(nn.Module):
+class Scaled(nn.Module):
     def forward(self, x: Tensor, scale: float = 1.0) -> Tensor:
         return x * scale
 
@@ -108,12 +108,12 @@ class Two(nn.Module):
 def test_a_tensor_a_sequence_or_keywords_are_fed():
     x = torch.ones(2)
     for batch in (x, [x, x + 1], (x,), Pair(x, x + 1), {"x": x}, {"scale": 1.0, "x": x}, Encoding(x=x)):
-        assert torch.equal(default_forward(Two(), batch), x)
+        assert torch.equal(default_forward(Scaled(), batch), x)
 
 
 def test_keywords_are_checked_against_the_forward_of_a_compiled_model_too():
-    compiled = torch.compile(Two(), backend="eager")
-    with pytest.raises(TypeError, match=r"Two|Optimized") as caught:
+    compiled = torch.compile(Scaled(), backend="eager")
+    with pytest.raises(TypeError, match=r"Scaled|Optimized") as caught:
         default_forward(compiled, {"image": torch.ones(2)})
     assert "image" in str(caught.value)
     torch._dynamo.reset()
@@ -140,4 +140,4 @@ def test_forward_that_takes_any_keyword_is_fed_them_all():
 )
 def test_what_cannot_be_fed_is_named(batch, named):
     with pytest.raises(TypeError, match=rf"{named}.*forward="):
-        default_forward(Two(), batch)
+        default_forward(Scaled(), batch)

@@ -14,7 +14,7 @@ from lightning_bn.functional.freezing.gradients import WithheldGradients, drop_g
 from tests.models import BatchNormAct2d, fill_statistics, seeded, state_bits
 
 
-class Two(nn.Module):
+class TwoNorms(nn.Module):
     """Two BatchNorm layers around convolutions; input (N, 3, 4, 4), output (N, 2)."""
 
     def __init__(self, norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> None:
@@ -27,8 +27,8 @@ class Two(nn.Module):
         return self.out(self.held(self.conv(self.first(x))).mean((2, 3)))
 
 
-def model(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> Two:
-    return fill_statistics(seeded(lambda: Two(norm))).double()  # type: ignore[return-value]
+def model(norm: Callable[[int], nn.Module] = nn.BatchNorm2d) -> TwoNorms:
+    return fill_statistics(seeded(lambda: TwoNorms(norm))).double()  # type: ignore[return-value]
 
 
 def images(seed: int = 0) -> Tensor:

@@ -479,7 +479,7 @@ def test_selecting_changes_nothing_in_the_model() -> None:
 # --- tracked_layers ----------------------------------------------------------------------------------------------
 
 
-class Mixed(nn.Module):
+class OneTracked(nn.Module):
     """One layer with and one without running statistics."""
 
     def __init__(self) -> None:
@@ -499,17 +499,17 @@ def test_tracked_layers_of_an_ordinary_model_are_all_its_layers() -> None:
 
 
 def test_layers_without_running_statistics_are_left_out_where_nothing_was_named() -> None:
-    assert list(tracked_layers(Mixed())) == ["kept"]
+    assert list(tracked_layers(OneTracked())) == ["kept"]
 
 
 @pytest.mark.parametrize("modules", ["untracked", ["kept", "untracked"], "**"])
 def test_a_named_layer_without_running_statistics_is_an_error_that_names_it(modules: object) -> None:
-    text = message_of(lambda: tracked_layers(Mixed(), modules))  # type: ignore[arg-type]
+    text = message_of(lambda: tracked_layers(OneTracked(), modules))  # type: ignore[arg-type]
     assert "untracked" in text
 
 
 def test_a_named_layer_without_running_statistics_may_be_excluded() -> None:
-    assert list(tracked_layers(Mixed(), "**", exclude="untracked")) == ["kept"]
+    assert list(tracked_layers(OneTracked(), "**", exclude="untracked")) == ["kept"]
 
 
 def test_a_model_in_which_no_layer_has_running_statistics_is_an_error() -> None:

@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from lightning_bn.functional import freeze_batch_norm, recalibrate
-from tests.models import SharedNorm, SmallResNet, bits, fill_statistics, images, seeded, state_bits
+from tests.models import Broken, SharedNorm, SmallResNet, bits, fill_statistics, images, seeded, state_bits
 from tests.oracle import everything, generators
 from tests.ranks import take_part
 
@@ -29,7 +29,7 @@ class Branches(nn.Module):
         return self.used(x) + (self.rare(x + 1) if rare else 0)
 
 
-class Mixed(nn.Module):
+class ThreeDtypes(nn.Module):
     """Layers of three dtypes, in turns."""
 
     def __init__(self) -> None:
@@ -116,7 +116,7 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], Shards, dict[str, Any]]] = {
     "used several times": (lambda: network(SharedNorm), unequal, {}),
     "mean of batches": (network, unequal, {"estimator": "mean_of_batches"}),
     "float32": (lambda: network(dtype=None), lambda r, w: [b.float() for b in unequal(r, w)], {}),
-    "several dtypes": (lambda: network(Mixed, None), lambda r, w: [b.float() for b in equal(r, w)], {}),
+    "several dtypes": (lambda: network(ThreeDtypes, None), lambda r, w: [b.float() for b in equal(r, w)], {}),
     "a hundred layers": (lambda: network(many_layers), equal, {}),
     "some of them": (network, equal, {"modules": ["layer1", "head"]}),
     "num_samples": (network, long, {"num_samples": 96}),
@@ -124,10 +124,6 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], Shards, dict[str, Any]]] = {
     "max_standard_error": (lambda: network(SharedNorm), long, {"max_standard_error": 0.02}),
     "one batch each": (lambda: network(SharedNorm), single, {}),
 }
-
-
-class Broken(RuntimeError):
-    """What a test breaks with."""
 
 
 def failing(batches: list[Tensor], after: int, error: BaseException) -> Iterator[Tensor]:

@@ -92,7 +92,7 @@ def test_estimator_that_does_not_exist_is_refused_by_name():
         recalibrate(nn.BatchNorm2d(3), batches(), estimator="median")
 
 
-class Mixed(nn.Module):
+class DtypesInTurns(nn.Module):
     """Six layers in three dtypes, in turns, and of unequal width: none of one dtype lie side by side."""
 
     def __init__(self) -> None:
@@ -111,7 +111,7 @@ class Mixed(nn.Module):
 
 @pytest.mark.parametrize("estimator", ["pooled", "mean_of_batches"])
 def test_layers_of_several_dtypes_in_turns_each_get_their_own_statistics(estimator):
-    net = fill_statistics(Mixed())
+    net = fill_statistics(DtypesInTurns())
     names = [f"norms.{index}" for index in range(6)]
     data = [torch.cat(batches())] if estimator == "mean_of_batches" else batches()
     inputs = layer_inputs(net, data, names)
@@ -126,7 +126,7 @@ def test_layers_of_several_dtypes_in_turns_each_get_their_own_statistics(estimat
 def test_error_over_layers_of_several_dtypes_is_the_largest_of_theirs():
     from tests.functional.recalibration.test_standard_error import errors_of
 
-    net = Mixed()
+    net = DtypesInTurns()
     data = [images(8, seed=seed) for seed in range(10)]
     layers = {name: module for name, module in net.named_modules() if isinstance(module, nn.BatchNorm2d)}
     with torch.no_grad(), captured_inputs(layers) as seen:

@@ -265,7 +265,7 @@ def test_model_in_bf16_gets_statistics_to_the_precision_of_bf16_however_many_bat
 
 
 def test_layers_of_several_dtypes_in_one_model_are_each_right():
-    class Mixed(nn.Module):
+    class ChainOfDtypes(nn.Module):
         def __init__(self) -> None:
             super().__init__()
             self.bn32, self.bn64 = nn.BatchNorm2d(3), nn.BatchNorm2d(3).double()
@@ -276,7 +276,7 @@ def test_layers_of_several_dtypes_in_one_model_are_each_right():
             # The last one is common: bf16 activations, a BatchNorm layer kept in float32.
             return self.kept(2 + self.bn16((x + 1).bfloat16()))
 
-    net = Mixed()
+    net = ChainOfDtypes()
     inputs = layer_inputs(net, image_batches(8, 5, 64))
     recalibrate(net, image_batches(8, 5, 64))
     assert_statistics_of(net.bn32, inputs["bn32"])
