@@ -68,7 +68,7 @@ def test_the_report_says_what_was_frozen_for_how_long() -> None:
     assert frozen.report is not None
     assert frozen.report.layers == BODY
     assert frozen.report.steps == EPOCHS * BATCHES
-    assert frozen.report.moved == ()
+    assert frozen.report.violations == ()
     assert str(frozen.report) == "2 frozen layers bit-identical over 8 steps"
 
 
@@ -77,10 +77,10 @@ def test_the_report_says_what_moved_when_and_by_how_much() -> None:
     with pytest.warns(UserWarning, match=PUT_BACK) as caught, pytest.warns(UserWarning, match=MOVED_BY_OTHERS):
         fit(Moving(), frozen)
     assert frozen.report is not None
-    (trip,) = frozen.report.moved
-    assert (trip.moved.layer, trip.moved.value) == (BODY[0], "running_mean")
-    assert trip.moved.largest_change == pytest.approx(2)
-    assert trip.step == 4
+    (violation,) = frozen.report.violations
+    assert (violation.change.layer, violation.change.value) == (BODY[0], "running_mean")
+    assert violation.change.largest_change == pytest.approx(2)
+    assert violation.step == 4
     assert not frozen.report.identical
     text = "step 4: net.body.1 (running_mean by up to 2)"
     assert text in str(frozen.report)
@@ -106,7 +106,7 @@ def test_what_became_of_the_frozen_values_is_logged(tmp_path: Path) -> None:
         with open(tmp_path / name / "0" / "metrics.csv") as file:
             (row,) = [row for row in csv.DictReader(file) if row["bn/frozen_layers"]]
         assert float(row["bn/frozen_layers"]) == 2
-        assert float(row["bn/frozen_moved"]) == (name == "moving")
+        assert float(row["bn/frozen_violations"]) == (name == "moving")
         assert int(row["step"]) == EPOCHS * BATCHES
 
 
@@ -140,7 +140,7 @@ def test_the_state_in_a_checkpoint_is_plain_and_small(tmp_path: Path) -> None:
     assert plain(own)
     assert own["report"]["steps"] == 7
     assert own["report"]["layers"] == list(BODY)
-    assert [(trip["layer"], trip["value"], trip["step"]) for trip in own["report"]["moved"]] == [
+    assert [(one["layer"], one["value"], one["step"]) for one in own["report"]["violations"]] == [
         (BODY[0], "running_mean", 4)
     ]
 
@@ -156,7 +156,7 @@ def test_a_checkpoint_tells_of_a_move_that_was_found_while_it_was_written(tmp_pa
         fit(Late(), freezer(), last_kept(tmp_path, every_n_train_steps=3))
     checkpoint = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
     assert saved(checkpoint["state_dict"]) == values(Classifier(), BODY)
-    (moved,) = checkpoint["callbacks"]["BatchNormFreezer"]["report"]["moved"]
+    (moved,) = checkpoint["callbacks"]["BatchNormFreezer"]["report"]["violations"]
     assert (moved["layer"], moved["value"]) == (BODY[0], "running_mean")
 
 
@@ -169,8 +169,8 @@ def test_steps_and_moves_are_counted_across_a_resume(tmp_path: Path) -> None:
         fit(Located(), resumed, ckpt_path=tmp_path / "step=6.ckpt", max_epochs=3)
     assert resumed.report is not None
     assert resumed.report.steps == 3 * BATCHES
-    (trip,) = resumed.report.moved
-    assert (trip.moved.layer, trip.step) == (BODY[0], 4)
+    (violation,) = resumed.report.violations
+    assert (violation.change.layer, violation.step) == (BODY[0], 4)
 
 
 def test_what_validate_read_from_a_checkpoint_is_not_counted_in_a_later_fit(tmp_path: Path) -> None:
@@ -274,7 +274,7 @@ def test_two_freezers_of_different_names_keep_states_of_their_own(tmp_path: Path
 
 @pytest.mark.parametrize("interval", [1.0, 1])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_layer_that_two_freezers_hold_stays_frozen_until_both_let_go(first: bool, interval: float) -> None:
+def test_a_layer_that_two_freezers_hold_stays_frozen_until_both_release_it(first: bool, interval: float) -> None:
     module, watch = Classifier(optimizer=adamw), Watch()
     both = [freezer(name="short", stop_step=3), freezer(modules="body.1", name="long", stop_epoch=2)]
     held_by: list[tuple[str, ...]] = []
