@@ -131,7 +131,7 @@ class BatchNormFreezer(BatchNormCallback):
         self._is_on(trainer)
         # Ranks that train a layer which others keep frozen would drift apart without a word.
         settings = {"stats": self._selection.stats, "affine": self._selection.affine, "when": str(self._schedule)}
-        agree_on_ranks(trainer, "freeze", lambda: self._layout(pl_module), settings)
+        agree_on_ranks(trainer, "freeze", lambda: self._selection.layout(pl_module), settings)
         if self._never_on(trainer):
             # No error: the first part of a training that is resumed with more epochs looks like this.
             rank_zero_info(
@@ -249,11 +249,7 @@ class BatchNormFreezer(BatchNormCallback):
             # Called before on_save_checkpoint: what is found changed now is in the report of the same file.
             self._session.full_check()
             report = self._session.report()
-        return {
-            "format": 1,
-            "settings": self._settings(),
-            "report": {} if report is None else report.state_dict(),
-        }
+        return {"format": 1, "settings": self._settings(), "report": report.state_dict() if report else {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Under another plan other layers were frozen: what became of those says nothing of these.
@@ -263,14 +259,13 @@ class BatchNormFreezer(BatchNormCallback):
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get("callbacks", {})
         others = [key for key in states if key.startswith(type(self).__name__)]
-        if self.state_key in states:
-            changed = self._settings_changed(states[self.state_key])
-            if changed:
-                rank_zero_warn(
-                    f"BatchNormFreezer: the checkpoint was written under another plan ({'; '.join(changed)}): this run "
-                    f"freezes as it is configured now."
-                )
-        elif others:
+        changed = self._settings_changed(states.get(self.state_key, {}))
+        if changed:
+            rank_zero_warn(
+                f"BatchNormFreezer: the checkpoint was written under another plan ({'; '.join(changed)}): this run "
+                f"freezes as it is configured now."
+            )
+        elif others and self.state_key not in states:
             rank_zero_warn(
                 f"BatchNormFreezer: the checkpoint was written with {quoted(others)} and knows no "
                 f"{self.state_key!r}: this run freezes as it is configured now, and counts from here."
@@ -281,11 +276,6 @@ class BatchNormFreezer(BatchNormCallback):
         if self._session is None:
             raise RuntimeError("BatchNormFreezer has seen no on_train_start: it works inside Trainer.fit only.")
         return self._session
-
-    def _layout(self, module: LightningModule) -> ChannelLayout:
-        always, by_task = self._selection.layers(module)
-        of_tasks = {f"{name} in {task}": layer for task, layers in by_task.items() for name, layer in layers.items()}
-        return ChannelLayout.of({**always, **of_tasks})
 
     def _is_on(self, trainer: Trainer) -> bool:
         with self._checked():

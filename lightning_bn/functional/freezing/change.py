@@ -25,9 +25,9 @@ class Change:
         cause: What did it, as far as that can be told; else empty.
     """
 
-    layer: str
-    value: str
-    largest_change: float
+    layer: str = ""
+    value: str = ""
+    largest_change: float = math.nan
     cause: str = ""
 
     def __str__(self) -> str:

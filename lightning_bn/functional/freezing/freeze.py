@@ -202,7 +202,7 @@ def freeze_layers(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool
         for layer in layers.values():
             required = tuple(parameter.requires_grad for parameter in affine_parameters(layer))
             attributes_of(layer).setdefault(_REQUIRED_GRAD, required)
-    declare_frozen(layers, stats=stats, affine=affine, owner=owner)
+    declare(layers, stats=stats, affine=affine, owner=owner, frozen=True)
     for layer in layers.values():
         if stats:
             pin_in_eval(layer, owner)
@@ -216,9 +216,9 @@ def freeze_layers(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool
 def unfreeze_layers(
     layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, owner: str = _OWNER, parent_trains: bool = False
 ) -> tuple[str, ...]:
-    """Unfreeze layers that ``owner`` froze, those of other owners too stay frozen; return the names of those changed."""
+    """Unfreeze layers that ``owner`` froze, as far as nobody else did; return the names of those changed."""
     requires_grad: dict[nn.Parameter, bool] = {}
-    changed = declare_unfrozen(layers, stats=stats, affine=affine, owner=owner)
+    changed = declare(layers, stats=stats, affine=affine, owner=owner, frozen=False)
     for name in changed:
         layer = layers[name]
         if stats:
@@ -233,26 +233,18 @@ def unfreeze_layers(
     return changed
 
 
-def declare_frozen(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, owner: str) -> None:
-    """Record that ``owner`` keeps these layers frozen, without doing anything to them."""
-    for layer in layers.values():
-        status = layer_status(layer)
-        if stats and owner not in status.stats_frozen_by:
-            update_status(layer, stats_frozen_by=(*status.stats_frozen_by, owner))
-        if affine and owner not in status.affine_frozen_by:
-            update_status(layer, affine_frozen_by=(*status.affine_frozen_by, owner))
-
-
-def declare_unfrozen(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, owner: str) -> tuple[str, ...]:
-    """Take back what :func:`declare_frozen` recorded; return the names of the layers where there was something."""
+def declare(
+    layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, owner: str, frozen: bool
+) -> tuple[str, ...]:
+    """Record whether ``owner`` keeps these layers frozen, without doing anything else; return the names of changes."""
     changed = []
     for name, layer in layers.items():
-        status = layer_status(layer)
-        if stats:
-            update_status(layer, stats_frozen_by=tuple(one for one in status.stats_frozen_by if one != owner))
-        if affine:
-            update_status(layer, affine_frozen_by=tuple(one for one in status.affine_frozen_by if one != owner))
-        if layer_status(layer) != status:
+        before = layer_status(layer)
+        for key, asked in (("stats_frozen_by", stats), ("affine_frozen_by", affine)):
+            if asked:
+                others = tuple(one for one in getattr(before, key) if one != owner)
+                update_status(layer, **{key: (*others, owner) if frozen else others})
+        if layer_status(layer) != before:
             changed.append(name)
     return tuple(changed)
 

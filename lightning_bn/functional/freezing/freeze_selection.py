@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.functional.freezing.freeze import check_freezes, select_to_freeze
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.selection import LayerSelection
+from lightning_bn.functional.statistics.channels import ChannelLayout
 
 Layers = dict[str, _BatchNorm]
 
@@ -74,6 +75,12 @@ class FreezeSelection:
             task: {name: layer for name, layer in found(selection).items() if name not in always}
             for task, selection in self.of_tasks.items()
         }
+
+    def layout(self, model: nn.Module) -> ChannelLayout:
+        """Return the channels of all that is frozen, to be compared between processes."""
+        always, by_task = self.layers(model)
+        of_tasks = {f"{name} in {task}": layer for task, layers in by_task.items() for name, layer in layers.items()}
+        return ChannelLayout.of({**always, **of_tasks})
 
     def settings(self) -> dict[str, Any]:
         """Return it as strings, lists and dicts, to be compared with those of another run."""

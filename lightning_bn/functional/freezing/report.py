@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 from lightning_bn.functional._text import counted
@@ -80,19 +80,16 @@ class FreezeReport:
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> FreezeReport:
         """Return the report that :meth:`state_dict` described; what is missing is as in a report of nothing."""
-        violations = []
-        for one in state.get("violations", ()):
-            largest = one.get("largest_change", float("nan"))
-            change = Change(one.get("layer", ""), one.get("value", ""), largest, one.get("cause", ""))
-            violations.append(Violation(change, one.get("step", 0)))
-        return cls(
-            tuple(state.get("layers", ())),
-            state.get("steps", 0),
-            tuple(violations),
-            tuple(state.get("task_layers", ())),
-            state.get("was_on", True),
-            state.get("task_batches", 0),
+        violations = tuple(
+            Violation(Change(**_known(Change, one)), one.get("step", 0)) for one in state.get("violations", ())
         )
+        return cls(**{**_known(cls, state), "violations": violations})
+
+
+def _known(kind: type[Change | FreezeReport], state: Mapping[str, Any]) -> dict[str, Any]:
+    """Return what a state says of the fields of ``kind``, lists as tuples."""
+    known = {field.name: state[field.name] for field in fields(kind) if field.name in state}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in known.items()}
 
 
 def in_words(violations: Sequence[Violation], most: int = 3) -> str:

@@ -17,7 +17,7 @@ from lightning_bn.functional._tasks import listen, stop_listening
 from lightning_bn.functional.freezing.baseline import Baseline
 from lightning_bn.functional.freezing.change import Change
 from lightning_bn.functional.freezing.eval_mode import pin_in_eval, release
-from lightning_bn.functional.freezing.freeze import declare_frozen, declare_unfrozen, warn_of_initial_statistics
+from lightning_bn.functional.freezing.freeze import declare, warn_of_initial_statistics
 from lightning_bn.functional.freezing.freeze_selection import FreezeSelection, Layers
 from lightning_bn.functional.freezing.gradients import drop_gradients, drop_zero_gradients
 from lightning_bn.functional.freezing.report import FreezeReport, Violation, in_words
@@ -86,7 +86,6 @@ class FreezeSession:
         self._baselines: list[Baseline] = []
         self._batch_task: str | None = None
         self.tasks_seen: set[str] = set()
-        self._flag_was_set: set[str] = set()
         self._hooks: dict[str, RemovableHandle] = {}
 
     @property
@@ -170,7 +169,9 @@ class FreezeSession:
             for name, layer in self._always.items():
                 if layer.training:
                     layer.training = False
-                    self._guard(name, layer)
+                    if name not in self._hooks:
+                        # Who sets it directly once will do it again, between two batches and within one.
+                        self._hooks[name] = layer.register_forward_pre_hook(_put_into_eval)
         if self.phase is FreezePhase.VERIFIED and self._baselines[0].touched():
             self.full_check()
 
@@ -238,17 +239,17 @@ class FreezeSession:
         every = {**self._always, **self.task_layers}
         if left is FreezePhase.OFF:
             # Layers of a task too: recalibrating them from batches of all tasks would undo what the freeze is for.
-            declare_frozen(every, **self._values, owner=self._owner)
+            declare(every, **self._values, owner=self._owner, frozen=True)
             self._pin(self._always.values())
             self.after_backward()
         elif phase is FreezePhase.OFF:
             self._record(self._tasks.switch(None))
-            declare_unfrozen(every, **self._values, owner=self._owner)
+            declare(every, **self._values, owner=self._owner, frozen=False)
             for layer in self._always.values():
                 release(layer, self._owner, as_found=True)
             for hook in self._hooks.values():
                 hook.remove()
-            self._baselines, self._hooks, self._flag_was_set = [], {}, set()
+            self._baselines, self._hooks = [], {}
 
     def _on_task(self, task: str | None) -> None:
         """Freeze by the task of what runs next: that of the innermost context, else the batch's own."""
@@ -263,7 +264,7 @@ class FreezeSession:
         new = {name: now[name] for name, layer in self._always.items() if now.get(name, layer) is not layer}
         if new:
             self._always.update(new)
-            declare_frozen(new, **self._values, owner=self._owner)
+            declare(new, **self._values, owner=self._owner, frozen=True)
             self._pin(new.values())
             self._parameters = parameters_of_all(self._always.values())
             self._baselines[0] = self._baselines[0].for_layers(self._always)
@@ -282,18 +283,12 @@ class FreezeSession:
             return change
         if change.value in ("weight", "bias"):
             return replace(change, cause=self._affine_cause)
-        return replace(change, cause="its training flag was set directly" if change.layer in self._flag_was_set else "")
+        return replace(change, cause="its training flag was set directly" if change.layer in self._hooks else "")
 
     def _pin(self, layers: Iterable[_BatchNorm]) -> None:
         if self._selection.stats:
             for layer in layers:
                 pin_in_eval(layer, self._owner)
-
-    def _guard(self, name: str, layer: _BatchNorm) -> None:
-        """Correct a layer's mode before every forward too, from the second time on that somebody set it directly."""
-        if name in self._flag_was_set and name not in self._hooks:
-            self._hooks[name] = layer.register_forward_pre_hook(_put_into_eval)
-        self._flag_was_set.add(name)
 
 
 def _warn(violations: Sequence[Violation]) -> None:
