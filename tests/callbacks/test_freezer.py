@@ -943,6 +943,11 @@ def test_nothing_to_freeze_is_refused() -> None:
         BatchNormFreezer(stats=False, affine=False)
 
 
+def test_all_arguments_after_the_modules_have_to_be_named() -> None:
+    with pytest.raises(TypeError, match="positional argument"):
+        BatchNormFreezer("net", "net.head")  # type: ignore[misc]
+
+
 def test_validate_and_test_without_a_fit_leave_the_layers_alone() -> None:
     module, frozen = Classifier(), freezer()
     before = state(module)

@@ -1,6 +1,7 @@
 """What a freezer says of itself: its report, its state in checkpoints, and how it lives beside another one."""
 
 import csv
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -138,6 +139,7 @@ def test_the_state_in_a_checkpoint_is_plain_and_small(tmp_path: Path) -> None:
         return all(map(plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | None)
 
     assert plain(own)
+    assert (own["format"], own["report"]["format"]) == (1, 1)
     assert own["report"]["steps"] == 7
     assert own["report"]["layers"] == list(BODY)
     assert [(one["layer"], one["value"], one["step"]) for one in own["report"]["violations"]] == [
@@ -158,6 +160,46 @@ def test_a_checkpoint_tells_of_a_move_that_was_found_while_it_was_written(tmp_pa
     assert saved(checkpoint["state_dict"]) == values(Classifier(), BODY)
     (moved,) = checkpoint["callbacks"]["BatchNormFreezer"]["report"]["violations"]
     assert (moved["layer"], moved["value"]) == (BODY[0], "running_mean")
+
+
+def without(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda own: own.pop(key)
+
+
+def with_more(own: dict[str, Any]) -> None:
+    own.update({"format": 2, "color": "red"})
+    own["settings"]["color"] = own["report"]["color"] = "red"
+
+
+def without_a_setting(own: dict[str, Any]) -> None:
+    del own["settings"]["by_task"]
+
+
+@resumed_in_mid_epoch
+@pytest.mark.parametrize(
+    ("alter", "before"),
+    [
+        (without("format"), 6),
+        (without("settings"), 6),
+        (without("report"), 0),
+        (with_more, 6),
+        (without_a_setting, 6),
+        (dict.clear, 0),
+    ],
+    ids=["format", "settings", "report", "with more", "without a setting", "empty"],
+)
+def test_a_state_with_more_or_less_in_it_is_read_as_far_as_it_is_known(
+    alter: Callable[[dict[str, Any]], None], before: int, tmp_path: Path
+) -> None:
+    fit(Located(), freezer(), last_kept(tmp_path, every_n_train_steps=6))
+    checkpoint = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
+    alter(checkpoint["callbacks"]["BatchNormFreezer"])
+    torch.save(checkpoint, tmp_path / "altered.ckpt")
+    resumed = freezer()
+    fit(Located(), resumed, ckpt_path=tmp_path / "altered.ckpt", max_epochs=3)
+    assert resumed.report is not None
+    assert resumed.report.identical
+    assert resumed.report.steps == before + 3 * BATCHES - 6
 
 
 @resumed_in_mid_epoch

@@ -1,4 +1,4 @@
-"""What a freeze is to hold: layers for every batch, layers for the batches of a task, and which values of them."""
+"""What is to be frozen: layers for every batch, layers for the batches of a task, and which values of them."""
 
 from __future__ import annotations
 
