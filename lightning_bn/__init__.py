@@ -9,10 +9,10 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from lightning_bn.callbacks._task_of import task
     from lightning_bn.callbacks.freezer import BatchNormFreezer
     from lightning_bn.callbacks.monitor import BatchNormMonitor
     from lightning_bn.callbacks.precise import PreciseBatchNorm
+    from lightning_bn.functional._tasks import task
     from lightning_bn.metrics import BatchNormDrift
 
 __all__ = ["BatchNormDrift", "BatchNormFreezer", "BatchNormMonitor", "PreciseBatchNorm", "__version__", "task"]
@@ -22,7 +22,7 @@ _HOME = {
     "BatchNormFreezer": "lightning_bn.callbacks.freezer",
     "BatchNormMonitor": "lightning_bn.callbacks.monitor",
     "PreciseBatchNorm": "lightning_bn.callbacks.precise",
-    "task": "lightning_bn.callbacks._task_of",
+    "task": "lightning_bn.functional._tasks",
 }
 
 try:

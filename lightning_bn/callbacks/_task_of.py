@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -11,57 +10,13 @@ from torch import Tensor
 
 from lightning_bn.callbacks._lightning.namespaces import MisconfigurationException
 
-Listener = Callable[[str | None], None]
-
-_current: list[str] = []
-_listeners: list[Listener] = []
-
-
-@contextmanager
-def task(name: str) -> Iterator[None]:
-    """What is run inside belongs to the task ``name``; for training steps that serve several tasks at once.
-
-    Contexts may be nested, the innermost counts. Outside of training they change nothing.
-
-    Args:
-        name: As the callbacks know it, for instance a key of ``BatchNormFreezer(by_task=...)``.
-
-    Example:
-        >>> with task("seg"):
-        ...     pass  # loss = self.seg_loss(self.backbone(x))
-    """
-    _current.append(name)
-    _tell(name)
-    try:
-        yield
-    finally:
-        _current.pop()
-        _tell(_current[-1] if _current else None)
-
-
-def _tell(name: str | None) -> None:
-    for listener in list(_listeners):
-        listener(name)
-
-
-def listen(listener: Listener) -> None:
-    """Has ``listener`` called with the task, or None, whenever a :func:`task` context begins or ends."""
-    if listener not in _listeners:
-        _listeners.append(listener)
-
-
-def stop_listening(listener: Listener) -> None:
-    """The opposite of :func:`listen`; harmless when repeated."""
-    if listener in _listeners:
-        _listeners.remove(listener)
-
 
 class TaskOf:
-    """Tells the task of a batch.
+    """The task of a batch, as a function of it.
 
     Args:
         task_key: A key of the batch, or the import path (with a dot) of a function of batch and batch index. None: only
-            :func:`task` contexts tell.
+            :func:`lightning_bn.task` contexts tell.
 
     Raises:
         MisconfigurationException: If the import path leads nowhere or to something that cannot be called.
@@ -72,7 +27,7 @@ class TaskOf:
         self._function = _imported(task_key) if task_key is not None and "." in task_key else None
 
     def __call__(self, batch: Any, batch_idx: int) -> str | None:
-        """The task of ``batch``, None where only contexts tell.
+        """Return the task of ``batch``, None where only contexts tell.
 
         Raises:
             MisconfigurationException: If the batch has no such key, or its value is not one task.

@@ -225,7 +225,7 @@ def test_a_backward_and_a_step_of_which_lightning_knows_nothing_are_healed_and_r
     with held(module), noticed():
         fit(module, frozen)
     assert frozen.report is not None
-    assert {(trip.moved.layer, trip.moved.value) for trip in frozen.report.moved} == {
+    assert {(one.change.layer, one.change.value) for one in frozen.report.violations} == {
         (name, value) for name in BODY for value in ("weight", "bias")
     }
 
@@ -251,7 +251,7 @@ def test_an_optimizer_that_moves_parameters_without_gradient_is_healed_and_named
             val_check_interval=interval,
         )
     assert frozen.report is not None
-    assert {trip.moved.cause for trip in frozen.report.moved} == {"LBFGS moves parameters that have no gradient"}
+    assert {one.change.cause for one in frozen.report.violations} == {"LBFGS moves parameters that have no gradient"}
     assert len(seen) > 2
     assert all(one == values(module, BODY) for one in seen)
 
@@ -430,11 +430,11 @@ def test_a_flag_set_directly_in_training_step_is_healed_and_reported_with_its_ca
     with held(module), noticed():
         fit(module, frozen)
     assert frozen.report is not None
-    assert {(trip.moved.layer, trip.moved.value) for trip in frozen.report.moved} == {
+    assert {(one.change.layer, one.change.value) for one in frozen.report.violations} == {
         (name, value) for name in BODY for value in ("running_mean", "running_var", "num_batches_tracked")
     }
-    assert {trip.moved.cause for trip in frozen.report.moved} == {"its training flag was set directly"}
-    assert {trip.step for trip in frozen.report.moved} == {1}
+    assert {one.change.cause for one in frozen.report.violations} == {"its training flag was set directly"}
+    assert {violation.step for violation in frozen.report.violations} == {1}
 
 
 def test_each_value_that_moves_is_reported_once() -> None:
@@ -553,11 +553,13 @@ def test_whatever_is_written_to_a_frozen_layer_is_put_back_and_reported(write: A
     assert values(module, BODY) == before
     assert frozen.report is not None
     assert not frozen.report.identical
-    moved = frozen.report.moved
-    assert {(trip.moved.layer, trip.moved.value) for trip in moved} == {(BODY[0], value) for value in WRITERS[write]}
+    violations = frozen.report.violations
+    assert {(one.change.layer, one.change.value) for one in violations} == {
+        (BODY[0], value) for value in WRITERS[write]
+    }
     # Found at the next batch, or at the end of the epoch where the writer left no version behind.
     latest = at_step + (BATCHES if write in (set_data, set_weight_data) else 1)
-    assert all(at_step <= trip.step <= latest for trip in moved)
+    assert all(at_step <= violation.step <= latest for violation in violations)
 
 
 @named
@@ -945,6 +947,11 @@ def test_nothing_to_freeze_is_refused() -> None:
 
     with pytest.raises(MisconfigurationException, match="freezes nothing"):
         BatchNormFreezer(stats=False, affine=False)
+
+
+def test_all_arguments_after_the_modules_have_to_be_named() -> None:
+    with pytest.raises(TypeError, match="positional argument"):
+        BatchNormFreezer("net", "net.head")  # type: ignore[misc]
 
 
 def test_validate_and_test_without_a_fit_leave_the_layers_alone() -> None:

@@ -209,8 +209,12 @@ def test_stochastic_weight_averaging_is_put_right_and_named(freezer_first: bool)
     assert all(one == expected for one in seen)
     assert values(module, BODY) == expected
     assert frozen.report is not None
-    assert {trip.moved.value for trip in frozen.report.moved} == {"running_mean", "running_var", "num_batches_tracked"}
-    assert all("StochasticWeightAveraging" in trip.moved.cause for trip in frozen.report.moved)
+    assert {one.change.value for one in frozen.report.violations} == {
+        "running_mean",
+        "running_var",
+        "num_batches_tracked",
+    }
+    assert all("StochasticWeightAveraging" in violation.change.cause for violation in frozen.report.violations)
     assert all(layer.momentum == 0.1 for layer in layers(module).values())
 
 

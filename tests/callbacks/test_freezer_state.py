@@ -1,6 +1,7 @@
 """What a freezer says of itself: its report, its state in checkpoints, and how it lives beside another one."""
 
 import csv
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -68,7 +69,7 @@ def test_the_report_says_what_was_frozen_for_how_long() -> None:
     assert frozen.report is not None
     assert frozen.report.layers == BODY
     assert frozen.report.steps == EPOCHS * BATCHES
-    assert frozen.report.moved == ()
+    assert frozen.report.violations == ()
     assert str(frozen.report) == "2 frozen layers bit-identical over 8 steps"
 
 
@@ -77,10 +78,10 @@ def test_the_report_says_what_moved_when_and_by_how_much() -> None:
     with pytest.warns(UserWarning, match=PUT_BACK) as caught, pytest.warns(UserWarning, match=MOVED_BY_OTHERS):
         fit(Moving(), frozen)
     assert frozen.report is not None
-    (trip,) = frozen.report.moved
-    assert (trip.moved.layer, trip.moved.value) == (BODY[0], "running_mean")
-    assert trip.moved.largest_change == pytest.approx(2)
-    assert trip.step == 4
+    (violation,) = frozen.report.violations
+    assert (violation.change.layer, violation.change.value) == (BODY[0], "running_mean")
+    assert violation.change.largest_change == pytest.approx(2)
+    assert violation.step == 4
     assert not frozen.report.identical
     text = "step 4: net.body.1 (running_mean by up to 2)"
     assert text in str(frozen.report)
@@ -106,7 +107,7 @@ def test_what_became_of_the_frozen_values_is_logged(tmp_path: Path) -> None:
         with open(tmp_path / name / "0" / "metrics.csv") as file:
             (row,) = [row for row in csv.DictReader(file) if row["bn/frozen_layers"]]
         assert float(row["bn/frozen_layers"]) == 2
-        assert float(row["bn/frozen_moved"]) == (name == "moving")
+        assert float(row["bn/frozen_violations"]) == (name == "moving")
         assert int(row["step"]) == EPOCHS * BATCHES
 
 
@@ -138,9 +139,10 @@ def test_the_state_in_a_checkpoint_is_plain_and_small(tmp_path: Path) -> None:
         return all(map(plain, value)) if isinstance(value, list) else isinstance(value, str | int | float | None)
 
     assert plain(own)
+    assert (own["format"], own["report"]["format"]) == (1, 1)
     assert own["report"]["steps"] == 7
     assert own["report"]["layers"] == list(BODY)
-    assert [(trip["layer"], trip["value"], trip["step"]) for trip in own["report"]["moved"]] == [
+    assert [(one["layer"], one["value"], one["step"]) for one in own["report"]["violations"]] == [
         (BODY[0], "running_mean", 4)
     ]
 
@@ -156,8 +158,48 @@ def test_a_checkpoint_tells_of_a_move_that_was_found_while_it_was_written(tmp_pa
         fit(Late(), freezer(), last_kept(tmp_path, every_n_train_steps=3))
     checkpoint = torch.load(tmp_path / "step=3.ckpt", weights_only=True)
     assert saved(checkpoint["state_dict"]) == values(PretrainedClassifier(), BODY)
-    (moved,) = checkpoint["callbacks"]["BatchNormFreezer"]["report"]["moved"]
+    (moved,) = checkpoint["callbacks"]["BatchNormFreezer"]["report"]["violations"]
     assert (moved["layer"], moved["value"]) == (BODY[0], "running_mean")
+
+
+def without(key: str) -> Callable[[dict[str, Any]], None]:
+    return lambda own: own.pop(key)
+
+
+def with_more(own: dict[str, Any]) -> None:
+    own.update({"format": 2, "color": "red"})
+    own["settings"]["color"] = own["report"]["color"] = "red"
+
+
+def without_a_setting(own: dict[str, Any]) -> None:
+    del own["settings"]["by_task"]
+
+
+@resumed_in_mid_epoch
+@pytest.mark.parametrize(
+    ("alter", "before"),
+    [
+        (without("format"), 6),
+        (without("settings"), 6),
+        (without("report"), 0),
+        (with_more, 6),
+        (without_a_setting, 6),
+        (dict.clear, 0),
+    ],
+    ids=["format", "settings", "report", "with more", "without a setting", "empty"],
+)
+def test_a_state_with_more_or_less_in_it_is_read_as_far_as_it_is_known(
+    alter: Callable[[dict[str, Any]], None], before: int, tmp_path: Path
+) -> None:
+    fit(Located(), freezer(), last_kept(tmp_path, every_n_train_steps=6))
+    checkpoint = torch.load(tmp_path / "step=6.ckpt", weights_only=True)
+    alter(checkpoint["callbacks"]["BatchNormFreezer"])
+    torch.save(checkpoint, tmp_path / "altered.ckpt")
+    resumed = freezer()
+    fit(Located(), resumed, ckpt_path=tmp_path / "altered.ckpt", max_epochs=3)
+    assert resumed.report is not None
+    assert resumed.report.identical
+    assert resumed.report.steps == before + 3 * BATCHES - 6
 
 
 @resumed_in_mid_epoch
@@ -169,8 +211,8 @@ def test_steps_and_moves_are_counted_across_a_resume(tmp_path: Path) -> None:
         fit(Located(), resumed, ckpt_path=tmp_path / "step=6.ckpt", max_epochs=3)
     assert resumed.report is not None
     assert resumed.report.steps == 3 * BATCHES
-    (trip,) = resumed.report.moved
-    assert (trip.moved.layer, trip.step) == (BODY[0], 4)
+    (violation,) = resumed.report.violations
+    assert (violation.change.layer, violation.step) == (BODY[0], 4)
 
 
 def test_what_validate_read_from_a_checkpoint_is_not_counted_in_a_later_fit(tmp_path: Path) -> None:
@@ -274,7 +316,7 @@ def test_two_freezers_of_different_names_keep_states_of_their_own(tmp_path: Path
 
 @pytest.mark.parametrize("interval", [1.0, 1])
 @pytest.mark.parametrize("first", [True, False])
-def test_a_layer_that_two_freezers_hold_stays_frozen_until_both_let_go(first: bool, interval: float) -> None:
+def test_a_layer_that_two_freezers_hold_stays_frozen_until_both_release_it(first: bool, interval: float) -> None:
     module, watch = PretrainedClassifier(optimizer=adamw), Watch()
     both = [freezer(name="short", stop_step=3), freezer(modules="body.1", name="long", stop_epoch=2)]
     held_by: list[tuple[str, ...]] = []

@@ -7,7 +7,8 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 import lightning_bn
-from lightning_bn.callbacks._task_of import TaskOf, listen, stop_listening, task
+from lightning_bn.callbacks._task_of import TaskOf
+from lightning_bn.functional._tasks import listen, stop_listening, task
 
 
 @pytest.mark.parametrize(

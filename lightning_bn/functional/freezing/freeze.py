@@ -1,26 +1,26 @@
-"""Keeping running statistics and affine parameters of BatchNorm layers fixed, and letting go of them again."""
+"""Running statistics and affine parameters of BatchNorm layers frozen in place, and unfrozen again."""
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from copy import copy
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._text import counted, quoted
-from lightning_bn.functional.freezing.eval_mode import GIVEN_MODE, HOLDERS, hold_in_eval, let_go
+from lightning_bn.functional.freezing.eval_mode import PIN, pin_in_eval, release
 from lightning_bn.functional.layers.behavior import has_initial_statistics
 from lightning_bn.functional.layers.patterns import Patterns, SelectionError
 from lightning_bn.functional.layers.properties import affine_parameters, has_running_statistics
 from lightning_bn.functional.layers.selection import LayerSelection, refuse_lazy
 from lightning_bn.functional.layers.status import layer_status, update_status
+from lightning_bn.functional.layers.torch_private import attributes_of
 
 _OWNER = "freeze_batch_norm"
 _REQUIRED_GRAD = "_lightning_bn_required_grad"
-_OWN_ATTRIBUTES = (_REQUIRED_GRAD, GIVEN_MODE, HOLDERS)
+_ATTRIBUTES = ("training", _REQUIRED_GRAD, PIN)
 
 
 def freeze_batch_norm(
@@ -32,7 +32,7 @@ def freeze_batch_norm(
     stats: bool = True,
     affine: bool = True,
 ) -> tuple[str, ...]:
-    """Freezes the selected BatchNorm layers in place until :func:`unfreeze_batch_norm`; returns their names.
+    """Freeze the selected BatchNorm layers in place until :func:`unfreeze_batch_norm`; return their names.
 
     With ``stats`` a layer normalizes with its running statistics in training and in evaluation, and they do not move:
     it stays in eval mode through ``.train()`` on itself or on any parent, through deepcopy, pickling and
@@ -41,7 +41,7 @@ def freeze_batch_norm(
     ``bias`` no longer require a gradient, and one that is there is dropped, so that no optimizer moves them. Freezing
     twice is freezing once.
 
-    Layers that share a parameter are to be frozen, and let go of, together. Not survived: conversion to SyncBatchNorm,
+    Layers that share a parameter are to be frozen, and unfrozen, together. Not survived: conversion to SyncBatchNorm,
     which builds new layers (freeze afterwards), and a later ``model.requires_grad_(True)``, which asks for affine
     training again.
 
@@ -73,12 +73,11 @@ def freeze_batch_norm(
     layers = select_to_freeze(model, LayerSelection(modules, exclude, root), stats=stats, affine=affine)
     if stats:
         warn_of_initial_statistics(layers)
-    found = [_State(layer) for layer in layers.values()]
+    restore = _as_found(layers)
     try:
         freeze_layers(layers, stats=stats, affine=affine)
     except BaseException:
-        for state in found:
-            state.restore()
+        restore()
         raise
     return tuple(layers)
 
@@ -92,7 +91,7 @@ def unfreeze_batch_norm(
     stats: bool = True,
     affine: bool = True,
 ) -> tuple[str, ...]:
-    """Lets go of what :func:`freeze_batch_norm` froze among the selected layers; returns the names of those it changed.
+    """Unfreeze what :func:`freeze_batch_norm` froze among the selected layers; return the names of those it changed.
 
     A layer goes back to the mode it would be in had it not been frozen (that of the last ``.train()`` or ``.eval()``
     it was given, else the one it had), its parameters to the ``requires_grad`` they had. Layers that were not frozen
@@ -103,8 +102,8 @@ def unfreeze_batch_norm(
         modules: As for :func:`~lightning_bn.functional.batch_norm_layers`.
         exclude: As for ``batch_norm_layers``.
         root: As for ``batch_norm_layers``.
-        stats: Whether to let go of the running statistics.
-        affine: Whether to let go of ``weight`` and ``bias``.
+        stats: Whether to unfreeze the running statistics.
+        affine: Whether to unfreeze ``weight`` and ``bias``.
 
     Raises:
         SelectionError: As for ``batch_norm_layers``.
@@ -143,26 +142,34 @@ def frozen_batch_norm(
     layers = select_to_freeze(model, LayerSelection(modules, exclude, root), stats=stats, affine=affine)
     if stats:
         warn_of_initial_statistics(layers, stacklevel=4)  # past contextlib's frame
-    found = {name: _State(layer) for name, layer in layers.items()}
+    restore = _as_found(layers)
     try:
         freeze_layers(layers, stats=stats, affine=affine)
         yield tuple(layers)
     finally:
-        for state in found.values():
-            state.restore()
+        restore()
+
+
+def check_freezes(*, stats: bool, affine: bool) -> None:
+    """Raise if nothing is to be frozen.
+
+    Raises:
+        ValueError: If neither ``stats`` nor ``affine`` is asked for.
+    """
+    if not stats and not affine:
+        raise ValueError("stats=False with affine=False freezes nothing: ask for at least one of them.")
 
 
 def select_to_freeze(
     model: nn.Module, selection: LayerSelection, *, stats: bool, affine: bool
 ) -> dict[str, _BatchNorm]:
-    """The layers that a freeze with these arguments means, checked: nothing is changed.
+    """Return the layers that a freeze with these arguments means, checked: nothing is changed.
 
     Raises:
         SelectionError: As for :func:`freeze_batch_norm`.
         ValueError: As for :func:`freeze_batch_norm`.
     """
-    if not stats and not affine:
-        raise ValueError("stats=False with affine=False freezes nothing: ask for at least one of them.")
+    check_freezes(stats=stats, affine=affine)
     layers = selection.layers(model)
     if not stats:
         return layers
@@ -177,7 +184,7 @@ def select_to_freeze(
 
 
 def warn_of_initial_statistics(layers: Mapping[str, _BatchNorm], stacklevel: int = 3) -> None:
-    """Warns where statistics are about to be frozen that are still those of construction."""
+    """Warn where statistics are about to be frozen that are still those of construction."""
     initial = [name for name, layer in layers.items() if has_initial_statistics(layer)]
     if initial:
         warnings.warn(
@@ -188,16 +195,17 @@ def warn_of_initial_statistics(layers: Mapping[str, _BatchNorm], stacklevel: int
         )
 
 
-def freeze_layers(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, by: str = _OWNER) -> None:
-    """Freezes layers that are already resolved; ``by`` is who asks, and who has to let go again."""
+def freeze_layers(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, owner: str = _OWNER) -> None:
+    """Freeze layers that are already resolved; ``owner`` is who asks, and who has to unfreeze them."""
     if affine:
         # All of them before any changes: layers may share a parameter.
         for layer in layers.values():
-            layer.__dict__.setdefault(_REQUIRED_GRAD, tuple(p.requires_grad for p in affine_parameters(layer)))
-    declare_frozen(layers, stats=stats, affine=affine, by=by)
+            required = tuple(parameter.requires_grad for parameter in affine_parameters(layer))
+            attributes_of(layer).setdefault(_REQUIRED_GRAD, required)
+    declare(layers, stats=stats, affine=affine, owner=owner, frozen=True)
     for layer in layers.values():
         if stats:
-            hold_in_eval(layer, by)
+            pin_in_eval(layer, owner)
         if affine:
             for parameter in affine_parameters(layer):
                 parameter.requires_grad_(False)
@@ -206,75 +214,63 @@ def freeze_layers(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool
 
 
 def unfreeze_layers(
-    layers: Mapping[str, _BatchNorm],
-    *,
-    stats: bool,
-    affine: bool,
-    by: str = _OWNER,
-    parent_trains: bool = False,
+    layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, owner: str = _OWNER, parent_trains: bool = False
 ) -> tuple[str, ...]:
-    """Lets go of layers that ``by`` froze; one that someone else also holds stays frozen. Names of those changed."""
-    given_back: dict[nn.Parameter, bool] = {}
-    changed = declare_unfrozen(layers, stats=stats, affine=affine, by=by)
+    """Unfreeze layers that ``owner`` froze, as far as nobody else did; return the names of those changed."""
+    requires_grad: dict[nn.Parameter, bool] = {}
+    changed = declare(layers, stats=stats, affine=affine, owner=owner, frozen=False)
     for name in changed:
         layer = layers[name]
         if stats:
-            let_go(layer, by, parent_trains=parent_trains)
+            release(layer, owner, parent_trains=parent_trains)
         if affine and not layer_status(layer).affine_frozen_by:
-            required = layer.__dict__.pop(_REQUIRED_GRAD, ())
-            for parameter, requires_grad in zip(affine_parameters(layer), required, strict=False):
+            required = attributes_of(layer).pop(_REQUIRED_GRAD, ())
+            for parameter, before in zip(affine_parameters(layer), required, strict=False):
                 # Of layers that share a parameter, those frozen later found it frozen already.
-                given_back[parameter] = requires_grad or given_back.get(parameter, False)
-    for parameter, requires_grad in given_back.items():
-        parameter.requires_grad_(requires_grad)
+                requires_grad[parameter] = before or requires_grad.get(parameter, False)
+    for parameter, before in requires_grad.items():
+        parameter.requires_grad_(before)
     return changed
 
 
-def declare_frozen(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, by: str) -> None:
-    """Records that ``by`` keeps these layers frozen, without doing anything to them."""
-    for layer in layers.values():
-        status = layer_status(layer)
-        if stats and by not in status.stats_frozen_by:
-            update_status(layer, stats_frozen_by=(*status.stats_frozen_by, by))
-        if affine and by not in status.affine_frozen_by:
-            update_status(layer, affine_frozen_by=(*status.affine_frozen_by, by))
-
-
-def declare_unfrozen(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, by: str) -> tuple[str, ...]:
-    """Takes back what :func:`declare_frozen` recorded; names of the layers where there was something."""
+def declare(
+    layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, owner: str, frozen: bool
+) -> tuple[str, ...]:
+    """Record whether ``owner`` keeps these layers frozen, without doing anything else; return the names of changes."""
     changed = []
     for name, layer in layers.items():
-        status = layer_status(layer)
-        if stats:
-            update_status(layer, stats_frozen_by=tuple(owner for owner in status.stats_frozen_by if owner != by))
-        if affine:
-            update_status(layer, affine_frozen_by=tuple(owner for owner in status.affine_frozen_by if owner != by))
-        if layer_status(layer) != status:
+        before = layer_status(layer)
+        for key, asked in (("stats_frozen_by", stats), ("affine_frozen_by", affine)):
+            if asked:
+                others = tuple(one for one in getattr(before, key) if one != owner)
+                update_status(layer, **{key: (*others, owner) if frozen else others})
+        if layer_status(layer) != before:
             changed.append(name)
     return tuple(changed)
 
 
-class _State:
-    """Everything about one layer that freezing may change, as it is now."""
+def _as_found(layers: Mapping[str, _BatchNorm]) -> Callable[[], None]:
+    """Return a function that takes back all that freezing changes of these layers, to how they are now."""
+    kept = [
+        (
+            layer,
+            type(layer),
+            {key: attributes_of(layer)[key] for key in _ATTRIBUTES if key in attributes_of(layer)},
+            layer_status(layer),
+            [(parameter, parameter.requires_grad, parameter.grad) for parameter in affine_parameters(layer)],
+        )
+        for layer in layers.values()
+    ]
 
-    def __init__(self, layer: _BatchNorm) -> None:
-        self._layer = layer
-        self._class = type(layer)
-        self._training = layer.training
-        self._status = layer_status(layer)
-        self._own = {name: copy(layer.__dict__[name]) for name in _OWN_ATTRIBUTES if name in layer.__dict__}
-        self._gradients = [
-            (parameter, parameter.requires_grad, parameter.grad) for parameter in affine_parameters(layer)
-        ]
+    def restore() -> None:
+        for layer, kind, attributes, status, parameters in kept:
+            layer.__class__ = kind
+            for key in _ATTRIBUTES:
+                attributes_of(layer).pop(key, None)
+            attributes_of(layer).update(attributes)
+            update_status(layer, **vars(status))
+            for parameter, requires_grad, gradient in parameters:
+                parameter.requires_grad_(requires_grad)
+                parameter.grad = gradient
 
-    def restore(self) -> None:
-        layer = self._layer
-        layer.__class__ = self._class
-        layer.training = self._training
-        for name in _OWN_ATTRIBUTES:
-            layer.__dict__.pop(name, None)
-        layer.__dict__.update(self._own)
-        update_status(layer, **vars(self._status))
-        for parameter, requires_grad, gradient in self._gradients:
-            parameter.requires_grad_(requires_grad)
-            parameter.grad = gradient
+    return restore

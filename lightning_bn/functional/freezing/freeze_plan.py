@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import nn
 
 from lightning_bn.functional._text import counted
-from lightning_bn.functional.freezing.freeze import select_to_freeze
+from lightning_bn.functional.freezing.freeze_selection import FreezeSelection
 from lightning_bn.functional.freezing.schedule import FreezeSchedule
 from lightning_bn.functional.layers.names import named_paths
 from lightning_bn.functional.layers.patterns import Patterns
@@ -88,7 +88,7 @@ def plan(
     by_task: Mapping[str, Patterns] | None = None,
     schedule: FreezeSchedule | None = None,
 ) -> FreezePlan:
-    """What freezing with these arguments will do; nothing in ``model`` changes.
+    """Return what freezing with these arguments will do; nothing in ``model`` changes.
 
     Args:
         model: Any module.
@@ -110,81 +110,49 @@ def plan(
         >>> print(plan(net, "2", affine=False))
         1 of 2 layers frozen (statistics) by 2: 1; 4 other weights below these paths still train
     """
-    always, by_task_selections = selections(modules, exclude, root, by_task)
-    base, tasks = select_by_task(model, always, by_task_selections, stats=stats, affine=affine)
-    layers_by_name = batch_norm_layers(model)
-    paths: dict[int, list[str]] = {id(layer): [] for layer in layers_by_name.values()}
+    return plan_of(model, FreezeSelection(modules, exclude, root, by_task, stats, affine), schedule or FreezeSchedule())
+
+
+def plan_of(model: nn.Module, selection: FreezeSelection, schedule: FreezeSchedule) -> FreezePlan:
+    """As :func:`plan`, of a selection."""
+    always, by_task = selection.layers(model)
+    chosen = [(selection.always, always)] if selection.always else []
+    chosen += [(selection.of_tasks[task], layers) for task, layers in by_task.items()]
+    paths: dict[nn.Module, list[str]] = {}
     for path, module in named_paths(model):
-        if id(module) in paths:
-            paths[id(module)].append(path)
-    rules = {} if always is None else {name: _rule(paths[id(layers_by_name[name])], always) for name in base}
-    for task, names in tasks.items():
-        for name in names:
-            rules.setdefault(name, _rule(paths[id(layers_by_name[name])], by_task_selections[task]))
-    layers = tuple(
+        paths.setdefault(module, []).append(path)
+    rules: dict[str, str] = {}
+    for one, layers in chosen:
+        for name, layer in layers.items():
+            rules.setdefault(name, _rule(paths[layer], one))
+    planned = tuple(
         PlannedLayer(
             name=name,
             kind=type(layer).__name__,
             rule=rules.get(name, ""),
-            stats=name in rules and stats and has_running_statistics(layer),
-            affine=name in rules and affine and bool(affine_parameters(layer)),
+            stats=name in rules and selection.stats and has_running_statistics(layer),
+            affine=name in rules and selection.affine and bool(affine_parameters(layer)),
             processes=processes_of(layer),
-            tasks=() if name in base else tuple(task for task, names in tasks.items() if name in names),
+            tasks=tuple(task for task, layers in by_task.items() if name in layers),
         )
-        for name, layer in layers_by_name.items()
+        for name, layer in batch_norm_layers(model).items()
     )
-    chosen = [*([] if always is None else [always]), *by_task_selections.values()]
-    return FreezePlan(layers, schedule or FreezeSchedule(), _others(model, layers, chosen))
-
-
-def selections(
-    modules: Patterns, exclude: Patterns, root: str, by_task: Mapping[str, Patterns] | None
-) -> tuple[LayerSelection | None, dict[str, LayerSelection]]:
-    """Return what is meant for every batch, None for nothing, and what is meant for the batches of each task."""
-    always = None if modules is None and by_task else LayerSelection(modules, exclude, root)
-    tasks = {
-        task: LayerSelection(paths, exclude, root, f"by_task[{task!r}]") for task, paths in (by_task or {}).items()
+    patterns = [(pattern, one.root) for one, _ in chosen for pattern in one.patterns()]
+    below = {
+        parameter
+        for module, names in paths.items()
+        if any(pattern.matches(name, root) for pattern, root in patterns for name in names)
+        for parameter in module.parameters(recurse=False)
+        if parameter.requires_grad
     }
-    return always, tasks
-
-
-def select_by_task(
-    model: nn.Module,
-    always: LayerSelection | None,
-    by_task: Mapping[str, LayerSelection],
-    *,
-    stats: bool,
-    affine: bool,
-) -> tuple[tuple[str, ...], dict[str, tuple[str, ...]]]:
-    """Return names frozen during every batch, and for each task those frozen during its batches beside them.
-
-    Raises:
-        SelectionError: As for :func:`plan`.
-        ValueError: As for :func:`plan`.
-    """
-    base = () if always is None else tuple(select_to_freeze(model, always, stats=stats, affine=affine))
-    tasks = {task: select_to_freeze(model, chosen, stats=stats, affine=affine) for task, chosen in by_task.items()}
-    return base, {task: tuple(name for name in names if name not in base) for task, names in tasks.items()}
+    if selection.affine:
+        below -= {one for _, layers in chosen for layer in layers.values() for one in affine_parameters(layer)}
+    return FreezePlan(planned, schedule, len(below))
 
 
 def _rule(paths: Sequence[str], selection: LayerSelection) -> str:
-    """The first pattern that means a layer, under any of its names."""
+    """Return the first pattern that means a layer, under any of its names."""
     root = selection.root
     if selection.modules is None:
         return root or "every layer"
     return next(rule.text for rule in selection.patterns() if any(rule.matches(path, root) for path in paths))
-
-
-def _others(model: nn.Module, layers: Sequence[PlannedLayer], chosen: Sequence[LayerSelection]) -> int:
-    """Parameters that require a gradient, lie where the rules point and are not frozen."""
-    by_name = batch_norm_layers(model)
-    frozen = {id(parameter) for layer in layers if layer.affine for parameter in affine_parameters(by_name[layer.name])}
-    patterns = [(pattern, selection.root) for selection in chosen for pattern in selection.patterns()]
-    meant = {
-        id(parameter)
-        for path, module in named_paths(model)
-        if any(pattern.matches(path, root) for pattern, root in patterns)
-        for parameter in module.parameters(recurse=False)
-        if parameter.requires_grad
-    }
-    return len(meant - frozen)

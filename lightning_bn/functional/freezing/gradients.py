@@ -1,44 +1,48 @@
-"""Affine parameters that a forward uses without contributing to their gradients."""
+"""Gradients of affine parameters: blocked in a forward, or dropped before a step."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.functional.layers.exchange import Entries, exchanged
+from lightning_bn.functional.layers.torch_private import AFFINE, parameters_of
 
-class WithheldGradients:
-    """Forwards of ``layers`` contribute zero to the gradients of ``weight`` and ``bias``, from construction to release.
+
+@contextmanager
+def blocked_gradients(layers: Mapping[str, _BatchNorm]) -> Iterator[None]:
+    """Inside, forwards of ``layers`` contribute zero to the gradients of ``weight`` and ``bias``.
 
     What other forwards contribute, before, after or in the same backward, is not changed. The parameters still receive
     a gradient, of zeros where nothing else contributes, since a distributed backward waits for it.
 
     Args:
-        layers: Which; their parameters are replaced by tensors of the same values until :meth:`release`.
+        layers: By name; inside, tensors of the same values are in the place of their parameters.
+
+    Raises:
+        ExchangeError: At the end, if another exchange lies on top in one of the layers.
     """
-
-    def __init__(self, layers: Iterable[_BatchNorm]) -> None:
-        self._found: list[tuple[_BatchNorm, str, nn.Parameter]] = []
-        with torch.enable_grad():
-            for layer in layers:
-                for name in ("weight", "bias"):
-                    parameter = layer._parameters.get(name)
-                    if isinstance(parameter, nn.Parameter) and parameter.requires_grad:
-                        self._found.append((layer, name, parameter))
-                        layer._parameters[name] = _zero_gradient(parameter)  # type: ignore[assignment]
-
-    def release(self) -> None:
-        """Puts the parameters back; harmless when repeated."""
-        for layer, name, parameter in self._found:
-            layer._parameters[name] = parameter
-        self._found = []
+    with torch.enable_grad():
+        blocked = {
+            name: {
+                key: _zero_gradient(parameter)
+                for key in AFFINE
+                if isinstance(parameter := parameters_of(layer).get(key), nn.Parameter) and parameter.requires_grad
+            }
+            for name, layer in layers.items()
+        }
+    entries = [Entries(name, layers[name], parameters=tensors) for name, tensors in blocked.items() if tensors]
+    with exchanged("blocked_gradients", entries):
+        yield
 
 
 def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Takes gradients away, so that an optimizer skips them.
+    """Drop gradients, so that an optimizer skips them.
 
     With a gradient of zeros it would not: weight decay and momentum move a parameter that has one.
     """
@@ -47,7 +51,7 @@ def drop_gradients(parameters: Iterable[nn.Parameter]) -> None:
 
 
 def drop_zero_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """Takes gradients away that are zero throughout: nothing contributed to them."""
+    """Drop gradients that are zero throughout: nothing contributed to them."""
     having = [(parameter, gradient) for parameter in parameters if (gradient := parameter.grad) is not None]
     if having:
         # One look at the device for all of them.

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from lightning_bn.functional._checks import check_whole
+
 
 @dataclass(frozen=True)
 class FreezeSchedule:
@@ -16,7 +18,7 @@ class FreezeSchedule:
         stop_step: First optimizer step that is no longer in the span.
 
     Raises:
-        ValueError: If a step is negative, or the span is empty as far as that can be told.
+        ValueError: If a bound is no whole number, a step is negative, or the span is empty as far as that can be told.
 
     Example:
         >>> last_two = FreezeSchedule(start_epoch=-2)
@@ -30,11 +32,10 @@ class FreezeSchedule:
     stop_step: int | None = None
 
     def __post_init__(self) -> None:
-        """Refuses what can never be on."""
-        for name in ("start_step", "stop_step"):
-            value = getattr(self, name)
-            if value is not None and value < 0:
-                raise ValueError(f"{name}={value} must not be negative: only epochs count from the end of training.")
+        """Refuse what can never be on."""
+        for name, value in vars(self).items():
+            # Only epochs count from the end of training.
+            check_whole(name, value, 0 if name.endswith("step") else None, none="for no limit")
         for unit in ("epoch", "step"):
             start, stop = getattr(self, f"start_{unit}"), getattr(self, f"stop_{unit}")
             if start is not None and stop is not None and (start < 0) == (stop < 0) and stop <= start:
@@ -48,7 +49,7 @@ class FreezeSchedule:
     @property
     def always(self) -> bool:
         """Whether nothing limits it."""
-        return (self.start_epoch, self.stop_epoch, self.start_step, self.stop_step) == (None, None, None, None)
+        return self == FreezeSchedule()
 
     def is_on(self, epoch: int, step: int, max_epochs: int | None) -> bool:
         """Whether the batch that comes next lies in the span.

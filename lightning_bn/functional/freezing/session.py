@@ -1,369 +1,298 @@
-"""What a freezer holds during one fit: which layers, since when, and whether anything in them moved."""
+"""One training with frozen layers, with or without a Trainer: switched on and off, verified, repaired, told of."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from enum import Enum
 from typing import Any
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.hooks import RemovableHandle
 
-from lightning_bn.functional._text import counted
-from lightning_bn.functional.freezing.eval_mode import hold_in_eval, let_go
-from lightning_bn.functional.freezing.freeze import declare_frozen, declare_unfrozen, warn_of_initial_statistics
-from lightning_bn.functional.freezing.gradients import WithheldGradients, drop_gradients, drop_zero_gradients
-from lightning_bn.functional.freezing.shadow_statistics import LentStatistics
-from lightning_bn.functional.freezing.verification import KeptValues, Moved
-from lightning_bn.functional.layers.properties import affine_parameters
+from lightning_bn.functional._tasks import listen, stop_listening
+from lightning_bn.functional.freezing.baseline import Baseline
+from lightning_bn.functional.freezing.change import Change
+from lightning_bn.functional.freezing.eval_mode import pin_in_eval, release
+from lightning_bn.functional.freezing.freeze import declare, warn_of_initial_statistics
+from lightning_bn.functional.freezing.freeze_selection import FreezeSelection, Layers
+from lightning_bn.functional.freezing.gradients import drop_gradients, drop_zero_gradients
+from lightning_bn.functional.freezing.report import FreezeReport, Violation, in_words
+from lightning_bn.functional.freezing.task_freeze import TaskFreeze, parameters_of_all
 from lightning_bn.functional.layers.selection import batch_norm_layers
 
 
-@dataclass(frozen=True)
-class Trip:
-    """Something that was found changed in a frozen layer and was put back.
+class FreezePhase(Enum):
+    """Where a freeze stands.
 
     Attributes:
-        moved: Which value, by how much, and why, as far as that can be told.
-        step: Optimizer steps taken when it was found.
+        OFF: Nothing is frozen.
+        PINNED: The layers are frozen; what their values must be is taken at the next batch.
+        VERIFIED: The layers are frozen and their values are compared with the baseline.
+        SUSPENDED: Averages stand in the place of the weights: nothing is compared.
     """
 
-    moved: Moved
-    step: int
-
-    def __str__(self) -> str:
-        return f"step {self.step:,}: {self.moved}"
-
-
-@dataclass(frozen=True)
-class FreezeReport:
-    """What became of the frozen values.
-
-    Attributes:
-        layers: Names of the layers frozen during every batch.
-        steps: Optimizer steps over which they were frozen, those before a resume included.
-        moved: What was found changed and was put back, the first time for each value; empty where all stayed
-            bit-identical without help.
-        task_layers: Names of those frozen during the batches of some tasks only; in those they did not move either.
-        was_on: Whether the freeze was ever on.
-        task_batches: Batches, or parts of steps, during which layers were frozen for their task.
-    """
-
-    layers: tuple[str, ...]
-    steps: int
-    moved: tuple[Trip, ...]
-    task_layers: tuple[str, ...] = ()
-    was_on: bool = True
-    task_batches: int = 0
-
-    @property
-    def identical(self) -> bool:
-        """Whether every value stayed bit-identical, without help, for as long as it was frozen."""
-        return not self.moved
-
-    def __str__(self) -> str:
-        if not self.was_on:
-            return "the freeze was never on"
-        steps = counted(self.steps, "step")
-        said = [f"{counted(len(self.layers), 'frozen layer')} bit-identical over {steps}"] if self.layers else []
-        if self.task_layers:
-            layers = counted(len(self.task_layers), "layer")
-            batches = counted(self.task_batches, "batch of their tasks", "batches of their tasks")
-            said.append(
-                f"{layers} bit-identical in {batches}"
-                if self.task_batches
-                else f"{layers} never frozen, since no batch was of a task in by_task"
-            )
-        if self.identical:
-            return "; ".join(said)
-        frozen = counted(len(self.layers) + len(self.task_layers), "frozen layer")
-        return f"{frozen} over {steps}; moved by others and put back: {in_words(self.moved)}"
-
-    def state_dict(self) -> dict[str, Any]:
-        """Strings, numbers, lists and dicts only."""
-        moved = [{"step": trip.step, **vars(trip.moved)} for trip in self.moved]
-        return {
-            "layers": list(self.layers),
-            "task_layers": list(self.task_layers),
-            "was_on": self.was_on,
-            "task_batches": self.task_batches,
-            "steps": self.steps,
-            "moved": moved,
-        }
-
-    @classmethod
-    def from_state_dict(cls, state: Mapping[str, Any]) -> FreezeReport:
-        """The report that :meth:`state_dict` described."""
-        moved = []
-        for entry in state["moved"]:
-            values = dict(entry)
-            step = values.pop("step")
-            moved.append(Trip(Moved(**values), step))
-        return cls(
-            tuple(state["layers"]),
-            state["steps"],
-            tuple(moved),
-            tuple(state["task_layers"]),
-            state["was_on"],
-            state["task_batches"],
-        )
+    OFF = "off"
+    PINNED = "pinned"
+    VERIFIED = "verified"
+    SUSPENDED = "suspended"
 
 
-def in_words(trips: Sequence[Trip], most: int = 3) -> str:
-    """What moved, layer by layer, the first few of them."""
-    by_layer: dict[str, list[Trip]] = {}
-    for trip in trips:
-        by_layer.setdefault(trip.moved.layer, []).append(trip)
-    said = [
-        f"step {found[0].step:,}: {layer} ({', '.join(trip.moved.without_layer() for trip in found)})"
-        for layer, found in list(by_layer.items())[:most]
-    ]
-    more = len(by_layer) - most
-    return "; ".join(said) + (f"; {counted(more, 'more layer')}" if more > 0 else "")
-
-
-class Freeze:
-    """The layers that one freezer holds, switched on and off as a whole and by task.
+class FreezeSession:
+    """The layers that one owner freezes, switched on and off as a whole and by task, and their values verified.
 
     Args:
         model: Where the layers are.
-        always: Names of those frozen during every batch.
-        by_task: Names of those frozen beside them during the batches of a task.
-        stats: Whether running statistics are frozen.
-        affine: Whether ``weight`` and ``bias`` are.
-        by: Who freezes.
+        selection: What is frozen.
+        owner: Who freezes; layers with several owners stay frozen until all of them have released them.
         before: What is known from before a resume.
-        affine_cause: What moves ``weight`` and ``bias`` if nothing else is known to.
+        affine_cause: What changes ``weight`` and ``bias`` if nothing else is known to.
+        tell: Called with violations that are new; by default they are warnings.
+
+    Attributes:
+        phase: Where it stands.
+        step: Optimizer steps taken, as far as it was told.
+        tasks_seen: Tasks that were trained while it was on.
+
+    Raises:
+        SelectionError: As for :func:`~lightning_bn.functional.freeze_batch_norm`.
     """
 
     def __init__(
         self,
         model: nn.Module,
-        always: Sequence[str],
-        by_task: Mapping[str, Sequence[str]],
+        selection: FreezeSelection,
         *,
-        stats: bool,
-        affine: bool,
-        by: str,
+        owner: str = "FreezeSession",
         before: FreezeReport | None = None,
         affine_cause: str = "",
+        tell: Callable[[Sequence[Violation]], None] | None = None,
     ) -> None:
-        layers = batch_norm_layers(model)
-        self._model = model
-        self._always = {name: layers[name] for name in always}
-        self._by_task = {task: {name: layers[name] for name in names} for task, names in by_task.items()}
-        self._task_layers = {name: layer for members in self._by_task.values() for name, layer in members.items()}
-        self._stats, self._affine, self._by = stats, affine, by
-        self._affine_cause = affine_cause
-        self._on = self._was_on = False
-        self._task_batches = 0
-        self._task: str | None = None
-        self._kept: KeptValues | None = None
-        self._lent: LentStatistics | None = None
-        self._own_parameters = _affine(self._always)
-        self._task_parameters = _affine(self._task_layers)
-        self._withheld: WithheldGradients | None = None
-        self._copies: list[KeptValues] = []
-        self._guarded: dict[str, Any] = {}
-        self._trips: dict[tuple[str, str], Trip] = {}
-        self._steps = 0
+        self._model, self._selection, self._owner = model, selection, owner
+        self._values = {"stats": selection.stats, "affine": selection.affine}
+        self._always, by_task = selection.layers(model)
+        self._parameters = parameters_of_all(self._always.values())
+        self._tasks = TaskFreeze(by_task, **self._values, owner=owner)
+        self._affine_cause, self._tell = affine_cause, tell or _warn
+        self._before = before or FreezeReport(was_on=False)
+        self._violations = {(one.change.layer, one.change.value): one for one in self._before.violations}
+        self._steps = self._before.steps
+        self.phase = FreezePhase.OFF
+        self.step = 0
         self._since: int | None = None
-        if before is not None:
-            self._steps, self._was_on, self._task_batches = before.steps, before.was_on, before.task_batches
-            self._trips = {(trip.moved.layer, trip.moved.value): trip for trip in before.moved}
+        self._baselines: list[Baseline] = []
+        self._batch_task: str | None = None
+        self.tasks_seen: set[str] = set()
+        self._hooks: dict[str, RemovableHandle] = {}
+
+    @property
+    def task_layers(self) -> Layers:
+        """Layers frozen during the batches of some tasks only, by name."""
+        return self._tasks.layers
 
     @property
     def on(self) -> bool:
-        """Whether it is switched on."""
-        return self._on
+        """Whether the layers are frozen."""
+        return self.phase is not FreezePhase.OFF
 
-    def switch(self, on: bool, step: int, warn: bool = True) -> list[Trip]:
-        """Switches all layers on or off together; what moved until then is compared a last time."""
-        if on == self._on:
-            return []
-        trips = [] if on else self.check(step)
-        self.check_copies()
-        self._on = on
-        self._was_on = self._was_on or on
-        every = {**self._always, **self._task_layers}
-        if on:
-            if self._stats and warn:
-                warn_of_initial_statistics(every)
+    def switch(self, on: bool, step: int, *, warn: bool = True) -> None:
+        """Freeze or unfreeze all layers together; what changed until then is compared a last time.
+
+        Warns:
+            UserWarning: With ``warn``, if statistics are frozen that are still those of construction.
+        """
+        self.step = step
+        if on and not self.on:
+            if self._selection.stats and warn:
+                warn_of_initial_statistics({**self._always, **self.task_layers})
             self._since = step
-            # Layers of a task too: recalibrating them from batches of all tasks would undo what the freeze is for.
-            declare_frozen(every, stats=self._stats, affine=self._affine, by=self._by)
-            self._hold(self._always.values())
-            self.drop_own_gradients()
-        else:
-            self._steps += step - (step if self._since is None else self._since)
-            self._since = self._kept = None
-            self._copies = []
-            trips += self.switch_task(None, step)
-            declare_unfrozen(every, stats=self._stats, affine=self._affine, by=self._by)
-            for layer in self._always.values():
-                let_go(layer, self._by, as_found=True)
-            for handle in self._guarded.values():
-                if handle is not None:
-                    handle.remove()
-            self._guarded = {}
-        return trips
+            self._enter(FreezePhase.PINNED)
+        elif self.on and not on:
+            self.full_check()
+            self._enter(FreezePhase.OFF)
 
-    def switch_task(self, task: str | None, step: int) -> list[Trip]:
-        """Holds the layers of a task instead of those of the last one; None for no task."""
-        if task == self._task:
-            return []
-        self.train_gradients()
-        trips = [] if self._lent is None else self._new(self._lent.take_back(), step)
-        self._lent = None
-        for layer in self._by_task.get(self._task or "", {}).values():
-            let_go(layer, self._by, as_found=True)
-        self._task = task
-        members = self._by_task.get(task or "", {}) if self._on else {}
-        self._task_batches += bool(members)
-        if members and self._stats:
-            self._lent = LentStatistics(members)
-        self._hold(members.values())
-        self.withhold_gradients()
-        return trips
-
-    def withhold_gradients(self) -> None:
-        """Has the running task's forwards contribute nothing to the gradients of its frozen parameters."""
-        members = self._by_task.get(self._task or "", {})
-        if members and self._affine and self._on and self._withheld is None:
-            self._withheld = WithheldGradients(members.values())
-
-    def train_gradients(self) -> None:
-        """Gives the parameters back whose gradients a task's forward withheld."""
-        if self._withheld is not None:
-            self._withheld.release()
-            self._withheld = None
-
-    def keep(self, copies: Iterable[tuple[nn.Module, bool]]) -> None:
-        """Takes the values of now as those that must not move, unless it did so already.
+    def start_batch(
+        self, step: int, *, on: bool = True, task: str | None = None, averages: Iterable[tuple[nn.Module, bool]] = ()
+    ) -> None:
+        """Do what is due before a batch: switch, take the baseline if there is none, check, freeze by task.
 
         Args:
-            copies: Averages of the model, and whether each has been updated yet: one that has not will start as a copy
-                of the model, so that the model's values are expected of it; another keeps its own.
+            step: Optimizer steps taken so far.
+            on: Whether the layers are frozen in this batch.
+            task: Which task the batch belongs to, where no :func:`lightning_bn.task` context says another.
+            averages: Averages of the model, and whether each has been updated yet: one that has not will start as a
+                copy of the model, so that the model's values are expected of it; another keeps its own.
         """
-        if not self._on or self._kept is not None:
-            return
-        self._kept = KeptValues(self._always, stats=self._stats, affine=self._affine)
-        self._copies = []
-        for copy, updated in copies:
-            layers = batch_norm_layers(copy)
-            kept = KeptValues({name: layers[name] for name in self._always}, stats=self._stats, affine=self._affine)
-            if not updated:
-                kept.expect(self._kept)
-            self._copies.append(kept)
+        self.switch(on, step)
+        if self.phase is FreezePhase.PINNED:
+            own = Baseline(self._always, **self._values)
+            self._baselines = [own]
+            for average, updated in averages:
+                layers = batch_norm_layers(average)
+                copies = {name: layers[name] for name in self._always}
+                self._baselines.append(Baseline(copies, **self._values) if updated else own.for_layers(copies))
+            self._enter(FreezePhase.VERIFIED)
+        self.quick_check()
+        if self.task_layers:
+            self._batch_task = task
+            listen(self._on_task)
+            self._on_task(None)
 
-    def glance(self, step: int) -> list[Trip]:
-        """Cheap: modes put right where somebody set them; a comparison only if a value was touched."""
-        if not self._on:
-            return []
-        if self._stats:
+    def after_backward(self) -> None:
+        """Drop the gradients of affine parameters frozen during every batch."""
+        if self.on and self._selection.affine:
+            drop_gradients(self._parameters)
+
+    def unblock_gradients(self) -> None:
+        """Let forwards contribute to all gradients again, before the batch of a task ends."""
+        self._tasks.unblock_gradients()
+
+    def before_step(self) -> None:
+        """Drop gradients before an optimizer step: of parameters of a task, those that nothing contributed to."""
+        self.after_backward()
+        if self.on and self._selection.affine:
+            drop_zero_gradients(self._tasks.parameters)
+
+    def end_batch(self, step: int) -> None:
+        """Check after a batch, and release the layers of its task; harmless when repeated."""
+        self.step = step
+        self.quick_check()
+        stop_listening(self._on_task)
+        self._record(self._tasks.switch(None))
+
+    def quick_check(self) -> None:
+        """Correct modes that somebody set, and run a full check if a value was touched."""
+        if self.on and self._selection.stats:
             for name, layer in self._always.items():
                 if layer.training:
                     layer.training = False
-                    self._guard(name, layer)
-        return self.check(step) if self._kept is not None and self._kept.touched() else []
+                    if name not in self._hooks:
+                        # Who sets it directly once will do it again, between two batches and within one.
+                        self._hooks[name] = layer.register_forward_pre_hook(_put_into_eval)
+        if self.phase is FreezePhase.VERIFIED and self._baselines[0].touched():
+            self.full_check()
 
-    def check(self, step: int) -> list[Trip]:
-        """Compares all frozen values bit by bit and puts back what moved; what was not known before."""
-        if self._kept is None:
-            return []
-        replaced = self._look_again()
-        moved = replaced + self._kept.moved()
-        if moved:
-            self._kept.put_back()
+    def full_check(self) -> None:
+        """Compare all frozen values bit by bit, restore what changed, and tell what was not known before."""
+        if self.phase is not FreezePhase.VERIFIED:
+            return
+        changes = self._freeze_replaced() + self._baselines[0].changes()
+        if changes:
+            self._baselines[0].restore()
         else:
-            self._kept.rearm()
-        return self._new(moved, step)
+            self._baselines[0].rearm()
+        for average in self._baselines[1:]:
+            # No violation: an average of equal values drifts by its own rounding.
+            if average.changes():
+                average.restore()
+        self._record(changes)
 
-    def _look_again(self) -> list[Moved]:
-        """Layers that were replaced by others of the same name are held from here on, with the kept values."""
-        now = batch_norm_layers(self._model)
-        replaced = [name for name, layer in self._always.items() if now.get(name, layer) is not layer]
-        if not replaced or self._kept is None:
-            return []
-        for name in replaced:
-            self._always[name] = now[name]
-        new = {name: now[name] for name in replaced}
-        declare_frozen(new, stats=self._stats, affine=self._affine, by=self._by)
-        self._hold(new.values())
-        self._own_parameters = _affine(self._always)
-        self._kept = self._kept.of_others(self._always)
-        return [Moved(name, "layer", float("nan"), "replaced by another one") for name in replaced]
+    def suspend(self) -> None:
+        """Compare a last time before averages may stand in the place of the weights."""
+        self.full_check()
+        if self.phase is FreezePhase.VERIFIED:
+            self._enter(FreezePhase.SUSPENDED)
 
-    def _new(self, moved: Iterable[Moved], step: int) -> list[Trip]:
-        """Of what moved, that which is told for the first time."""
-        trips = [Trip(self._explained(one), step) for one in moved]
-        new = [trip for trip in trips if (trip.moved.layer, trip.moved.value) not in self._trips]
-        self._trips.update({(trip.moved.layer, trip.moved.value): trip for trip in new})
-        return new
-
-    def check_copies(self) -> None:
-        """Puts averages back to what is expected of them: an average of equal values drifts by its own rounding."""
-        for kept in self._copies:
-            if kept.moved():
-                kept.put_back()
-
-    def drop_own_gradients(self) -> None:
-        """After a backward: affine parameters frozen during every batch have no gradient."""
-        if self._on and self._affine:
-            drop_gradients(self._own_parameters)
-
-    def drop_gradients(self) -> None:
-        """Before an optimizer step: no frozen affine parameter has a gradient, those of a task none that is theirs."""
-        self.drop_own_gradients()
-        if self._on and self._affine:
-            drop_zero_gradients(self._task_parameters)
+    def resume(self) -> None:
+        """Compare again: the weights are back in their place."""
+        if self.phase is FreezePhase.SUSPENDED:
+            self._enter(FreezePhase.VERIFIED)
+            self.full_check()
 
     @contextmanager
-    def released(self, step: int) -> Iterator[None]:
+    def allow_updates(self) -> Iterator[None]:
         """Inside, the layers are not frozen; afterwards they are, with the values they have then."""
-        was_on, task = self._on, self._task
-        self.switch(False, step)
+        on, task = self.on, self._tasks.task
+        self.switch(False, self.step)
         try:
             yield
         finally:
-            self.switch(was_on, step)
-            self.switch_task(task, step)
+            self.switch(on, self.step)
+            if on:
+                self._record(self._tasks.switch(task))
 
-    def report(self, step: int) -> FreezeReport:
-        """What became of the frozen values so far."""
-        steps = self._steps + (0 if self._since is None else step - self._since)
-        trips = tuple(self._trips.values())
+    def close(self, step: int) -> FreezeReport:
+        """Unfreeze all layers after a last check, and return the report; a session may be switched on again."""
+        stop_listening(self._on_task)
+        self.switch(False, step)
+        return self.report()
+
+    def report(self) -> FreezeReport:
+        """Return what became of the frozen values so far."""
         return FreezeReport(
-            tuple(self._always), steps, trips, tuple(self._task_layers), self._was_on, self._task_batches
+            layers=tuple(self._always),
+            steps=self._steps + (self.step - self._since if self.on and self._since is not None else 0),
+            violations=tuple(self._violations.values()),
+            task_layers=tuple(self.task_layers),
+            was_on=self._before.was_on or self._since is not None,
+            task_batches=self._before.task_batches + self._tasks.batches,
         )
 
-    def forget_values(self) -> None:
-        """Gives up what was kept: averages stand in the place of the weights, and nothing can be said of either."""
-        self._kept, self._copies = None, []
+    def _enter(self, phase: FreezePhase) -> None:
+        """Begin a phase: the one place where that happens."""
+        if phase is FreezePhase.OFF:
+            self._steps = self.report().steps
+        left, self.phase = self.phase, phase
+        every = {**self._always, **self.task_layers}
+        if left is FreezePhase.OFF:
+            # Layers of a task too: recalibrating them from batches of all tasks would undo what the freeze is for.
+            declare(every, **self._values, owner=self._owner, frozen=True)
+            self._pin(self._always.values())
+            self.after_backward()
+        elif phase is FreezePhase.OFF:
+            self._record(self._tasks.switch(None))
+            declare(every, **self._values, owner=self._owner, frozen=False)
+            for layer in self._always.values():
+                release(layer, self._owner, as_found=True)
+            for hook in self._hooks.values():
+                hook.remove()
+            self._baselines, self._hooks = [], {}
 
-    def _explained(self, moved: Moved) -> Moved:
-        if moved.cause:
-            return moved
-        if moved.value in ("weight", "bias"):
-            return replace(moved, cause=self._affine_cause)
-        return replace(moved, cause="its training flag was set directly") if moved.layer in self._guarded else moved
+    def _on_task(self, task: str | None) -> None:
+        """Freeze by the task of what runs next: that of the innermost context, else the batch's own."""
+        task = task if task is not None else self._batch_task
+        if self.on:
+            self.tasks_seen |= set() if task is None else {task}
+            self._record(self._tasks.switch(task))
 
-    def _hold(self, layers: Iterable[_BatchNorm]) -> None:
-        if self._stats:
+    def _freeze_replaced(self) -> list[Change]:
+        """Freeze layers that took the place of others of the same name from here on, with the baseline's values."""
+        now = batch_norm_layers(self._model)
+        new = {name: now[name] for name, layer in self._always.items() if now.get(name, layer) is not layer}
+        if new:
+            self._always.update(new)
+            declare(new, **self._values, owner=self._owner, frozen=True)
+            self._pin(new.values())
+            self._parameters = parameters_of_all(self._always.values())
+            self._baselines[0] = self._baselines[0].for_layers(self._always)
+        return [Change(name, "layer", float("nan"), "replaced by another one") for name in new]
+
+    def _record(self, changes: Iterable[Change]) -> None:
+        """Tell of changes of values that were not known to have changed before."""
+        found = {(one.layer, one.value): Violation(self._explained(one), self.step) for one in changes}
+        new = {key: violation for key, violation in found.items() if key not in self._violations}
+        self._violations.update(new)
+        if new:
+            self._tell(list(new.values()))
+
+    def _explained(self, change: Change) -> Change:
+        if change.cause:
+            return change
+        if change.value in ("weight", "bias"):
+            return replace(change, cause=self._affine_cause)
+        return replace(change, cause="its training flag was set directly" if change.layer in self._hooks else "")
+
+    def _pin(self, layers: Iterable[_BatchNorm]) -> None:
+        if self._selection.stats:
             for layer in layers:
-                hold_in_eval(layer, self._by)
-
-    def _guard(self, name: str, layer: _BatchNorm) -> None:
-        """The second time somebody sets a layer's mode behind its back, it is also put right before every forward."""
-        if name not in self._guarded:
-            self._guarded[name] = None
-        elif self._guarded[name] is None:
-            self._guarded[name] = layer.register_forward_pre_hook(_put_into_eval)
+                pin_in_eval(layer, self._owner)
 
 
-def _affine(layers: Mapping[str, _BatchNorm]) -> list[nn.Parameter]:
-    return [parameter for layer in layers.values() for parameter in affine_parameters(layer)]
+def _warn(violations: Sequence[Violation]) -> None:
+    warnings.warn(f"a frozen value was moved and has been put back: {in_words(violations)}", stacklevel=2)
 
 
 def _put_into_eval(layer: nn.Module, _: Any) -> None:

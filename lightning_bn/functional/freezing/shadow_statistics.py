@@ -1,44 +1,45 @@
-"""Running statistics lent to layers for a while, so that what a backward reads is what its forward used."""
+"""Copies of running statistics in the place of a layer's own, so that a backward reads what its forward used."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
-from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.freezing.verification import Moved, what_moved
+from lightning_bn.functional.freezing.change import Change, changes_of
+from lightning_bn.functional.layers.exchange import Entries, exchanged
+from lightning_bn.functional.layers.torch_private import STATISTICS, buffers_of
 
-_LENT = ("running_mean", "running_var", "num_batches_tracked")
 
-
-class LentStatistics:
-    """Copies of the statistics of ``layers`` in the place of their own, from construction to :meth:`take_back`.
+@contextmanager
+def shadow_statistics(layers: Mapping[str, _BatchNorm]) -> Iterator[list[Change]]:
+    """Inside, ``layers`` use copies of their running statistics; yields a list of what was done to the copies.
 
     In eval mode torch's batch_norm keeps the running statistics for its backward by reference, and a forward in train
-    mode moves them without telling autograd. Where one layer is held for a part of a step and trained in another, the
+    mode moves them without telling autograd. Where one layer is frozen for a part of a step and trained in another, the
     first part's gradients would be wrong without an error.
+
+    The list is filled at the end. What was done to the copies has no effect on the layers' own statistics.
 
     Args:
         layers: By name; each with running statistics.
+
+    Raises:
+        ExchangeError: At the end, if another exchange lies on top in one of the layers.
     """
-
-    def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
-        self._own: list[tuple[str, _BatchNorm, dict[str, Tensor], dict[str, Tensor]]] = []
+    changes: list[Change] = []
+    own = {
+        name: {key: buffer for key in STATISTICS if (buffer := buffers_of(layer)[key]) is not None}
+        for name, layer in layers.items()
+    }
+    shadows = {name: {key: buffer.clone() for key, buffer in buffers.items()} for name, buffers in own.items()}
+    entries = [Entries(name, layer, buffers=shadows[name]) for name, layer in layers.items()]
+    with exchanged("shadow_statistics", entries):
+        yield changes
         for name, layer in layers.items():
-            own = {key: buffer for key in _LENT if (buffer := layer._buffers[key]) is not None}
-            lent = {key: buffer.clone() for key, buffer in own.items()}
-            layer._buffers.update(lent)
-            self._own.append((name, layer, own, lent))
-
-    def take_back(self) -> list[Moved]:
-        """Gives the layers their own tensors back; what was done to the copies is told and has no effect."""
-        moved = []
-        for name, layer, own, lent in self._own:
+            now = {key: buffers_of(layer).get(key) for key in own[name]}
             # A forward in train mode leaves a version on the counter only.
-            touched = any(layer._buffers.get(key) is not lent[key] or lent[key]._version for key in own)
-            for key, buffer in own.items():
-                moved += what_moved((name, key), buffer, layer._buffers.get(key)) if touched else []
-                layer._buffers[key] = buffer
-        self._own = []
-        return moved
+            if any(now[key] is not shadow or shadow._version for key, shadow in shadows[name].items()):
+                for key, buffer in own[name].items():
+                    changes += changes_of((name, key), buffer, now[key])

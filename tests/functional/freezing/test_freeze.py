@@ -449,20 +449,20 @@ def test_a_layer_put_in_eval_by_hand_is_not_frozen() -> None:
 
 
 @pytest.mark.parametrize("first", ["one", "other"])
-def test_a_layer_that_two_hold_stays_frozen_until_both_let_go(first: str) -> None:
+def test_a_layer_of_two_owners_stays_frozen_until_both_release_it(first: str) -> None:
     model = network()
     found, layers = everything(model), batch_norm_layers(model, "layer1.0.bn1")
     layer = layers["layer1.0.bn1"]
     for owner in ("one", "other"):
-        freeze_layers(layers, stats=True, affine=True, by=owner)
+        freeze_layers(layers, stats=True, affine=True, owner=owner)
     held = everything(model)
-    unfreeze_batch_norm(model)  # a third, who holds nothing
+    unfreeze_batch_norm(model)  # a third, who owns nothing
     assert everything(model) == held
-    unfreeze_layers(layers, stats=True, affine=True, by=first)
+    unfreeze_layers(layers, stats=True, affine=True, owner=first)
     assert everything(model) == held
     assert is_frozen(layer.train())
     assert not layer.weight.requires_grad
-    unfreeze_layers(layers, stats=True, affine=True, by="other" if first == "one" else "one")
+    unfreeze_layers(layers, stats=True, affine=True, owner="other" if first == "one" else "one")
     assert everything(model) == found
 
 

@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from lightning_bn.functional import FreezeSchedule, SelectionError, freeze_batch_norm, plan
-from lightning_bn.functional.freezing.freeze_plan import select_by_task, selections
+from lightning_bn.functional.freezing.freeze_selection import FreezeSelection
 from tests.models import SMALL_RESNET_NAMES, Holder, SharedNorm, SmallResNet, fill_statistics, seeded, state_bits
 
 PATTERNS = ["layer1", "layer10", "layer2.0", "**.bn1", "re:.*bn2", "head", "layer1.?.bn1"]
@@ -109,14 +109,16 @@ def test_a_layer_without_running_statistics_is_planned_for_affine_alone() -> Non
 
 
 def test_layers_of_a_task_are_those_beside_what_is_frozen_always() -> None:
-    always, tasks = select_by_task(
-        NET,
-        *selections(["layer1"], None, "", {"det": ["layer1.0", "head"], "seg": "layer10", "depth": ["layer1"]}),
-        stats=True,
-        affine=True,
+    selection = FreezeSelection(
+        ["layer1"], by_task={"det": ["layer1.0", "head"], "seg": "layer10", "depth": ["layer1"]}
     )
-    assert always == NAMES[1:5]
-    assert tasks == {"det": ("head.bn",), "seg": ("layer10.0.bn1", "layer10.0.bn2"), "depth": ()}
+    always, tasks = selection.layers(NET)
+    assert tuple(always) == NAMES[1:5]
+    assert {task: tuple(layers) for task, layers in tasks.items()} == {
+        "det": ("head.bn",),
+        "seg": ("layer10.0.bn1", "layer10.0.bn2"),
+        "depth": (),
+    }
 
 
 def test_without_modules_nothing_is_frozen_beside_the_tasks() -> None:

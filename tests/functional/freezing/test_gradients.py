@@ -1,4 +1,4 @@
-"""Gradients of affine parameters: withheld from one forward, dropped before a step, never touched elsewhere."""
+"""Gradients of affine parameters: blocked in one forward, dropped before a step, never touched elsewhere."""
 
 import copy
 from collections.abc import Callable
@@ -10,7 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from lightning_bn.functional.freezing.gradients import WithheldGradients, drop_gradients, drop_zero_gradients
+from lightning_bn.functional.freezing.gradients import blocked_gradients, drop_gradients, drop_zero_gradients
+from lightning_bn.functional.freezing.shadow_statistics import shadow_statistics
+from lightning_bn.functional.layers.exchange import Entries, ExchangeError, exchanged, holders_of
 from tests.models import BatchNormAct2d, fill_statistics, seeded, state_bits
 
 
@@ -47,15 +49,14 @@ def backward(net: nn.Module, seed: int = 0) -> dict[str, Tensor | None]:
 
 @pytest.mark.parametrize("norm", [nn.BatchNorm2d, BatchNormAct2d, nn.SyncBatchNorm])
 @pytest.mark.parametrize("training", [True, False])
-def test_a_forward_with_withheld_gradients_is_the_same_and_all_other_gradients_are_too(
+def test_a_forward_with_blocked_gradients_is_the_same_and_all_other_gradients_are_too(
     norm: Any, training: bool
 ) -> None:
     net = model(norm).train(training)
     expected_net = copy.deepcopy(net)
     expected, output = backward(expected_net), copy.deepcopy(net)(images())
-    withheld = WithheldGradients([net.held])
-    result = net(images())
-    withheld.release()
+    with blocked_gradients({"held": net.held}):
+        result = net(images())
     result.square().sum().backward()
     assert torch.equal(result, output)
     for name, gradient in gradients(net).items():
@@ -67,9 +68,8 @@ def test_a_forward_with_withheld_gradients_is_the_same_and_all_other_gradients_a
 def test_the_parameters_come_back_as_the_objects_they_were() -> None:
     net = model()
     before = {name: id(p) for name, p in net.named_parameters()}
-    withheld = WithheldGradients([net.first, net.held])
-    withheld.release()
-    withheld.release()  # harmless
+    with blocked_gradients({"first": net.first, "held": net.held}):
+        assert not isinstance(net.held._parameters["weight"], nn.Parameter)
     assert {name: id(p) for name, p in net.named_parameters()} == before
     assert all(isinstance(p, nn.Parameter) for p in net.held._parameters.values())
 
@@ -79,20 +79,18 @@ def test_what_went_before_and_what_comes_after_in_one_backward_is_not_changed() 
     alone = [backward(net, seed) for seed in (1, 2, 3)]
     net.zero_grad()
     before = net(images(1)).square().sum()
-    withheld = WithheldGradients([net.held])
-    inside = net(images(2)).square().sum()
-    withheld.release()
+    with blocked_gradients({"held": net.held}):
+        inside = net(images(2)).square().sum()
     (before + inside + net(images(3)).square().sum()).backward()
     for name, gradient in gradients(net).items():
         parts = [one[name] for one in (alone if "held" not in name else (alone[0], alone[2]))]
         torch.testing.assert_close(gradient, sum(parts), rtol=1e-12, atol=0)  # type: ignore[arg-type]
 
 
-def test_a_second_backward_through_what_was_withheld_adds_nothing_either() -> None:
+def test_a_second_backward_through_what_was_blocked_adds_nothing_either() -> None:
     net = model().eval()
-    withheld = WithheldGradients([net.held])
-    loss = net(images()).square().sum()
-    withheld.release()
+    with blocked_gradients({"held": net.held}):
+        loss = net(images()).square().sum()
     loss.backward(retain_graph=True)
     loss.backward()
     assert net.held.weight.grad is not None
@@ -101,13 +99,13 @@ def test_a_second_backward_through_what_was_withheld_adds_nothing_either() -> No
 
 def test_parameters_that_need_no_gradient_or_do_not_exist_are_left_alone() -> None:
     net = model(lambda channels: nn.BatchNorm2d(channels, affine=False))
-    WithheldGradients([net.held]).release()
+    with blocked_gradients({"held": net.held}):
+        pass
     net = model()
     net.held.weight.requires_grad_(False)
-    withheld = WithheldGradients([net.held])
-    assert net.held.weight.is_leaf
-    net(images()).sum().backward()
-    withheld.release()
+    with blocked_gradients({"held": net.held}):
+        assert net.held.weight.is_leaf
+        net(images()).sum().backward()
     assert net.held.weight.grad is None
 
 
@@ -119,9 +117,8 @@ def test_a_parameter_shared_by_two_layers_still_learns_through_the_other_one() -
     apart = copy.deepcopy(net)
     apart[2].weight = nn.Parameter(apart[0].weight.detach().clone())
     apart(x).square().sum().backward()
-    withheld = WithheldGradients([net[2]])
-    loss = net(x).square().sum()
-    withheld.release()
+    with blocked_gradients({"2": net[2]}):
+        loss = net(x).square().sum()
     loss.backward()
     torch.testing.assert_close(net[0].weight.grad, apart[0].weight.grad)
 
@@ -129,19 +126,16 @@ def test_a_parameter_shared_by_two_layers_still_learns_through_the_other_one() -
 def test_it_works_where_gradients_are_switched_off_and_while_recording_nothing() -> None:
     net = model().eval()
     expected = net(images())
-    with torch.no_grad():
-        withheld = WithheldGradients([net.held])
+    with torch.no_grad(), blocked_gradients({"held": net.held}):
         assert torch.equal(net(images()), expected)
-        withheld.release()
     assert net.held.weight.is_leaf
 
 
 def test_numerical_gradients_agree_for_everything_else() -> None:
     net = model().eval()
     x = images().requires_grad_()
-    withheld = WithheldGradients([net.held])
-    assert torch.autograd.gradcheck(net, (x,))
-    withheld.release()
+    with blocked_gradients({"held": net.held}):
+        assert torch.autograd.gradcheck(net, (x,))
 
 
 # dropping
@@ -196,19 +190,48 @@ def test_dropping_where_there_is_nothing_is_no_error() -> None:
 
 
 @pytest.mark.parametrize("steps", [1, 3])
-def test_steps_while_it_is_withheld_reach_the_forwards_that_follow(steps: int) -> None:
+def test_steps_while_it_is_blocked_reach_the_forwards_that_follow(steps: int) -> None:
     net, expected = model(), model()
     own = list(net.held.parameters())
     optimizers = [torch.optim.SGD(module.parameters(), lr=0.01, momentum=0.9) for module in (net, expected)]
-    withheld = WithheldGradients([net.held])
-    for module, stepping in zip((net, expected), optimizers, strict=True):
-        held = own if module is net else list(module.held.parameters())
-        for seed in range(steps):
-            stepping.zero_grad()
-            module(images(seed)).square().sum().backward()
-            drop_gradients(held)
-            stepping.step()
-            with torch.no_grad():
-                held[1].add_(1)  # another writer
-    withheld.release()
+    with blocked_gradients({"held": net.held}):
+        for module, stepping in zip((net, expected), optimizers, strict=True):
+            held = own if module is net else list(module.held.parameters())
+            for seed in range(steps):
+                stepping.zero_grad()
+                module(images(seed)).square().sum().backward()
+                drop_gradients(held)
+                stepping.step()
+                with torch.no_grad():
+                    held[1].add_(1)  # another writer
     assert state_bits(net) == state_bits(expected)
+
+
+def test_a_block_nests_around_another_and_inside_a_shadow_and_what_was_first_is_there_again() -> None:
+    net = model().eval()
+    objects = {name: id(value) for name, value in (*net.named_parameters(), *net.named_buffers())}
+    layers = {"held": net.held}
+    with shadow_statistics(layers) as changes, blocked_gradients(layers):
+        with blocked_gradients(layers):
+            loss = net(images()).square().sum()
+        assert holders_of(net.held) == ("shadow_statistics", "blocked_gradients")
+    loss.backward()
+    assert changes == []
+    assert net.held.weight.grad is not None
+    assert not net.held.weight.grad.any()
+    assert {name: id(value) for name, value in (*net.named_parameters(), *net.named_buffers())} == objects
+    assert holders_of(net.held) == ()
+
+
+def test_a_block_that_is_taken_out_before_what_lies_on_top_is_an_error_that_names_both() -> None:
+    net = model().eval()
+    own, entries = net.held.weight, [Entries("held", net.held, attributes={"momentum": 0.5})]
+    below, above = blocked_gradients({"held": net.held}), exchanged("somebody", entries)
+    below.__enter__()
+    above.__enter__()
+    with pytest.raises(ExchangeError, match=r"layer 'held'.*'blocked_gradients'.*'somebody' lies on top"):
+        below.__exit__(None, None, None)
+    assert holders_of(net.held) == ("blocked_gradients", "somebody")
+    assert net.held.weight is not own
+    above.__exit__(None, None, None)
+    assert (net.held.momentum, holders_of(net.held)) == (0.1, ("blocked_gradients",))

@@ -1,0 +1,93 @@
+"""What is to be frozen: layers for every batch, layers for the batches of a task, and which values of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.functional.freezing.freeze import check_freezes, select_to_freeze
+from lightning_bn.functional.layers.patterns import Patterns
+from lightning_bn.functional.layers.selection import LayerSelection
+from lightning_bn.functional.statistics.channels import ChannelLayout
+
+Layers = dict[str, _BatchNorm]
+
+
+@dataclass(frozen=True)
+class FreezeSelection:
+    """What is to be frozen; names are resolved when it is asked.
+
+    Attributes:
+        modules: As for :func:`~lightning_bn.functional.freeze_batch_norm`. With ``by_task``, None means no layer beside
+            the tasks' own.
+        exclude: As for ``freeze_batch_norm``; holds for the tasks too.
+        root: As for ``freeze_batch_norm``.
+        by_task: Further modules for each task, frozen while a batch of that task is trained.
+        stats: Whether to freeze running statistics.
+        affine: Whether to freeze ``weight`` and ``bias``.
+
+    Raises:
+        ValueError: If neither ``stats`` nor ``affine`` is asked for, or ``by_task`` is no mapping.
+    """
+
+    modules: Patterns = None
+    exclude: Patterns = None
+    root: str = ""
+    by_task: Mapping[str, Patterns] | None = None
+    stats: bool = True
+    affine: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse what freezes nothing or cannot be read."""
+        check_freezes(stats=self.stats, affine=self.affine)
+        if self.by_task is not None and not isinstance(self.by_task, Mapping):
+            raise ValueError(f"by_task={self.by_task!r} must say which modules for which task: {{'task': ['path']}}.")
+
+    @property
+    def always(self) -> LayerSelection | None:
+        """What is meant for every batch, None for nothing."""
+        return None if self.modules is None and self.by_task else LayerSelection(self.modules, self.exclude, self.root)
+
+    @property
+    def of_tasks(self) -> dict[str, LayerSelection]:
+        """What is meant for the batches of each task."""
+        return {
+            task: LayerSelection(modules, self.exclude, self.root, f"by_task[{task!r}]")
+            for task, modules in (self.by_task or {}).items()
+        }
+
+    def layers(self, model: nn.Module) -> tuple[Layers, dict[str, Layers]]:
+        """Return the layers frozen during every batch, and those frozen beside them during the batches of each task.
+
+        Raises:
+            SelectionError: As for :func:`~lightning_bn.functional.freeze_batch_norm`.
+        """
+
+        def found(selection: LayerSelection) -> Layers:
+            return select_to_freeze(model, selection, stats=self.stats, affine=self.affine)
+
+        always = found(self.always) if self.always else {}
+        return always, {
+            task: {name: layer for name, layer in found(selection).items() if name not in always}
+            for task, selection in self.of_tasks.items()
+        }
+
+    def layout(self, model: nn.Module) -> ChannelLayout:
+        """Return the channels of all that is frozen, to be compared between processes."""
+        always, by_task = self.layers(model)
+        of_tasks = {f"{name} in {task}": layer for task, layers in by_task.items() for name, layer in layers.items()}
+        return ChannelLayout.of({**always, **of_tasks})
+
+    def settings(self) -> dict[str, Any]:
+        """Return it as strings, lists and dicts, to be compared with those of another run."""
+        return {name: _plain(value) for name, value in vars(self).items()}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _plain(one) for key, one in value.items()}
+    return list(value) if isinstance(value, Sequence) and not isinstance(value, str) else value
