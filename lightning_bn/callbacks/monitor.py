@@ -26,7 +26,8 @@ from lightning_bn.functional.layers.behavior import describe_layers
 from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.monitor_state import MonitorState
-from lightning_bn.functional.monitoring.session import REFERENCES, MonitorSession, Sample
+from lightning_bn.functional.monitoring.sample import Sample
+from lightning_bn.functional.monitoring.session import REFERENCES, MonitorSession
 from lightning_bn.functional.monitoring.threshold import BatchNormDriftError
 from lightning_bn.functional.recalibration.checkpoint import snapshot_of_checkpoint
 from lightning_bn.functional.statistics.channels import ChannelLayout
@@ -111,7 +112,7 @@ class BatchNormMonitor(BatchNormCallback):
         with self._checked():
             check_choice("measure", measure, MEASURES)
             check_choice("action", action, ("warn", "stop", "raise"))
-            if not (isinstance(reference, str | Path) and Path(reference).is_file()) and reference not in REFERENCES:
+            if reference not in REFERENCES and not _is_file(reference):
                 raise ValueError(
                     f"reference={reference!r} must be one of {', '.join(REFERENCES)} or the path of a checkpoint, and "
                     f"there is no such file."
@@ -336,3 +337,7 @@ class BatchNormMonitor(BatchNormCallback):
     def _show(self, trainer: Trainer, module: LightningModule) -> None:
         Console().print(self.table(module))
         log_figure(trainer, self.figure, f"{self.prefix}_{self.measure}_drift")
+
+
+def _is_file(value: Any) -> bool:
+    return isinstance(value, str | Path) and Path(value).is_file()

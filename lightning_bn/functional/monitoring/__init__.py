@@ -6,7 +6,8 @@ A :class:`MonitorSession` does all of it in a loop of one's own.
 from lightning_bn.functional.monitoring.finding import Finding, FindingKind
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.monitor_state import MonitorState
-from lightning_bn.functional.monitoring.session import MonitorSession, Sample
+from lightning_bn.functional.monitoring.sample import Sample
+from lightning_bn.functional.monitoring.session import MonitorSession
 from lightning_bn.functional.monitoring.threshold import BatchNormDriftError
 
 __all__ = [

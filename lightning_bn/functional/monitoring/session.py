@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,6 +16,7 @@ from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.behavior import has_initial_statistics
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.layers.status import LayerStatus, layer_status
+from lightning_bn.functional.monitoring.announcer import Announcer
 from lightning_bn.functional.monitoring.batch_deviation import momenta
 from lightning_bn.functional.monitoring.batch_window import BatchWindow
 from lightning_bn.functional.monitoring.cadence import Cadence
@@ -27,39 +28,14 @@ from lightning_bn.functional.monitoring.health import health
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.measure import LayerTable, measure
 from lightning_bn.functional.monitoring.monitor_state import MonitorState
-from lightning_bn.functional.monitoring.threshold import Threshold
-from lightning_bn.functional.monitoring.warm_up import WarmUp
-from lightning_bn.functional.statistics.drift_measures import DriftSummary, Measure, read_summary
+from lightning_bn.functional.monitoring.sample import Sample
+from lightning_bn.functional.monitoring.warm_up import WarmUp, following
+from lightning_bn.functional.statistics.drift_measures import Measure, read_summary
 from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of
 
 REFERENCES = ("fit_start", "previous_epoch", "recalibrated")
 
 OverRanks = Callable[[Tensor], Tensor]
-
-
-@dataclass(frozen=True)
-class Sample:
-    """What one sample found.
-
-    Attributes:
-        step: Optimizer steps taken.
-        summary: Of the drift from the reference.
-        largest: The largest drift of each layer.
-        updates: Updates of each layer per training batch; NaN where it is not known.
-        collapsed: Channels whose variance is below ``eps``, of all layers.
-        findings: Every fault, also those that were said before.
-        messages: What is to be said now.
-        exceeded: Said when drift triggers ``act_above``; empty if it does not.
-    """
-
-    step: int
-    summary: DriftSummary
-    largest: tuple[float, ...]
-    updates: tuple[float, ...]
-    collapsed: int
-    findings: tuple[Finding, ...]
-    messages: tuple[str, ...] = ()
-    exceeded: str = ""
 
 
 class MonitorSession:
@@ -109,9 +85,7 @@ class MonitorSession:
         self._measure: Measure = measure
         self._measured_from = reference
         self._fixed = checkpoint is not None
-        self._warn_above, self._act_above = warn_above, act_above
-        # One noisy sample does not stop a run.
-        self._warning, self._action = Threshold(warn_above), Threshold(act_above, in_a_row=2)
+        self._announcer = Announcer(measure, warn_above, act_above)
         self.history = DriftHistory() if history is None else history
         self._cadence = Cadence(every_n_steps, step)
         self._mean_over_ranks = mean_over_ranks
@@ -128,16 +102,15 @@ class MonitorSession:
         self._idle = [0] * len(layers)
         self._replaced = False
         self._samples: int | None = None
-        self._told: frozenset[tuple[str, str]] = frozenset()
         self.training: dict[str, bool] = {}
         self.statuses = self._current_statuses()
         self.last: Sample | None = None
 
     def resume(self, state: MonitorState) -> str:
         """Go on from a checkpoint; return a warning where its drift is of others, else nothing."""
-        self.history, self._told = state.history, state.told
-        self._warning.load_state_dict(state.warning)
-        self._action.load_state_dict(state.action)
+        self.history, self._announcer.told = state.history, state.told
+        self._announcer.warning.load_state_dict(state.warning)
+        self._announcer.action.load_state_dict(state.action)
         if (state.reference.layout, state.measured_from) != (self.reference.layout, self._measured_from):
             return (
                 f"the checkpoint is of a monitor of other layers or of another reference "
@@ -156,9 +129,9 @@ class MonitorSession:
             self.history,
             self.warm_up.layers,
             self.warm_up.measured_since,
-            self._warning.state_dict(),
-            self._action.state_dict(),
-            self._told,
+            self._announcer.warning.state_dict(),
+            self._announcer.action.state_dict(),
+            self._announcer.told,
         )
 
     def close(self) -> None:
@@ -168,7 +141,7 @@ class MonitorSession:
     @property
     def threshold(self) -> float | None:
         """The lower of the thresholds that are given."""
-        return self._warn_above or self._act_above
+        return self._announcer.warn_above or self._announcer.act_above
 
     def overall(self) -> str:
         """Return what the last sample found, in one sentence; empty before the first."""
@@ -255,7 +228,7 @@ class MonitorSession:
         self.sampled, self._batches = current, 0
         if self._window.is_full:
             self._window = BatchWindow(current.mean)
-        self.last = replace(sample, messages=tuple(self._messages(sample)), exceeded=self._exceeded(sample, largest))
+        self.last = self._announcer.announced(sample, largest, self._sentences)
         return self.last
 
     def _measured(self, current: Snapshot) -> tuple[LayerTable, list[float], float]:
@@ -264,7 +237,7 @@ class MonitorSession:
         # What starts untrained or is reset by another callback has no drift until it is warm.
         cold = self.warm_up.mask(current.mean.device) | found.reset
         if not self._fixed:
-            self.reference = _follow(self.reference, current, cold)
+            self.reference = following(self.reference, current, cold)
         unmeasured = cold if self._fixed else None
         table = measure(
             self._measure,
@@ -314,31 +287,8 @@ class MonitorSession:
             processes=self._processes,
             synchronized=[processes_of(layer) > 1 for layer in self._layers.values()],
         )
-        found = diagnose(evidence, self._told)
+        found = diagnose(evidence, self._announcer.told)
         return [one for one in found if one.layer not in self.warm_up.layers or one.kind not in JUDGED_BY_BATCHES]
-
-    def _messages(self, sample: Sample) -> list[str]:
-        said = []
-        for one in sample.findings:
-            if (one.layer, one.kind) not in self._told:
-                self._told |= {(layer, one.kind) for layer in one.layers}
-                said.append(f"step {sample.step:,}: {one.sentence}")
-        if self._warning.triggers(sample.summary.max):
-            said.append(
-                f"step {sample.step:,}: {self._sentences.moved(sample.summary)}; {self._measure} "
-                f"{sample.summary.max:.3g} is above warn_above={self._warn_above:g}. If it should not move, freeze it "
-                f"or give it statistics of its own; if it is meant to, leave it out with exclude."
-            )
-        return said
-
-    def _exceeded(self, sample: Sample, largest: float) -> str:
-        # One rank's drift is every rank's: they have to stop together.
-        if not self._action.triggers(largest):
-            return ""
-        here = self._action.is_above(sample.summary.max)
-        moved = self._sentences.moved(sample.summary) if here else "statistics of another rank moved most"
-        above = f"above act_above={self._act_above:g} in two samples in a row"
-        return f"step {sample.step:,}: {moved}; {self._measure} {largest:.3g} is {above}"
 
     @property
     def _sentences(self) -> DriftSentences:
@@ -358,14 +308,3 @@ class MonitorSession:
 
     def _current_statuses(self) -> dict[str, LayerStatus]:
         return {name: layer_status(layer) for name, layer in self._layers.items()}
-
-
-def _follow(reference: Snapshot, current: Snapshot, which: Tensor) -> Snapshot:
-    """Return the reference with the statistics of now for some layers, ``(L,)``."""
-    channels = current.layout.expand(which)
-    return replace(
-        reference,
-        mean=torch.where(channels, current.mean, reference.mean),
-        var=torch.where(channels, current.var, reference.var),
-        num_batches_tracked=torch.where(which, current.num_batches_tracked, reference.num_batches_tracked),
-    )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from functools import lru_cache
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor
 
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.measure import LayerTable
+from lightning_bn.functional.statistics.snapshots import Snapshot
 
 _WARM_BELOW = 0.01
 """Share of initial values in the moving average, from which on a layer is measured."""
@@ -64,6 +66,17 @@ class WarmUp:
                 self.measured_since[name] = step
                 history.mark(step, name, "warmed up")
         self.layers = self._marked = frozenset(still)
+
+
+def following(reference: Snapshot, current: Snapshot, which: Tensor) -> Snapshot:
+    """Return a reference with the statistics of now for some layers, ``(L,)``."""
+    channels = current.layout.expand(which)
+    return replace(
+        reference,
+        mean=torch.where(channels, current.mean, reference.mean),
+        var=torch.where(channels, current.var, reference.var),
+        num_batches_tracked=torch.where(which, current.num_batches_tracked, reference.num_batches_tracked),
+    )
 
 
 # The same at most samples: copying it would wait for the device.

@@ -11,7 +11,9 @@ from lightning_bn.functional import freeze_batch_norm, layer_status
 from lightning_bn.functional.layers.status import update_status
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.measure import LayerTable
-from lightning_bn.functional.monitoring.session import MonitorSession, Sample
+from lightning_bn.functional.monitoring.monitor_state import MonitorState
+from lightning_bn.functional.monitoring.sample import Sample
+from lightning_bn.functional.monitoring.session import MonitorSession
 
 
 def batch(seed: int, shift: float = 0.0) -> Tensor:
@@ -156,3 +158,16 @@ def test_a_moving_average_far_behind_its_batches_lags() -> None:
     layer.momentum = 0.001
     trained(layer, session, 8, shift=3.0)
     assert kinds(session) == ["lagging"]
+
+
+def test_a_saved_state_is_read_with_unknown_keys_and_without_known_ones() -> None:
+    _, session = watched()
+    state = session.state().state_dict()
+    assert state["format"] == 1
+    read = MonitorState.from_state_dict({**state, "later": 1})
+    assert read is not None
+    assert session.resume(read) == ""
+    bare = MonitorState.from_state_dict({"reference": state["reference"]})
+    assert bare is not None
+    assert session.resume(bare) == ""
+    assert MonitorState.from_state_dict({}) is None

@@ -44,3 +44,14 @@ def test_forgetting_lets_it_speak_again() -> None:
     assert [threshold.triggers(2.0), threshold.triggers(2.0)] == [False, True]
     threshold.load_state_dict({})
     assert [threshold.triggers(2.0), threshold.triggers(2.0)] == [False, True]
+
+
+def test_a_state_with_unknown_keys_or_without_known_ones_is_read() -> None:
+    threshold = Threshold(1.0)
+    assert threshold.triggers(2.0)
+    state = threshold.state_dict()
+    assert state["format"] == 1
+    threshold.load_state_dict({**state, "later": 7})
+    assert not threshold.triggers(2.0)
+    threshold.load_state_dict({})
+    assert threshold.triggers(2.0)
