@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from enum import Enum
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,6 +19,7 @@ from lightning_bn.callbacks._lightning.namespaces import (
     rank_zero_warn,
 )
 from lightning_bn.callbacks._lightning.state import in_training_fit
+from lightning_bn.callbacks._phase import MonitorPhase
 from lightning_bn.callbacks._ranks import agree_on_ranks, max_over_ranks, mean_over_ranks
 from lightning_bn.functional._checks import check_choice, check_positive, check_whole
 from lightning_bn.functional.layers.behavior import describe_layers
@@ -35,15 +35,7 @@ from lightning_bn.functional.statistics.drift_measures import MEASURES, Measure
 from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of
 from lightning_bn.report import drift_table
 
-__all__ = ["BatchNormDriftError", "BatchNormMonitor", "MonitorPhase"]
-
-
-class MonitorPhase(Enum):
-    """Where a monitor is."""
-
-    IDLE = "before a fit"
-    RUNNING = "in a fit"
-    ENDED = "after a fit"
+__all__ = ["BatchNormDriftError", "BatchNormMonitor"]
 
 
 class BatchNormMonitor(BatchNormCallback):
@@ -112,7 +104,8 @@ class BatchNormMonitor(BatchNormCallback):
         with self._checked():
             check_choice("measure", measure, MEASURES)
             check_choice("action", action, ("warn", "stop", "raise"))
-            if reference not in REFERENCES and not _is_file(reference):
+            is_path = isinstance(reference, str | Path)
+            if reference not in REFERENCES and not (is_path and Path(reference).is_file()):
                 raise ValueError(
                     f"reference={reference!r} must be one of {', '.join(REFERENCES)} or the path of a checkpoint, and "
                     f"there is no such file."
@@ -292,8 +285,8 @@ class BatchNormMonitor(BatchNormCallback):
 
     def _sample(self, trainer: Trainer, right_after: bool = False) -> None:
         session = self._running
-        sample = session and session.sample(trainer.global_step, trainer.current_epoch, right_after)
-        if not sample:
+        sample = session.sample(trainer.global_step, trainer.current_epoch, right_after) if session else None
+        if sample is None:
             return
         metrics = self._metrics(sample)
         for logger in trainer.loggers:
@@ -337,7 +330,3 @@ class BatchNormMonitor(BatchNormCallback):
     def _show(self, trainer: Trainer, module: LightningModule) -> None:
         Console().print(self.table(module))
         log_figure(trainer, self.figure, f"{self.prefix}_{self.measure}_drift")
-
-
-def _is_file(value: Any) -> bool:
-    return isinstance(value, str | Path) and Path(value).is_file()

@@ -85,6 +85,7 @@ class MonitorSession:
         self._measure: Measure = measure
         self._measured_from = reference
         self._fixed = checkpoint is not None
+        self._threshold = warn_above or act_above
         self._announcer = Announcer(measure, warn_above, act_above)
         self.history = DriftHistory() if history is None else history
         self._cadence = Cadence(every_n_steps, step)
@@ -137,11 +138,6 @@ class MonitorSession:
     def close(self) -> None:
         """Forget the layers, so that they can be freed; what was found stays."""
         self._layers = {}
-
-    @property
-    def threshold(self) -> float | None:
-        """The lower of the thresholds that are given."""
-        return self._announcer.warn_above or self._announcer.act_above
 
     def overall(self) -> str:
         """Return what the last sample found, in one sentence; empty before the first."""
@@ -219,7 +215,7 @@ class MonitorSession:
         self.history.append(step, epoch, tuple(self._layers), table.largest)
         sample = Sample(
             step=step,
-            summary=read_summary(current, table.summary.tolist(), self.threshold),
+            summary=read_summary(current, table.summary.tolist(), self._threshold),
             largest=tuple(table.largest.tolist()),
             updates=tuple(table.updates.tolist()),
             collapsed=int(sum(table.collapsed.tolist())),
@@ -239,16 +235,9 @@ class MonitorSession:
         if not self._fixed:
             self.reference = following(self.reference, current, cold)
         unmeasured = cold if self._fixed else None
-        table = measure(
-            self._measure,
-            self.reference,
-            current,
-            self._momenta(),
-            found,
-            self._window,
-            self.threshold,
-            unmeasured,
-        )
+        before, after = self.reference, current
+        momentum, threshold = self._momenta(), self._threshold
+        table = measure(self._measure, before, after, momentum, found, self._window, threshold, unmeasured)
         # Once, whatever is found: every process has to take part. NaN would lose against numbers in a maximum.
         largest = table.largest.nan_to_num(nan=torch.inf, posinf=torch.inf)
         over_ranks = torch.stack((table.gap, table.nonfinite, largest))
