@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
@@ -21,17 +20,17 @@ from lightning_bn.callbacks._lightning.namespaces import (
 from lightning_bn.callbacks._lightning.state import in_training_fit
 from lightning_bn.callbacks._phase import MonitorPhase
 from lightning_bn.callbacks._ranks import agree_on_ranks, max_over_ranks, mean_over_ranks
-from lightning_bn.functional._checks import check_choice, check_positive, check_whole
+from lightning_bn.functional._checks import check_choice, check_whole
 from lightning_bn.functional.layers.behavior import describe_layers
 from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.monitor_state import MonitorState
-from lightning_bn.functional.monitoring.sample import Sample
-from lightning_bn.functional.monitoring.session import REFERENCES, MonitorSession
+from lightning_bn.functional.monitoring.session import MonitorSession
+from lightning_bn.functional.monitoring.settings import REFERENCES, check_settings
 from lightning_bn.functional.monitoring.threshold import BatchNormDriftError
 from lightning_bn.functional.recalibration.checkpoint import snapshot_of_checkpoint
 from lightning_bn.functional.statistics.channels import ChannelLayout
-from lightning_bn.functional.statistics.drift_measures import MEASURES, Measure
+from lightning_bn.functional.statistics.drift_measures import Measure
 from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of
 from lightning_bn.report import drift_table
 
@@ -102,34 +101,18 @@ class BatchNormMonitor(BatchNormCallback):
     ) -> None:
         super().__init__()
         with self._checked():
-            check_choice("measure", measure, MEASURES)
             check_choice("action", action, ("warn", "stop", "raise"))
-            is_path = isinstance(reference, str | Path)
-            if reference not in REFERENCES and not (is_path and Path(reference).is_file()):
-                raise ValueError(
-                    f"reference={reference!r} must be one of {', '.join(REFERENCES)} or the path of a checkpoint, and "
-                    f"there is no such file."
-                )
-            try:
-                check_whole("every_n_steps", every_n_steps, 1)
-            except ValueError as error:
-                raise ValueError(f"{error} Layers are given as modules=.") from None
             check_whole("log_worst", log_worst, 0)
-            check_positive("warn_above", warn_above, none="for no warning")
-            check_positive("act_above", act_above, none="for no action")
+            check_settings(every_n_steps, measure, reference, warn_above, act_above)
             if action != "warn" and act_above is None:
                 raise ValueError(f"action={action!r} needs act_above: above what?")
-            if warn_above is not None and act_above is not None and warn_above > act_above:
-                raise ValueError(
-                    f"warn_above={warn_above:g} is above act_above={act_above:g}: it would act before it warns. Give a "
-                    f"smaller warn_above, or none."
-                )
         self.every_n_steps = every_n_steps
         self.measure: Measure = measure
         self.reference = reference
         self.warn_above = warn_above
         self.act_above = act_above
         self.action = action
+        self.modules, self.exclude, self.root = modules, exclude, root
         self._selection = LayerSelection(modules, exclude, root)
         self.name = name
         self.prefix = prefix
@@ -288,7 +271,7 @@ class BatchNormMonitor(BatchNormCallback):
         sample = session.sample(trainer.global_step, trainer.current_epoch, right_after) if session else None
         if sample is None:
             return
-        metrics = self._metrics(sample)
+        metrics = sample.metrics(self.prefix, self.measure, self.log_worst)
         for logger in trainer.loggers:
             logger.log_metrics(metrics, step=trainer.global_step)
         for message in sample.messages:
@@ -312,20 +295,6 @@ class BatchNormMonitor(BatchNormCallback):
             self.log(  # type: ignore[attr-defined]
                 name, value, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=trainer.world_size > 1
             )
-
-    def _metrics(self, sample: Sample) -> dict[str, float]:
-        key = f"{self.prefix}/{self.measure}"
-        worst = sorted(sample.largest, reverse=True)[: self.log_worst]
-        worst += [0.0] * (self.log_worst - len(worst))
-        share = sample.summary.share_above
-        return {
-            f"{self.prefix}/collapsed_channels": float(sample.collapsed),
-            f"{key}_mean": sample.summary.mean,
-            f"{key}_p95": sample.summary.p95,
-            f"{key}_max": sample.summary.max,
-            **({} if share is None else {f"{key}_share_above": share}),
-            **{f"{key}_worst_{rank}": value for rank, value in enumerate(worst, 1)},
-        }
 
     def _show(self, trainer: Trainer, module: LightningModule) -> None:
         Console().print(self.table(module))

@@ -31,3 +31,24 @@ class Sample:
     findings: tuple[Finding, ...]
     messages: tuple[str, ...] = ()
     exceeded: str = ""
+
+    def metrics(self, prefix: str, measure: str, log_worst: int = 0) -> dict[str, float]:
+        """Return curves by key, the same keys at every sample.
+
+        Args:
+            prefix: Of the keys.
+            measure: Its name, for the keys.
+            log_worst: How many of the worst layers get a curve.
+        """
+        key = f"{prefix}/{measure}"
+        worst = sorted(self.largest, reverse=True)[:log_worst]
+        worst += [0.0] * (log_worst - len(worst))
+        share = self.summary.share_above
+        return {
+            f"{prefix}/collapsed_channels": float(self.collapsed),
+            f"{key}_mean": self.summary.mean,
+            f"{key}_p95": self.summary.p95,
+            f"{key}_max": self.summary.max,
+            **({} if share is None else {f"{key}_share_above": share}),
+            **{f"{key}_worst_{rank}": value for rank, value in enumerate(worst, 1)},
+        }

@@ -29,11 +29,10 @@ from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.measure import LayerTable, measure
 from lightning_bn.functional.monitoring.monitor_state import MonitorState
 from lightning_bn.functional.monitoring.sample import Sample
+from lightning_bn.functional.monitoring.settings import REFERENCES
 from lightning_bn.functional.monitoring.warm_up import WarmUp, following
 from lightning_bn.functional.statistics.drift_measures import Measure, read_summary
 from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of
-
-REFERENCES = ("fit_start", "previous_epoch", "recalibrated")
 
 OverRanks = Callable[[Tensor], Tensor]
 
