@@ -11,12 +11,7 @@ from torch import nn
 
 from lightning_bn.callbacks._base import BatchNormCallback
 from lightning_bn.callbacks._lightning.figures import log_figure
-from lightning_bn.callbacks._lightning.namespaces import (
-    LightningModule,
-    Trainer,
-    rank_zero_info,
-    rank_zero_warn,
-)
+from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_bn.callbacks._lightning.state import in_training_fit
 from lightning_bn.callbacks._phase import MonitorPhase
 from lightning_bn.callbacks._ranks import agree_on_ranks, max_over_ranks, mean_over_ranks
