@@ -57,14 +57,14 @@ def drift_figure(history: DriftHistory, measure: str, threshold: float | None = 
         cmap=colormaps["RdYlBu_r"].with_extremes(bad="black"),
         norm=TwoSlopeNorm(middle, 0.0, most),
     )
-    young = _young(history)
-    if young.any():
-        gray = ma.masked_array(young.T, ~young.T)
+    warming_up = _warming_up(history)
+    if warming_up.any():
+        gray = ma.masked_array(warming_up.T, ~warming_up.T)
         axes.pcolormesh(edges, [index - 0.5 for index in range(layers + 1)], gray, cmap=ListedColormap(["lightgray"]))
     bar = figure.colorbar(mesh, ax=axes, extend="max", ticks=[0.0, middle / 2, middle, most / 2, most])
     bar.ax.set_yticklabels([f"{value:.3g}" for value in (0.0, middle / 2, middle, most / 2, most)])
     bar.set_label(f"{measure}\n(largest channel)", fontsize=8)
-    _mark(figure, axes, history, bool(unmeasured.any()), bool(young.any()))
+    _mark(figure, axes, history, bool(unmeasured.any()), bool(warming_up.any()))
     axes.set_xlabel("optimizer step")
     axes.set_ylabel("BatchNorm layer, first one on top")
     axes.set_title("How far running statistics are from their reference")
@@ -160,17 +160,17 @@ def _figure_for(ax: Any, size: tuple[float, float]) -> tuple[Any, Any]:
     return figure, figure.add_subplot()
 
 
-def _young(history: DriftHistory) -> Any:
-    """Where a layer was not measured yet, since it was still mostly untrained: an array of samples by layers."""
+def _warming_up(history: DriftHistory) -> Any:
+    """Return where a layer was warming up: an array of samples by layers."""
     from numpy import array, zeros
 
     steps = array(history.steps)
     found = zeros((len(steps), len(history.names)), dtype=bool)
     began: dict[str, int] = {}
     for step, name, event in history.marks:
-        if event == "untrained":
+        if event == "warming up":
             began[name] = step
-        elif event == "measured" and name in began and name in history.names:
+        elif event == "warmed up" and name in began and name in history.names:
             found[(steps >= began.pop(name)) & (steps < step), history.names.index(name)] = True
     for name, step in began.items():
         if name in history.names:
@@ -186,7 +186,7 @@ def _edges(steps: list[int]) -> list[float]:
     return [steps[0] - (middles[0] - steps[0]), *middles, steps[-1] + (steps[-1] - middles[-1])]
 
 
-def _mark(figure: Any, axes: Any, history: DriftHistory, unmeasured: bool, young: bool) -> None:
+def _mark(figure: Any, axes: Any, history: DriftHistory, unmeasured: bool, warming_up: bool) -> None:
     from matplotlib.patches import Patch
 
     rows = {name: index for index, name in enumerate(history.names)}
@@ -213,8 +213,8 @@ def _mark(figure: Any, axes: Any, history: DriftHistory, unmeasured: bool, young
             # On top of the frame, where they cover nothing.
             axes.plot(step, -0.5, shape, color=color, markersize=5, **outlined)
     handles, labels = axes.get_legend_handles_labels()
-    if young:
-        handles, labels = [*handles, Patch(color="lightgray")], [*labels, "not measured yet"]
+    if warming_up:
+        handles, labels = [*handles, Patch(color="lightgray")], [*labels, "warming up"]
     if unmeasured:
         handles, labels = [*handles, Patch(color="black")], [*labels, "not a number"]
     if handles:

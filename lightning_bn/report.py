@@ -139,7 +139,7 @@ def drift_table(
     measure: Measure,
     statuses: dict[str, LayerStatus] | None = None,
     training: Mapping[str, bool] | None = None,
-    unsettled: Collection[str] = (),
+    warming_up: Collection[str] = (),
     most: int = 10,
 ) -> Table:
     """Drift layer by layer, the worst first, as a person reads it.
@@ -153,7 +153,7 @@ def drift_table(
         measure: By which layers are ordered.
         statuses: Who froze which layer, by name.
         training: Whether each layer is in train mode in training, by name; None for what ``behaviors`` say.
-        unsettled: Layers that are not measured yet.
+        warming_up: Layers that are not measured yet.
         most: How many layers to show.
     """
     shift, ratio = standardized(reference, current)
@@ -192,7 +192,7 @@ def drift_table(
             "batch" if layer.num_batches_tracked is None and layer.normalizes_with == "batch" else "running",
             *([frozen or "-"] if anybody else []),
             "-" if math.isnan(rates[name]) else f"{rates[name]:.2g}",
-            *(("not", "yet", "-") if name in unsettled else found),
+            *(("not", "yet", "-") if name in warming_up else found),
             sparkline(curves.get(name, []), width=7),
         )
     return table

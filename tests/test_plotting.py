@@ -157,16 +157,16 @@ def test_what_happened_to_layers_is_in_the_legend_by_name() -> None:
     assert {"frozen", "unfrozen", "recalibrated", "reset"} <= said
 
 
-def test_where_a_layer_was_not_measured_yet_it_is_gray() -> None:
+def test_where_a_layer_was_warming_up_it_is_gray() -> None:
     built = history()
     for name in FEW[:2]:
-        built.mark(50, name, "untrained")
-    built.mark(300, FEW[0], "measured")
+        built.mark(50, name, "warming up")
+    built.mark(300, FEW[0], "warmed up")
     figure = drawn(built, "jeffreys")
     _, gray = (one for one in figure.axes[0].collections if isinstance(one, QuadMesh))
     shown = ~gray.get_array().mask.reshape(len(FEW), len(built))
     assert shown.sum(1).tolist() == [5, 12, 0]
-    assert "not measured yet" in [text.get_text() for text in figure.legends[0].get_texts()]
+    assert "warming up" in [text.get_text() for text in figure.legends[0].get_texts()]
 
 
 def test_what_happened_to_most_layers_is_one_line_and_covers_none_of_them() -> None:

@@ -219,7 +219,7 @@ def test_drift_is_shown_layer_by_layer_the_worst_first_in_plain_units() -> None:
 
 
 def test_layers_that_are_not_measured_yet_say_so() -> None:
-    rows = {row[0]: row[5:8] for row in rows_of(drift_text(160, *drifted(), unsettled=["stage1"]))}
+    rows = {row[0]: row[5:8] for row in rows_of(drift_text(160, *drifted(), warming_up=["stage1"]))}
     assert rows["stage1"] == ["not", "yet", "-"]
     assert rows["stage2"] == ["+2.00", "x3.00", "3.3"]
 

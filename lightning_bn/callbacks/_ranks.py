@@ -46,15 +46,6 @@ def same_on_all_ranks(trainer: Trainer, value: bool) -> bool:
     return share in (0.0, 1.0)
 
 
-def largest_over_ranks(trainer: Trainer, value: float) -> float:
-    """The largest of all ranks' values, infinite where one of them is NaN."""
-    if trainer.world_size == 1:
-        return value
-    # NaN would lose against numbers in a maximum.
-    tensor = torch.tensor(value, device=trainer.strategy.root_device).nan_to_num(nan=torch.inf)
-    return float(trainer.strategy.reduce(tensor, reduce_op="max"))
-
-
 def mean_over_ranks(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:
     """A function that gives the mean of a tensor over all ranks; None in one process."""
     return _over_ranks(trainer, "mean")

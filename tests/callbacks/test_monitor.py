@@ -26,7 +26,7 @@ from tests.callbacks.monitoring_fits import TamperedClassifier, csv_rows, fit, m
 from tests.models import bits, seeded
 
 KEYS = {"bn/jeffreys_mean", "bn/jeffreys_max"}
-CURVES = {*KEYS, "bn/jeffreys_p95", "bn/dead_channels"}
+CURVES = {*KEYS, "bn/jeffreys_p95", "bn/collapsed_channels"}
 
 
 def module(lr: float = 0.01, fault: Any = None) -> TamperedClassifier:
@@ -78,12 +78,26 @@ def test_arguments_out_of_range_name_the_value_and_the_way_out(arguments: Any, s
 
 
 def test_two_monitors_with_prefixes_of_their_own_work_side_by_side() -> None:
-    a, b = monitor(prefix="head", modules="net.head"), monitor(prefix="body", exclude="net.head")
+    a, b = (
+        monitor(name="head", prefix="head", modules="net.head"),
+        monitor(name="body", prefix="body", exclude="net.head"),
+    )
     trainer = quiet(callbacks=[a, b], max_epochs=1)
     trainer.fit(module(), train_loader(), val_loader())
     assert {"head/jeffreys_max", "body/jeffreys_max"} <= set(trainer.callback_metrics)
     assert a.history.names == ("net.head.1",)
     assert b.history.names == ("net.features.1", "net.bn")
+
+
+def test_two_monitors_of_one_name_are_refused() -> None:
+    # Lightning looks at those it is given, the monitor at those that are added later.
+    with pytest.raises(RuntimeError, match="state_key"):
+        quiet(callbacks=[monitor(), monitor(measure="hellinger")])
+    trainer = quiet(callbacks=[monitor()], max_epochs=1)
+    trainer.callbacks.append(monitor(measure="hellinger"))
+    with pytest.raises(MisconfigurationException, match="give each its own name="):
+        trainer.fit(module(), train_loader(), val_loader())
+    assert monitor(name="a").state_key == "BatchNormMonitor[a]"
 
 
 # --- what is measured ----------------------------------------------------------------------------------------------
@@ -455,7 +469,7 @@ def test_layers_that_are_not_measured_yet_are_said_not_to_be(
     watching = monitor(report=True)
     with caplog.at_level("INFO"):
         fit(TamperedClassifier(seeded(Net)), watching, max_epochs=1, count=8 * 40)
-    assert "running statistics: 3 layers started untrained and are not measured yet" in caplog.text
+    assert "running statistics: 3 layers are still warming up and not measured yet" in caplog.text
     assert "did not move" not in caplog.text
     assert "the worst first" in capsys.readouterr().out
     table = watching.table(module())
@@ -471,7 +485,7 @@ def test_drift_of_layers_that_started_untrained_is_said_to_be_since_they_were_me
         fit(
             TamperedClassifier(seeded(Net)), watching, checkpoint, max_epochs=1, count=8 * 64, enable_checkpointing=True
         )
-    assert "since step 45, untrained before" in caplog.text
+    assert "since step 45, warming up before" in caplog.text
     caplog.clear()
     with caplog.at_level("INFO"):
         fit(
@@ -481,7 +495,7 @@ def test_drift_of_layers_that_started_untrained_is_said_to_be_since_they_were_me
             count=8 * 64,
             ckpt_path=tmp_path / "last.ckpt",
         )
-    assert "since step 45, untrained before" in caplog.text
+    assert "since step 45, warming up before" in caplog.text
 
 
 def test_raising_shows_table_and_figure_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

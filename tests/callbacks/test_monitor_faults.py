@@ -109,8 +109,8 @@ def test_channels_that_die_are_named_once_and_counted_in_a_curve(tmp_path: Any) 
     [line] = said
     # The first of the two to fall.
     assert "net.bn has 1 channel whose variance fell below eps" in line
-    assert float(csv_rows(logger)[0]["bn/dead_channels"]) == 0
-    assert float(csv_rows(logger)[-1]["bn/dead_channels"]) == 2
+    assert float(csv_rows(logger)[0]["bn/collapsed_channels"]) == 0
+    assert float(csv_rows(logger)[-1]["bn/collapsed_channels"]) == 2
 
 
 def test_inputs_that_are_constant_from_the_start_have_not_died() -> None:
@@ -449,7 +449,7 @@ def test_a_reset_by_another_callback_re_baselines_instead_of_alarming(every_n_st
     module = TamperedClassifier(pretrained(), lr=1e-4)
     assert fit(module, Reset(71), watching, max_epochs=4) == []
     assert {(layer, event) for _, layer, event in watching.history.marks} == {
-        (name, event) for name in watching.history.names for event in ("reset", "untrained", "measured")
+        (name, event) for name in watching.history.names for event in ("reset", "warming up", "warmed up")
     }
     # Not a sample is above what the run has without a reset, while and after the average fills.
     assert float(watching.history.values().max()) < 3.0
@@ -459,7 +459,7 @@ def test_swa_resets_statistics_without_an_alarm() -> None:
     watching = monitor(warn_above=6.0, act_above=6.0, action="raise")
     swa = StochasticWeightAveraging(1e-3, swa_epoch_start=2, annealing_epochs=1)
     assert fit(TamperedClassifier(pretrained(), lr=1e-3), swa, watching, max_epochs=4) == []
-    assert {event for _, _, event in watching.history.marks} == {"reset", "measured"}
+    assert {event for _, _, event in watching.history.marks} == {"reset", "warmed up"}
 
 
 @pytest.mark.parametrize("restore", [True, False])

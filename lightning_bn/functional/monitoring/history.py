@@ -47,7 +47,7 @@ class DriftHistory:
         return len(self.steps)
 
     def append(self, step: int, epoch: int, names: tuple[str, ...], largest: Tensor) -> None:
-        """Adds one sample; layers that differ from those so far start a new history.
+        """Add one sample; layers that differ from those so far start a new history.
 
         Args:
             step: Optimizer steps taken.
@@ -56,13 +56,12 @@ class DriftHistory:
             largest: The largest drift of each of them, ``(L,)``.
         """
         if self.names != names:
-            self.names, self.steps, self.epochs, self._rows = names, [], [], []
+            self.names = names
+            self._keep(slice(0))
             self._stride, self._seen, self._provisional = 1, 0, False
         if self._provisional:
             self._keep(slice(0, -1))
-        self.steps.append(step)
-        self.epochs.append(epoch)
-        self._rows.append(largest)
+        self._add(step, epoch, largest)
         self._provisional = bool(self._seen % self._stride)
         self._seen += 1
         if len(self) > self.most:
@@ -70,22 +69,25 @@ class DriftHistory:
             self._keep(slice(0, len(self) - self._provisional, 2))
             self._stride *= 2
             if not stays:
-                self.steps.append(step)
-                self.epochs.append(epoch)
-                self._rows.append(largest)
+                self._add(step, epoch, largest)
             self._provisional = not stays
+
+    def _add(self, step: int, epoch: int, largest: Tensor) -> None:
+        self.steps.append(step)
+        self.epochs.append(epoch)
+        self._rows.append(largest)
 
     def _keep(self, which: slice) -> None:
         self.steps, self.epochs, self._rows = self.steps[which], self.epochs[which], self._rows[which]
 
     def mark(self, step: int, layer: str, event: str) -> None:
-        """Notes that something happened to a layer: frozen, unfrozen, recalibrated, reset, untrained, measured."""
+        """Note an event of a layer: frozen, unfrozen, recalibrated, reset, warming up, warmed up."""
         self.marks.append((step, layer, event))
         if len(self.marks) > 10 * self.most:
             self.marks = self.marks[::2]
 
     def jumped_at(self, layer: str) -> int | None:
-        """The step at about which a layer's drift jumped to where it is now; None if it did not, or grew slowly.
+        """Return the step at about which a layer's drift jumped to where it is now; None if it did not, or grew slowly.
 
         The last sample at which the drift was near its median, provided that the time before it was at least four
         times as long as the jump took, and that it was never half as far as now: neither noise nor a power of time, as
@@ -104,12 +106,13 @@ class DriftHistory:
         return start if start - self.steps[0] >= 4 * (self.steps[-1] - start) else None
 
     def values(self) -> Tensor:
-        """The largest drift of each layer at each sample, shape ``(samples, layers)``, float64."""
+        """Return the largest drift of each layer at each sample, shape ``(samples, layers)``, float64."""
         return torch.stack(self._rows) if self._rows else torch.zeros(0, len(self.names), dtype=torch.float64)
 
     def state_dict(self) -> dict[str, Any]:
-        """Tensors, lists and numbers only."""
+        """Return tensors, lists and numbers only."""
         return {
+            "format": 1,
             "most": self.most,
             "names": list(self.names),
             "steps": list(self.steps),
@@ -123,12 +126,15 @@ class DriftHistory:
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> DriftHistory:
-        """The history that :meth:`state_dict` described."""
-        history = cls(state["most"])
-        history.names = tuple(state["names"])
-        history.steps, history.epochs = list(state["steps"]), list(state["epochs"])
-        history.marks = [(int(step), str(layer), str(event)) for step, layer, event in state["marks"]]
-        history._stride, history._seen = state["stride"], state["seen"]
-        history._provisional = state["provisional"]
-        history._rows = list(state["values"])
+        """Return the history that :meth:`state_dict` described; what is missing is as in a new one."""
+        history = cls(state.get("most", 1000))
+        history.names = tuple(state.get("names", ()))
+        # Rows without a step, or steps without a row, could not be shown.
+        rows = list(state.get("values", ()))
+        history.steps = list(state.get("steps", ()))[: len(rows)]
+        history._rows = rows[: len(history.steps)]
+        history.epochs = list(state.get("epochs", [0] * len(rows)))
+        history.marks = [(int(step), str(layer), str(event)) for step, layer, event in state.get("marks", ())]
+        history._stride, history._seen = state.get("stride", 1), state.get("seen", len(rows))
+        history._provisional = state.get("provisional", False)
         return history

@@ -1,4 +1,4 @@
-"""Symptoms and the one sentence that names the disease, the layer and the remedy."""
+"""Evidence and the one sentence that names the kind, the layer and the remedy."""
 
 from typing import Any
 
@@ -9,14 +9,14 @@ from lightning_bn.functional.monitoring.diagnosis import (
     FEWEST_BATCHES,
     LAGGING,
     RANKS_DIFFER,
-    Symptoms,
     diagnose,
 )
+from lightning_bn.functional.monitoring.evidence import Evidence
 
 NAMES = ("stem.bn", "body.bn", "head.bn")
 
 
-def symptoms(**changed: Any) -> Symptoms:
+def evidence(**changed: Any) -> Evidence:
     """Of three healthy layers, but for what is given."""
     healthy: dict[str, Any] = {
         "names": NAMES,
@@ -24,7 +24,7 @@ def symptoms(**changed: Any) -> Symptoms:
         "frozen_by": [""] * 3,
         "nonfinite": [0.0] * 3,
         "nonfinite_here": [0.0] * 3,
-        "died": [0.0] * 3,
+        "collapsed": [0.0] * 3,
         "explosion": [1.0] * 3,
         "updates": [1.0] * 3,
         "changed": [True] * 3,
@@ -32,24 +32,24 @@ def symptoms(**changed: Any) -> Symptoms:
         "samples": 32,
         "judged": FEWEST_BATCHES,
         "bias": [0.1] * 3,
-        "spread": [0.1] * 3,
+        "scatter": [0.1] * 3,
         "gap": [0.0] * 3,
         "processes": 1,
         "synchronized": [False] * 3,
     }
-    return Symptoms(**{**healthy, **changed})
+    return Evidence(**{**healthy, **changed})
 
 
 def found(**changed: Any) -> list[tuple[str, str]]:
-    return [(one.layer, one.disease) for one in diagnose(symptoms(**changed))]
+    return [(one.layer, one.kind) for one in diagnose(evidence(**changed))]
 
 
 def test_a_healthy_model_has_nothing() -> None:
-    assert diagnose(symptoms()) == []
+    assert diagnose(evidence()) == []
 
 
 @pytest.mark.parametrize(
-    ("changed", "layer", "disease", "words"),
+    ("changed", "layer", "kind", "words"),
     [
         (
             {"nonfinite": [0, 2, 0], "nonfinite_here": [0, 2, 0]},
@@ -58,15 +58,20 @@ def test_a_healthy_model_has_nothing() -> None:
             ["2 channels", "finite, and a"],
         ),
         ({"nonfinite": [0, 1, 0]}, "body.bn", "not finite", ["1 channel whose", "not finite on another rank"]),
-        ({"died": [0, 2, 1]}, "body.bn", "died", ["(and 1 more layer)", "2 channels whose variance fell below eps"]),
         (
-            {"spread": [0.1, 0.5, 0.6], "samples": 2, "processes": 4, "synchronized": [False, False, True]},
+            {"collapsed": [0, 2, 1]},
+            "body.bn",
+            "collapsed",
+            ["(and 1 more layer)", "2 channels whose variance fell below eps"],
+        ),
+        (
+            {"scatter": [0.1, 0.5, 0.6], "samples": 2, "processes": 4, "synchronized": [False, False, True]},
             "body.bn",
             "small batches",
             ["body.bn normalizes the 2 samples of each rank", "scatter by 0.5 sigma", "normalizes 8 samples together"],
         ),
         ({"explosion": [2, 101, 99]}, "body.bn", "exploding", ["variances x1e+02 those", "0 to 255"]),
-        ({"spread": [0.1, 1.5, 0.1], "bias": [0.1, 1.4, 0.1]}, "body.bn", "lagging", ["lags 1.4 sigma"]),
+        ({"scatter": [0.1, 1.5, 0.1], "bias": [0.1, 1.4, 0.1]}, "body.bn", "lagging", ["lags 1.4 sigma"]),
         (
             {"updates": [1, 0, 1], "idle": [0, 20, 0], "changed": [True, False, True]},
             "body.bn",
@@ -88,7 +93,7 @@ def test_a_healthy_model_has_nothing() -> None:
         ),
         ({"bias": [0.1, 2.0, 0.1]}, "body.bn", "lagging", ["lags 2.0 sigma", "PreciseBatchNorm", "learning rate"]),
         (
-            {"spread": [0.1, 3.0, 0.1]},
+            {"scatter": [0.1, 3.0, 0.1]},
             "body.bn",
             "alternating",
             ["sources that alternate", "3.0 sigma", "statistics of its own"],
@@ -96,11 +101,11 @@ def test_a_healthy_model_has_nothing() -> None:
         ({"gap": [0.0, 2.0, 0.0]}, "body.bn", "ranks differ", ["2.0 sigma", "rank 0's", "SyncBatchNorm"]),
     ],
 )
-def test_each_disease_is_named_in_one_sentence_that_starts_with_the_layer(
-    changed: dict[str, Any], layer: str, disease: str, words: list[str]
+def test_each_kind_is_named_in_one_sentence_that_starts_with_the_layer(
+    changed: dict[str, Any], layer: str, kind: str, words: list[str]
 ) -> None:
-    [one] = diagnose(symptoms(**changed))
-    assert (one.layer, one.disease) == (layer, disease)
+    [one] = diagnose(evidence(**changed))
+    assert (one.layer, one.kind) == (layer, kind)
     assert one.sentence.startswith(layer)
     assert one.sentence.endswith(".")
     for word in words:
@@ -108,25 +113,25 @@ def test_each_disease_is_named_in_one_sentence_that_starts_with_the_layer(
 
 
 @pytest.mark.parametrize(
-    ("row", "disease"), [("nonfinite", "not finite"), ("bias", "lagging"), ("spread", "alternating")]
+    ("row", "kind"), [("nonfinite", "not finite"), ("bias", "lagging"), ("scatter", "alternating")]
 )
-def test_one_cause_in_many_layers_is_one_line_with_the_first_of_them(row: str, disease: str) -> None:
-    [one] = diagnose(symptoms(**{row: [0.0, 5.0, 5.0]}))
-    assert (one.layer, one.disease) == ("body.bn", disease)
+def test_one_cause_in_many_layers_is_one_line_with_the_first_of_them(row: str, kind: str) -> None:
+    [one] = diagnose(evidence(**{row: [0.0, 5.0, 5.0]}))
+    assert (one.layer, one.kind) == ("body.bn", kind)
     assert "(and 1 more layer)" in one.sentence
 
 
 @pytest.mark.parametrize(("samples", "processes", "found_some"), [(4, 2, True), (5, 2, False), (4, 1, False)])
 def test_only_small_batches_of_several_ranks_are_called_small(samples: int, processes: int, found_some: bool) -> None:
-    assert bool(found(spread=[0.5] * 3, samples=samples, processes=processes)) is found_some
+    assert bool(found(scatter=[0.5] * 3, samples=samples, processes=processes)) is found_some
 
 
 def test_a_layer_fed_by_alternating_sources_is_not_also_called_lagging() -> None:
-    assert found(spread=[3.0, 0.1, 0.1], bias=[1.4, 0.1, 0.1]) == [("stem.bn", "alternating")]
+    assert found(scatter=[3.0, 0.1, 0.1], bias=[1.4, 0.1, 0.1]) == [("stem.bn", "alternating")]
 
 
 def test_nothing_is_said_of_batches_before_enough_of_them_were_judged() -> None:
-    changed = {"bias": [9.0] * 3, "spread": [9.0] * 3, "gap": [9.0] * 3}
+    changed = {"bias": [9.0] * 3, "scatter": [9.0] * 3, "gap": [9.0] * 3}
     assert found(**changed, judged=FEWEST_BATCHES - 1) == []
     assert found(**changed, judged=FEWEST_BATCHES)
 
@@ -147,26 +152,26 @@ def test_what_is_not_known_of_updates_is_no_fault() -> None:
 
 
 def test_small_batches_are_given_what_they_differ_by_by_chance() -> None:
-    spread = [ALTERNATING + 0.3, 0.1, 0.1]
-    assert found(spread=spread, samples=4) == []
-    assert found(spread=spread, samples=256) == [("stem.bn", "alternating")]
+    scatter = [ALTERNATING + 0.3, 0.1, 0.1]
+    assert found(scatter=scatter, samples=4) == []
+    assert found(scatter=scatter, samples=256) == [("stem.bn", "alternating")]
 
 
 def test_the_thresholds_are_where_they_are_said_to_be() -> None:
     many = 10**8
     assert found(bias=[LAGGING * 0.99] * 3) == []
     assert found(bias=[LAGGING * 1.01] * 3) == [("stem.bn", "lagging")]
-    assert found(spread=[ALTERNATING * 0.99] * 3, samples=many) == []
-    assert found(spread=[ALTERNATING * 1.01] * 3, samples=many) == [("stem.bn", "alternating")]
+    assert found(scatter=[ALTERNATING * 0.99] * 3, samples=many) == []
+    assert found(scatter=[ALTERNATING * 1.01] * 3, samples=many) == [("stem.bn", "alternating")]
     assert found(gap=[RANKS_DIFFER * 0.99] * 3, samples=many) == []
     assert found(gap=[RANKS_DIFFER * 1.01] * 3, samples=many) == [("stem.bn", "ranks differ")]
 
 
 def test_a_batch_of_unknown_size_is_judged_as_the_smallest() -> None:
-    assert found(spread=[ALTERNATING + 1.9, 0.1, 0.1], samples=None) == []
-    assert found(spread=[ALTERNATING + 2.1, 0.1, 0.1], samples=None) == [("stem.bn", "alternating")]
+    assert found(scatter=[ALTERNATING + 1.9, 0.1, 0.1], samples=None) == []
+    assert found(scatter=[ALTERNATING + 2.1, 0.1, 0.1], samples=None) == [("stem.bn", "alternating")]
 
 
 def test_values_that_are_not_a_number_are_no_faults_of_batches() -> None:
     nan = [float("nan")] * 3
-    assert found(bias=nan, spread=nan, gap=nan) == []
+    assert found(bias=nan, scatter=nan, gap=nan) == []

@@ -151,3 +151,10 @@ def test_a_jump_is_twice_as_far_as_ever_before(now: float, found: bool) -> None:
 def test_the_time_before_a_jump_is_four_times_as_long(before: int, found: bool) -> None:
     # Two samples long: from the first sample on `before` - 1 intervals are quiet.
     assert (grown([0.1] * before + [0.6, 1.1]).jumped_at("a") is not None) is found
+
+
+def test_a_state_with_unknown_keys_or_without_known_ones_is_read() -> None:
+    state = filled(3).state_dict()
+    assert state["format"] == 1
+    assert DriftHistory.from_state_dict({**state, "later": 1}).steps == [0, 1, 2]
+    assert len(DriftHistory.from_state_dict({})) == 0

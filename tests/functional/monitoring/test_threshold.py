@@ -1,8 +1,8 @@
-"""A threshold speaks once, after enough samples, and again only after the value fell far below it."""
+"""A threshold triggers once, after enough samples, and again only after the value fell far below it."""
 
 import pytest
 
-from lightning_bn.functional.monitoring.threshold import Alarm
+from lightning_bn.functional.monitoring.threshold import Threshold
 
 NAN, INF = float("nan"), float("inf")
 
@@ -21,26 +21,37 @@ NAN, INF = float("nan"), float("inf")
         (2, [INF, NAN], [1]),
     ],
 )
-def test_it_speaks_at_these_samples(in_a_row: int, values: list[float], spoken: list[int]) -> None:
-    alarm = Alarm(1.0, in_a_row)
-    assert [index for index, value in enumerate(values) if alarm.sounds(value)] == spoken
-    interrupted = Alarm(1.0, in_a_row)
+def test_it_triggers_at_these_samples(in_a_row: int, values: list[float], spoken: list[int]) -> None:
+    threshold = Threshold(1.0, in_a_row)
+    assert [index for index, value in enumerate(values) if threshold.triggers(value)] == spoken
+    interrupted = Threshold(1.0, in_a_row)
     found = []
     for index, value in enumerate(values):
-        resumed = Alarm(1.0, in_a_row)
+        resumed = Threshold(1.0, in_a_row)
         resumed.load_state_dict(interrupted.state_dict())
         interrupted = resumed
-        if interrupted.sounds(value):
+        if interrupted.triggers(value):
             found.append(index)
     assert found == spoken
 
 
-def test_without_a_threshold_it_never_speaks() -> None:
-    assert not any(Alarm(None).sounds(value) for value in (0.0, 1e9, INF, NAN))
+def test_without_a_threshold_it_never_triggers() -> None:
+    assert not any(Threshold(None).triggers(value) for value in (0.0, 1e9, INF, NAN))
 
 
 def test_forgetting_lets_it_speak_again() -> None:
-    alarm = Alarm(1.0, 2)
-    assert [alarm.sounds(2.0), alarm.sounds(2.0)] == [False, True]
-    alarm.reset()
-    assert [alarm.sounds(2.0), alarm.sounds(2.0)] == [False, True]
+    threshold = Threshold(1.0, 2)
+    assert [threshold.triggers(2.0), threshold.triggers(2.0)] == [False, True]
+    threshold.load_state_dict({})
+    assert [threshold.triggers(2.0), threshold.triggers(2.0)] == [False, True]
+
+
+def test_a_state_with_unknown_keys_or_without_known_ones_is_read() -> None:
+    threshold = Threshold(1.0)
+    assert threshold.triggers(2.0)
+    state = threshold.state_dict()
+    assert state["format"] == 1
+    threshold.load_state_dict({**state, "later": 7})
+    assert not threshold.triggers(2.0)
+    threshold.load_state_dict({})
+    assert threshold.triggers(2.0)

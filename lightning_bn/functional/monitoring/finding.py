@@ -1,0 +1,112 @@
+"""One fault of one layer, and the sentence with the remedy that a person reads."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal, TypeAlias
+
+from lightning_bn.functional._text import counted
+from lightning_bn.functional.monitoring.evidence import Evidence
+
+FindingKind: TypeAlias = Literal[
+    "not finite",
+    "collapsed",
+    "exploding",
+    "frozen but moves",
+    "stalled",
+    "updated twice",
+    "ranks differ",
+    "alternating",
+    "small batches",
+    "lagging",
+]
+
+_OF_COUNTERS: tuple[FindingKind, ...] = ("frozen but moves", "stalled", "updated twice")
+_SENTENCES: dict[FindingKind, str] = {
+    "not finite": (
+        "{who} has {nonfinite} whose running statistics are not finite{where}, and a moving average never recovers "
+        "from that: find the inf or NaN in {whose}, then recalibrate."
+    ),
+    "collapsed": (
+        "{who} has {collapsed} whose variance fell below eps since the reference: its input has become constant "
+        "there. Dead ReLUs before it or a weight decay that is too strong do that; a lower learning rate or a warm-up "
+        "avoids it."
+    ),
+    "exploding": (
+        "{who} has running variances x{explosion:.2g} those of the reference: either the inputs are on another scale "
+        "(0 to 255 for 0 to 1?), or training diverges: lower the learning rate or clip gradients."
+    ),
+    "frozen but moves": "{who} is frozen by {frozen_by} but its statistics were {how}.",
+    "stalled": (
+        "{who} is in train mode but was not updated in {idle} batches: no forward reaches it, its tracking was "
+        "switched off or its momentum is 0; evaluation uses statistics that no longer follow."
+    ),
+    "updated twice": (
+        "{who} is updated {updates:.2g} times per batch: it is used more than once in a forward, or activation "
+        "checkpointing runs it again; its moving average forgets that much faster."
+    ),
+    "ranks differ": (
+        "{name} sees data on one rank that is {gap:.1f} sigma from that of all ranks, and evaluation uses rank 0's "
+        "moving average alone: shuffle the data over the ranks, use SyncBatchNorm, or recalibrate before validation."
+    ),
+    "alternating": (
+        "{who} is fed by sources that alternate: means of batches differ by {scatter:.1f} sigma, and the moving "
+        "average describes none of them. Give each source statistics of its own, or mix them in every batch."
+    ),
+    "small batches": (
+        "{who} normalizes the {samples} of each rank on their own, and means of such batches scatter by {scatter:.1f} "
+        "sigma, which is noise in every activation: Trainer(sync_batchnorm=True) normalizes {together} together; "
+        "freezing the layer helps too."
+    ),
+    "lagging": (
+        "{who} has a moving average that lags {bias:.1f} sigma behind its batches, so that validation uses stale "
+        "statistics: recalibrate before it (PreciseBatchNorm), or lower the learning rate."
+    ),
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One fault of one layer.
+
+    Attributes:
+        layer: Its name.
+        kind: Of the fault.
+        sentence: What a person is told.
+        layers: All for which that counts as said.
+    """
+
+    layer: str
+    kind: FindingKind
+    sentence: str
+    layers: tuple[str, ...]
+
+    @classmethod
+    def of(cls, evidence: Evidence, kind: FindingKind, layers: Sequence[int]) -> Finding:
+        """Return the finding that some layers, given by their positions, have a fault.
+
+        One cause shows in many layers, of which the first registered is named: not always the first in the forward.
+        """
+        e, first = evidence, layers[0]
+        name, samples = e.names[first], e.samples or 0
+        sentence = _SENTENCES[kind].format(
+            name=name,
+            who=f"{name} (and {counted(len(layers) - 1, 'more layer')})" if len(layers) > 1 else name,
+            nonfinite=counted(int(e.nonfinite[first]), "channel"),
+            where="" if e.nonfinite_here[first] else " on another rank",
+            whose="its input" if len(layers) == 1 else "the input of whichever the forward reaches first",
+            collapsed=counted(int(e.collapsed[first]), "channel"),
+            explosion=e.explosion[first],
+            frozen_by=e.frozen_by[first],
+            how="updated: something put it into train mode" if e.updates[first] > 0 else "written to",
+            idle=e.idle[first],
+            updates=e.updates[first],
+            gap=e.gap[first],
+            bias=e.bias[first],
+            scatter=e.scatter[first],
+            samples=counted(samples, "sample"),
+            together=counted(samples * e.processes, "sample"),
+        )
+        named = tuple(e.names[index] for index in layers) if kind in _OF_COUNTERS else (name,)
+        return cls(name, kind, sentence, named)

@@ -1,0 +1,65 @@
+"""What a monitor saves and goes on from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from lightning_bn.functional.monitoring.history import DriftHistory
+from lightning_bn.functional.statistics.snapshots import Snapshot
+
+
+@dataclass(frozen=True)
+class MonitorState:
+    """The state of a monitor in the middle of a fit, or after it.
+
+    Attributes:
+        reference: What drift is measured from.
+        measured_from: What that is: the ``reference`` of the session.
+        history: The samples so far.
+        warming_up: Layers that are warming up.
+        measured_since: The step from which on layers are measured that were warming up, or were reset.
+        warning: State of the threshold ``warn_above``.
+        action: State of the threshold ``act_above``.
+        told: Layers and kinds of findings that were said.
+    """
+
+    reference: Snapshot
+    measured_from: str
+    history: DriftHistory
+    warming_up: frozenset[str] = frozenset()
+    measured_since: Mapping[str, int] = field(default_factory=dict)
+    warning: Mapping[str, int] = field(default_factory=dict)
+    action: Mapping[str, int] = field(default_factory=dict)
+    told: frozenset[tuple[str, str]] = frozenset()
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return tensors, strings, numbers, lists and dicts only."""
+        return {
+            "format": 1,
+            "reference": self.reference.state_dict(),
+            "measured_from": self.measured_from,
+            "history": self.history.state_dict(),
+            "warming_up": sorted(self.warming_up),
+            "measured_since": dict(self.measured_since),
+            "warning": dict(self.warning),
+            "action": dict(self.action),
+            "told": [list(pair) for pair in sorted(self.told)],
+        }
+
+    @classmethod
+    def from_state_dict(cls, state: Mapping[str, Any]) -> MonitorState | None:
+        """Return the state that :meth:`state_dict` described; None without a reference, as before the first fit."""
+        if state.get("reference") is None:
+            return None
+        return cls(
+            Snapshot.from_state_dict(state["reference"]),
+            state.get("measured_from", "fit_start"),
+            DriftHistory.from_state_dict(state.get("history", {})),
+            frozenset(state.get("warming_up", ())),
+            dict(state.get("measured_since", {})),
+            dict(state.get("warning", {})),
+            dict(state.get("action", {})),
+            frozenset((layer, kind) for layer, kind in state.get("told", ())),
+        )

@@ -1,0 +1,86 @@
+"""Layers whose moving averages are still mostly their initial values: they have no drift yet."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from lightning_bn.functional.monitoring.history import DriftHistory
+from lightning_bn.functional.monitoring.measure import LayerTable
+from lightning_bn.functional.statistics.snapshots import Snapshot
+
+_WARM_BELOW = 0.01
+"""Share of initial values in the moving average, from which on a layer is measured."""
+
+
+class WarmUp:
+    """Which layers are warming up, and since when others are measured.
+
+    Args:
+        names: Of all layers.
+        layers: Those that are warming up, from a checkpoint: the history has their marks.
+        measured_since: The step from which on layers are measured that were warming up, or were reset.
+
+    Attributes:
+        layers: Those that are warming up.
+    """
+
+    def __init__(
+        self, names: Iterable[str], layers: Iterable[str] = (), measured_since: Mapping[str, int] | None = None
+    ) -> None:
+        self._names = tuple(names)
+        self.layers = self._marked = frozenset(layers)
+        self.measured_since = dict(measured_since or {})
+
+    def start(self, layers: Iterable[str]) -> None:
+        """Have more layers warm up; those that do already go on."""
+        self.layers |= set(layers)
+
+    def mask(self, device: torch.device) -> Tensor:
+        """Return which layers are warming up, ``(L,)``."""
+        return _on_device(tuple(name in self.layers for name in self._names), device)
+
+    def update(self, table: LayerTable, step: int, history: DriftHistory) -> None:
+        """Take the result of a sample: layers that were reset warm up, those that are warm are measured from now on.
+
+        Args:
+            table: On the host.
+            step: Optimizer steps taken.
+            history: Gets the marks.
+        """
+        still: set[str] = set()
+        for name, reset, share in zip(self._names, table.reset.tolist(), table.initial_share.tolist(), strict=True):
+            if reset:
+                history.mark(step, name, "reset")
+            elif name not in self.layers:
+                continue
+            if share >= _WARM_BELOW:
+                still.add(name)
+                if name not in self._marked:
+                    history.mark(step, name, "warming up")
+            else:
+                self.measured_since[name] = step
+                history.mark(step, name, "warmed up")
+        self.layers = self._marked = frozenset(still)
+
+
+def following(reference: Snapshot, current: Snapshot, which: Tensor) -> Snapshot:
+    """Return a reference with the statistics of now for some layers, ``(L,)``."""
+    channels = current.layout.expand(which)
+    return replace(
+        reference,
+        mean=torch.where(channels, current.mean, reference.mean),
+        var=torch.where(channels, current.var, reference.var),
+        num_batches_tracked=torch.where(which, current.num_batches_tracked, reference.num_batches_tracked),
+    )
+
+
+# The same at most samples: copying it would wait for the device.
+@lru_cache(maxsize=32)
+def _on_device(flags: tuple[bool, ...], device: torch.device) -> Tensor:
+    with torch.inference_mode(False):
+        return torch.tensor(flags).to(device)
