@@ -21,6 +21,8 @@ from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.statistics.drift_measures import Measure, of_standardized, standardized
 from lightning_bn.functional.statistics.snapshots import Snapshot
 
+__all__ = ["behavior_table", "drift_table", "plan_table", "print_behavior", "print_plan", "sparkline"]
+
 
 def print_behavior(
     model: nn.Module,
