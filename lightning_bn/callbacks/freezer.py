@@ -93,7 +93,8 @@ class BatchNormFreezer(BatchNormCallback):
                 raise ValueError(f"task_key={task_key!r} means nothing without by_task.")
             self._selection = FreezeSelection(modules, exclude, root, by_task, stats, affine)
             self._schedule = FreezeSchedule(start_epoch, stop_epoch, start_step, stop_step)
-        self.name = name
+        self.modules, self.exclude, self.root, self.name = modules, exclude, root, name
+        self.stats, self.affine, self.by_task = stats, affine, by_task
         self.report: FreezeReport | None = None
         self._task_of = TaskOf(task_key)
         self._session: FreezeSession | None = None
@@ -127,7 +128,7 @@ class BatchNormFreezer(BatchNormCallback):
         self.report = None
         self._is_on(trainer)  # or refuse a schedule that cannot be told
         # Ranks that train a layer which others keep frozen would drift apart without a word.
-        settings = {"stats": self._selection.stats, "affine": self._selection.affine, "when": str(self._schedule)}
+        settings = {"stats": self.stats, "affine": self.affine, "when": str(self._schedule)}
         agree_on_ranks(trainer, "freeze", lambda: self._selection.layout(pl_module), settings)
         if self._schedule.never_on(trainer.max_epochs, trainer.max_steps):
             # No error: the first part of a training that is resumed with more epochs looks like this.
@@ -138,7 +139,7 @@ class BatchNormFreezer(BatchNormCallback):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A module that goes into train mode in there would move pre-trained statistics before anything is frozen.
-        if self._selection.stats and self._is_on(trainer):
+        if self.stats and self._is_on(trainer):
             always, by_task = self._selection.layers(pl_module)
             every = FreezeSelection([*always, *{name for layers in by_task.values() for name in layers}], affine=False)
             self._session = FreezeSession(pl_module, every, owner=self.state_key, tell=_warn)
@@ -152,8 +153,7 @@ class BatchNormFreezer(BatchNormCallback):
             self._session = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Here and not earlier: before the sanity check Lightning would warn of modules in eval mode, and layers may
-        # have been replaced since on_fit_start.
+        # Not earlier: Lightning would warn of modules in eval mode, and layers may be replaced after on_fit_start.
         self._session = FreezeSession(
             pl_module,
             self._selection,
@@ -164,7 +164,7 @@ class BatchNormFreezer(BatchNormCallback):
         )
         self._resumed, self._warned_of_unseen = None, False
         task_layers = self._session.task_layers.values()
-        self._tasks_are_synchronized = self._selection.stats and any(processes_of(layer) > 1 for layer in task_layers)
+        self._tasks_are_synchronized = self.stats and any(processes_of(layer) > 1 for layer in task_layers)
         self._session.switch(self._is_on(trainer), trainer.global_step)
         if not self._schedule.never_on(trainer.max_epochs, trainer.max_steps):
             rank_zero_info(f"BatchNormFreezer: {self.plan(pl_module)}")
@@ -200,7 +200,7 @@ class BatchNormFreezer(BatchNormCallback):
         self._frozen.full_check()
         # After the first epoch in which the freeze was on, not only at the end of days of training.
         seen = self._frozen.tasks_seen
-        unseen = sorted({*(self._selection.by_task or {})} - seen)
+        unseen = sorted({*(self.by_task or {})} - seen)
         if unseen and self._frozen.on and not self._warned_of_unseen:
             rank_zero_warn(
                 f"BatchNormFreezer: by_task names {quoted(unseen)}, but in epoch {trainer.current_epoch} no batch was "
