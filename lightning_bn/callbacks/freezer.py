@@ -14,7 +14,6 @@ from lightning_bn.callbacks._lightning.averages import averaged_copies
 from lightning_bn.callbacks._lightning.callback_list import put_first
 from lightning_bn.callbacks._lightning.namespaces import (
     LightningModule,
-    MisconfigurationException,
     Trainer,
     rank_zero_info,
     rank_zero_warn,
@@ -36,9 +35,8 @@ class BatchNormFreezer(BatchNormCallback):
 
     Statistics: the layers normalize with their running statistics in training too, and stay so through any
     ``.train()``. Affine: their gradients are dropped before every optimizer step; the parameters stay in their
-    optimizer groups and keep ``requires_grad``, so that distributed training, resuming and unfreezing are not
-    disturbed. Whatever else changes a frozen value is noticed, restored and reported; at the end of the fit all of them
-    are compared bit by bit with those at its beginning.
+    optimizer groups and keep ``requires_grad``, for distributed training, resuming and unfreezing. Whatever else
+    changes a frozen value is noticed, restored and reported; at the end of the fit all are compared bit by bit.
 
     Only BatchNorm is frozen; other weights below the same paths train on.
 
@@ -90,18 +88,18 @@ class BatchNormFreezer(BatchNormCallback):
         name: str | None = None,
     ) -> None:
         super().__init__()
-        if task_key is not None and not by_task:
-            raise MisconfigurationException(f"BatchNormFreezer(task_key={task_key!r}) means nothing without by_task.")
         with self._checked():
+            if task_key is not None and not by_task:
+                raise ValueError(f"task_key={task_key!r} means nothing without by_task.")
             self._chosen = FreezeSelection(modules, exclude, root, by_task, stats, affine)
             self._schedule = FreezeSchedule(start_epoch, stop_epoch, start_step, stop_step)
-        self.name = name
+        self.modules, self.exclude, self.root, self.name = modules, exclude, root, name
+        self.stats, self.affine, self.by_task = stats, affine, by_task
         self.report: FreezeReport | None = None
         self._task_of = TaskOf(task_key)
         self._session: FreezeSession | None = None
         self._resumed: FreezeReport | None = None
-        self._tasks_are_synchronized = False
-        self._warned_of_unseen = False
+        self._tasks_are_synchronized = self._warned_of_unseen = False
 
     def plan(self, model: nn.Module) -> FreezePlan:
         """Return what this freezer will do to ``model``, layer by layer; nothing is changed.
@@ -128,11 +126,11 @@ class BatchNormFreezer(BatchNormCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._close(trainer)
         self.report = None
-        self._is_on(trainer)
+        self._is_on(trainer)  # or refuse a schedule that cannot be told
         # Ranks that train a layer which others keep frozen would drift apart without a word.
-        settings = {"stats": self._chosen.stats, "affine": self._chosen.affine, "when": str(self._schedule)}
+        settings = {"stats": self.stats, "affine": self.affine, "when": str(self._schedule)}
         agree_on_ranks(trainer, "freeze", lambda: self._chosen.layout(pl_module), settings)
-        if self._never_on(trainer):
+        if self._schedule.never_on(trainer.max_epochs, trainer.max_steps):
             # No error: the first part of a training that is resumed with more epochs looks like this.
             rank_zero_info(
                 f"BatchNormFreezer: {self._schedule} is never reached with max_epochs={trainer.max_epochs} and "
@@ -141,7 +139,7 @@ class BatchNormFreezer(BatchNormCallback):
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A module that goes into train mode in there would move pre-trained statistics before anything is frozen.
-        if self._chosen.stats and self._is_on(trainer):
+        if self.stats and self._is_on(trainer):
             always, by_task = self._chosen.layers(pl_module)
             every = FreezeSelection([*always, *{name for layers in by_task.values() for name in layers}], affine=False)
             self._session = FreezeSession(pl_module, every, owner=self.state_key, tell=_warn)
@@ -155,8 +153,7 @@ class BatchNormFreezer(BatchNormCallback):
             self._session = None
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Here and not earlier: before the sanity check Lightning would warn of modules in eval mode, and layers may
-        # have been replaced since on_fit_start.
+        # Not earlier: Lightning would warn of modules in eval mode, and layers may be replaced after on_fit_start.
         self._session = FreezeSession(
             pl_module,
             self._chosen,
@@ -167,9 +164,9 @@ class BatchNormFreezer(BatchNormCallback):
         )
         self._resumed, self._warned_of_unseen = None, False
         task_layers = self._session.task_layers.values()
-        self._tasks_are_synchronized = self._chosen.stats and any(processes_of(layer) > 1 for layer in task_layers)
+        self._tasks_are_synchronized = self.stats and any(processes_of(layer) > 1 for layer in task_layers)
         self._session.switch(self._is_on(trainer), trainer.global_step)
-        if not self._never_on(trainer):
+        if not self._schedule.never_on(trainer.max_epochs, trainer.max_steps):
             rank_zero_info(f"BatchNormFreezer: {self.plan(pl_module)}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -177,8 +174,8 @@ class BatchNormFreezer(BatchNormCallback):
         if self._tasks_are_synchronized:
             # A layer that is pinned on one rank takes no part in what the others of its group wait for.
             agree_on_ranks(trainer, "freeze", lambda: ChannelLayout((), ()), {"task": task})
-        averages = averaged_copies(trainer)
-        self._frozen.start_batch(trainer.global_step, on=self._is_on(trainer), task=task, averages=averages)
+        on, averages = self._is_on(trainer), averaged_copies(trainer)
+        self._frozen.start_batch(trainer.global_step, on=on, task=task, averages=averages)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before anyone takes a norm of them, as a clip_gradients by hand does.
@@ -203,7 +200,7 @@ class BatchNormFreezer(BatchNormCallback):
         self._frozen.full_check()
         # After the first epoch in which the freeze was on, not only at the end of days of training.
         seen = self._frozen.tasks_seen
-        unseen = sorted(set(self._chosen.by_task or {}) - seen)
+        unseen = sorted({*(self.by_task or {})} - seen)
         if unseen and self._frozen.on and not self._warned_of_unseen:
             rank_zero_warn(
                 f"BatchNormFreezer: by_task names {quoted(unseen)}, but in epoch {trainer.current_epoch} no batch was "
@@ -223,8 +220,7 @@ class BatchNormFreezer(BatchNormCallback):
             self._session.resume()
 
     def on_save_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        # The tensors of the state dict are those of the model and of the average: restored there, they are right in the
-        # file.
+        # The tensors of the state dict are those of the model and of the average: restored there, they are right here.
         if self._session:
             self._session.full_check()
 
@@ -280,9 +276,6 @@ class BatchNormFreezer(BatchNormCallback):
     def _is_on(self, trainer: Trainer) -> bool:
         with self._checked():
             return self._schedule.is_on(trainer.current_epoch, trainer.global_step, trainer.max_epochs)
-
-    def _never_on(self, trainer: Trainer) -> bool:
-        return self._schedule.never_on(trainer.max_epochs, trainer.max_steps)
 
     def _close(self, trainer: Trainer) -> None:
         # Also after an exception inside validation, or in a later Trainer the layers would still be in eval.

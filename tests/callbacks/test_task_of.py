@@ -1,4 +1,4 @@
-"""Which task a batch belongs to: a key, a function, or a context."""
+"""Which task a batch belongs to: by a key or a function."""
 
 from typing import Any
 
@@ -6,9 +6,7 @@ import pytest
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-import lightning_bn
 from lightning_bn.callbacks._task_of import TaskOf
-from lightning_bn.functional._tasks import listen, stop_listening, task
 
 
 @pytest.mark.parametrize(
@@ -71,24 +69,3 @@ def no_task(batch: Any, batch_idx: int) -> None:
 def test_a_path_that_leads_nowhere_is_an_error_when_it_is_given(path: str, said: str) -> None:
     with pytest.raises(MisconfigurationException, match=rf"task_key='{path}'.*{said}"):
         TaskOf(path)
-
-
-def test_a_listener_hears_what_runs_next_whenever_a_context_begins_or_ends() -> None:
-    heard: list[str | None] = []
-    listen(heard.append)
-    listen(heard.append)  # listening twice is listening once
-    try:
-        with task("det"), task("seg"):
-            pass
-        with pytest.raises(RuntimeError, match="as planned"), task("depth"):
-            raise RuntimeError("as planned")
-    finally:
-        stop_listening(heard.append)
-        stop_listening(heard.append)  # harmless
-    with task("det"):
-        pass
-    assert heard == ["det", "seg", "det", None, "depth", None]
-
-
-def test_the_context_is_part_of_the_public_names() -> None:
-    assert lightning_bn.task is task

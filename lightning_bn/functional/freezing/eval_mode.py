@@ -60,7 +60,7 @@ def release(layer: _BatchNorm, owner: str, *, as_found: bool = False, parent_tra
         return
     del attributes[PIN]
     layer.training = pin.found if as_found else pin.given or (pin.found and parent_trains)
-    if _is_pinned_class(type(layer)):
+    if type(layer) in _PINNED_CLASSES.values():
         layer.__class__ = type(layer).__mro__[2]
 
 
@@ -85,13 +85,9 @@ class _PinnedInEval(_BatchNorm):
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so that pickle cannot find it by name: it is made again from the base.
         reduced: tuple[Any, ...] | str = super().__reduce_ex__(protocol)
-        if isinstance(reduced, tuple) and reduced[1][:1] == (type(self),) and _is_pinned_class(type(self)):
+        if isinstance(reduced, tuple) and reduced[1][:1] == (type(self),) and type(self) in _PINNED_CLASSES.values():
             return (_new_pinned, (type(self).__mro__[2],), *reduced[2:])
         return reduced
-
-
-def _is_pinned_class(kind: type) -> bool:
-    return kind in _PINNED_CLASSES.values()
 
 
 def _pinned_class(base: type[_BatchNorm]) -> type[_BatchNorm]:

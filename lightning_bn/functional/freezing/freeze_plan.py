@@ -116,8 +116,7 @@ def plan(
 def plan_of(model: nn.Module, selection: FreezeSelection, schedule: FreezeSchedule) -> FreezePlan:
     """As :func:`plan`, of a selection."""
     always, by_task = selection.layers(model)
-    chosen = [(selection.always, always)] if selection.always else []
-    chosen += [(selection.of_tasks[task], layers) for task, layers in by_task.items()]
+    chosen = [(one, always if task is None else by_task[task]) for task, one in selection.parts().items()]
     paths: dict[nn.Module, list[str]] = {}
     for path, module in named_paths(model):
         paths.setdefault(module, []).append(path)

@@ -47,18 +47,14 @@ class FreezeSelection:
         if self.by_task is not None and not isinstance(self.by_task, Mapping):
             raise ValueError(f"by_task={self.by_task!r} must say which modules for which task: {{'task': ['path']}}.")
 
-    @property
-    def always(self) -> LayerSelection | None:
-        """What is meant for every batch, None for nothing."""
-        return None if self.modules is None and self.by_task else LayerSelection(self.modules, self.exclude, self.root)
-
-    @property
-    def of_tasks(self) -> dict[str, LayerSelection]:
-        """What is meant for the batches of each task."""
-        return {
-            task: LayerSelection(modules, self.exclude, self.root, f"by_task[{task!r}]")
-            for task, modules in (self.by_task or {}).items()
-        }
+    def parts(self) -> dict[str | None, LayerSelection]:
+        """Return what is meant for the batches of each task, and under None what is meant for every batch, if any."""
+        parts: dict[str | None, LayerSelection] = {}
+        if self.modules is not None or not self.by_task:
+            parts[None] = LayerSelection(self.modules, self.exclude, self.root)
+        for task, modules in (self.by_task or {}).items():
+            parts[task] = LayerSelection(modules, self.exclude, self.root, f"by_task[{task!r}]")
+        return parts
 
     def layers(self, model: nn.Module) -> tuple[Layers, dict[str, Layers]]:
         """Return the layers frozen during every batch, and those frozen beside them during the batches of each task.
@@ -66,14 +62,15 @@ class FreezeSelection:
         Raises:
             SelectionError: As for :func:`~lightning_bn.functional.freeze_batch_norm`.
         """
-
-        def found(selection: LayerSelection) -> Layers:
-            return select_to_freeze(model, selection, stats=self.stats, affine=self.affine)
-
-        always = found(self.always) if self.always else {}
+        found = {
+            task: select_to_freeze(model, selection, stats=self.stats, affine=self.affine)
+            for task, selection in self.parts().items()
+        }
+        always = found.pop(None, {})
         return always, {
-            task: {name: layer for name, layer in found(selection).items() if name not in always}
-            for task, selection in self.of_tasks.items()
+            task: {name: layer for name, layer in layers.items() if name not in always}
+            for task, layers in found.items()
+            if task is not None
         }
 
     def layout(self, model: nn.Module) -> ChannelLayout:

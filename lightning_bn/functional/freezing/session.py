@@ -18,11 +18,12 @@ from lightning_bn.functional.freezing.baseline import Baseline
 from lightning_bn.functional.freezing.change import Change
 from lightning_bn.functional.freezing.eval_mode import pin_in_eval, release
 from lightning_bn.functional.freezing.freeze import declare, warn_of_initial_statistics
-from lightning_bn.functional.freezing.freeze_selection import FreezeSelection, Layers
+from lightning_bn.functional.freezing.freeze_selection import FreezeSelection
 from lightning_bn.functional.freezing.gradients import drop_gradients, drop_zero_gradients
 from lightning_bn.functional.freezing.report import FreezeReport, Violation, in_words
 from lightning_bn.functional.freezing.task_freeze import TaskFreeze, parameters_of_all
 from lightning_bn.functional.layers.selection import batch_norm_layers
+from lightning_bn.functional.layers.torch_private import AFFINE
 
 
 class FreezePhase(Enum):
@@ -55,6 +56,7 @@ class FreezeSession:
     Attributes:
         phase: Where it stands.
         step: Optimizer steps taken, as far as it was told.
+        task_layers: Layers frozen during the batches of some tasks only, by name.
         tasks_seen: Tasks that were trained while it was on.
 
     Raises:
@@ -76,6 +78,7 @@ class FreezeSession:
         self._always, by_task = selection.layers(model)
         self._parameters = parameters_of_all(self._always.values())
         self._tasks = TaskFreeze(by_task, **self._values, owner=owner)
+        self.task_layers = self._tasks.layers
         self._affine_cause, self._tell = affine_cause, tell or _warn
         self._before = before or FreezeReport(was_on=False)
         self._violations = {(one.change.layer, one.change.value): one for one in self._before.violations}
@@ -87,11 +90,6 @@ class FreezeSession:
         self._batch_task: str | None = None
         self.tasks_seen: set[str] = set()
         self._hooks: dict[str, RemovableHandle] = {}
-
-    @property
-    def task_layers(self) -> Layers:
-        """Layers frozen during the batches of some tasks only, by name."""
-        return self._tasks.layers
 
     @property
     def on(self) -> bool:
@@ -279,11 +277,9 @@ class FreezeSession:
             self._tell(list(new.values()))
 
     def _explained(self, change: Change) -> Change:
-        if change.cause:
-            return change
-        if change.value in ("weight", "bias"):
-            return replace(change, cause=self._affine_cause)
-        return replace(change, cause="its training flag was set directly" if change.layer in self._hooks else "")
+        flagged = "its training flag was set directly" if change.layer in self._hooks else ""
+        cause = self._affine_cause if change.value in AFFINE else flagged
+        return replace(change, cause=change.cause or cause)
 
     def _pin(self, layers: Iterable[_BatchNorm]) -> None:
         if self._selection.stats:

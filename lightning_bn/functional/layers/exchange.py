@@ -6,15 +6,18 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import count
-from typing import Any
+from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
 from lightning_bn.functional.layers.torch_private import attributes_of, buffers_of, parameters_of
 
-_HOLDERS = "_lightning_bn_exchanged_by"
+_HOLDINGS = "_lightning_bn_exchanged_by"
 _ABSENT = object()
 _serial = count()
+
+_Holding: TypeAlias = tuple[int, str, frozenset[str], int]
+"""A running number, who exchanges, which entries, and of which module in turn; plain, so that it can be copied."""
 
 
 class ExchangeError(RuntimeError):
@@ -50,8 +53,8 @@ class Entries:
 def exchanged(holder: str, entries: Sequence[Entries]) -> Iterator[None]:
     """Inside, modules hold these entries instead of their own; afterwards the very objects that were there before.
 
-    Exchanges nest: the last one in is the first one out. Who holds a module's place is recorded on the module. After
-    an exception everything is as it was before this one began, whatever was put on top of it and left there.
+    Exchanges of the same entries nest: the last one in is the first one out. Who holds a module's place is recorded on
+    the module. After an exception these entries are as they were before, whatever was put on top of them and left.
 
     Args:
         holder: Who exchanges, for errors.
@@ -61,59 +64,67 @@ def exchanged(holder: str, entries: Sequence[Entries]) -> Iterator[None]:
         ExchangeError: At the end, if another exchange lies on top in one of the modules: nothing has been changed
             then, and both are still in place.
     """
-    token = (holder, next(_serial))
-    found: list[tuple[Entries, list[dict[str, Any]]]] = []
+    serial = next(_serial)
+    found: list[tuple[Entries, list[dict[str, Any]], _Holding]] = []
     try:
-        for one in entries:
+        for index, one in enumerate(entries):
             places = one.places()
-            found.append((one, [{key: home.get(key, _ABSENT) for key in new} for home, new in places]))
-            _record(one.module, (*_holders(one.module), token))
+            holding = (serial, holder, frozenset(key for _, new in places for key in new), index)
+            found.append((one, [{key: home.get(key, _ABSENT) for key in new} for home, new in places], holding))
+            _record(one.module, (*_holdings(one.module), holding))
             for home, new in places:
                 home.update(new)
         yield
     except BaseException:
-        _put_back(found, token)
+        _put_back(found)
         raise
-    for one, _ in found:
-        _check_on_top(one, token)
-    _put_back(found, token)
+    for one, _, holding in found:
+        _check_on_top(one, holding)
+    _put_back(found)
 
 
 def holders_of(module: nn.Module) -> tuple[str, ...]:
-    """Who holds the place of what a module holds itself, the last one in at the end; empty if nobody does."""
-    return tuple(holder for holder, _ in _holders(module))
+    """Return who holds the place of what a module holds itself, the last one in at the end; empty if nobody does."""
+    return tuple(holder for _, holder, _, _ in _holdings(module))
 
 
-def _holders(module: nn.Module) -> tuple[tuple[str, int], ...]:
-    found: tuple[tuple[str, int], ...] = attributes_of(module).get(_HOLDERS, ())
+def _holdings(module: nn.Module) -> tuple[_Holding, ...]:
+    found: tuple[_Holding, ...] = attributes_of(module).get(_HOLDINGS, ())
     return found
 
 
-def _record(module: nn.Module, holders: tuple[tuple[str, int], ...]) -> None:
-    if holders:
-        attributes_of(module)[_HOLDERS] = holders
+def _record(module: nn.Module, holdings: tuple[_Holding, ...]) -> None:
+    if holdings:
+        attributes_of(module)[_HOLDINGS] = holdings
     else:
-        attributes_of(module).pop(_HOLDERS, None)
+        attributes_of(module).pop(_HOLDINGS, None)
 
 
-def _put_back(found: Sequence[tuple[Entries, list[dict[str, Any]]]], token: tuple[str, int]) -> None:
-    for one, own in reversed(found):
-        holders = _holders(one.module)
-        if token not in holders:
+def _above(module: nn.Module, holding: _Holding) -> list[_Holding]:
+    """What lies on top of it: exchanges that began later, of the same entries."""
+    serial, _, keys, _ = holding
+    return [other for other in _holdings(module) if other[0] > serial and other[2] & keys]
+
+
+def _put_back(found: Sequence[tuple[Entries, list[dict[str, Any]], _Holding]]) -> None:
+    for one, own, holding in reversed(found):
+        holdings = _holdings(one.module)
+        if holding not in holdings:
             # Put back already, by one that lies below and failed.
             continue
-        _record(one.module, holders[: len(holders) - 1 - holders[::-1].index(token)])
+        gone = [*_above(one.module, holding), holding]
+        _record(one.module, tuple(other for other in holdings if other not in gone))
         for (home, _), values in zip(one.places(), own, strict=True):
             home.update(values)
             for key in [key for key, value in values.items() if value is _ABSENT]:
                 del home[key]
 
 
-def _check_on_top(one: Entries, token: tuple[str, int]) -> None:
-    holders = _holders(one.module)
-    if holders[-1:] != (token,):
-        top = f"{holders[-1][0]!r} lies on top of it" if token in holders else "nothing of it is left there"
+def _check_on_top(one: Entries, holding: _Holding) -> None:
+    there, above = holding in _holdings(one.module), _above(one.module, holding)
+    if above or not there:
+        top = f"{above[-1][1]!r} lies on top of it" if there else "nothing of it is left there"
         raise ExchangeError(
-            f"layer {one.name!r}: what {token[0]!r} put in its place cannot be taken out, since {top}. Take out last "
+            f"layer {one.name!r}: what {holding[1]!r} put in its place cannot be taken out, since {top}. Take out last "
             f"in, first out: end what began later first. Nothing was changed."
         )

@@ -127,3 +127,15 @@ def test_copies_made_inside_are_ordinary_modules_afterwards() -> None:
         with exchanged("later", [Entries("bn", twin, others(2.0))]):
             assert float(twin.running_mean[0]) == 2.0
         assert twin.running_mean is mean
+
+
+def test_exchanges_of_other_entries_of_one_module_do_not_mind_the_order() -> None:
+    bn = layer()
+    before, first, second = everything(bn), ExitStack(), ExitStack()
+    first.enter_context(exchanged("statistics", [Entries("bn", bn, others(1.0))]))
+    second.enter_context(exchanged("affine", [Entries("bn", bn, parameters={"weight": torch.ones(3)})]))
+    first.close()
+    assert holders_of(bn) == ("affine",)
+    assert bn.weight.tolist() == [1.0] * 3
+    second.close()
+    assert everything(bn) == before
