@@ -247,6 +247,49 @@ def test_a_stranger_on_the_ground_floor_is_seen(line):
     assert strangers(clean + line)
 
 
+def through_a_package(source):
+    """What a file imports from the ground floor or a room of it as a whole: a name that is no file and no room."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.ImportFrom) and (node.module + ".").startswith(FLOOR + "."):
+            folder = ROOT.joinpath(*node.module.split("."))
+            if folder.is_dir():
+                names = [alias.name for alias in node.names]
+                yield from (
+                    name for name in names if not {name, f"{name}.py"} & {file.name for file in folder.iterdir()}
+                )
+
+
+def test_ground_floor_imports_names_from_the_files_they_are_in():
+    # Through functional/__init__.py a room would reach every other one.
+    files = sorted((PACKAGE / "functional").rglob("*.py"))
+    assert {file.name: found for file in files if (found := [*through_a_package(file.read_text())])} == {}
+
+
+@pytest.mark.parametrize("line", ["from {0} import recalibrate", "from {0}.layers import tracked_layers"])
+def test_an_import_through_a_package_is_seen(line):
+    clean = f"from {FLOOR} import _bits, layers\nfrom {FLOOR}.layers import selection\nimport torch\n"
+    clean += f"from {FLOOR}.layers.selection import tracked_layers\n"
+    assert not [*through_a_package(clean)]
+    assert [*through_a_package(clean + line.format(FLOOR))]
+
+
+def rooms_in(source):
+    """The rooms that a file imports from."""
+    return {room for name in imported(source) for room in ROOMS if (name + ".").startswith(f"{FLOOR}.{room}.")}
+
+
+def test_files_beside_the_rooms_import_none_of_them():
+    files = sorted((PACKAGE / "functional").glob("_[a-z]*.py"))
+    assert files
+    assert {file.name: found for file in files if (found := rooms_in(file.read_text()))} == {}
+
+
+def test_a_room_beside_is_seen():
+    assert not rooms_in(f"from {FLOOR}._bits import same_bits\nimport {FLOOR}._text\n")
+    assert rooms_in(f"from {FLOOR}.layers.selection import LayerSelection") == {"layers"}
+    assert rooms_in(f"from {FLOOR} import freezing") == {"freezing"}
+
+
 HEAVY = {"jsonargparse", "lightning", "lightning_fabric", "matplotlib", "pytorch_lightning", "rich", "torchmetrics"}
 
 
