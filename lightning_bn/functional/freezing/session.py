@@ -76,7 +76,7 @@ class FreezeSession:
         self._model, self._selection, self._owner = model, selection, owner
         self._values = {"stats": selection.stats, "affine": selection.affine}
         self._always, by_task = selection.layers(model)
-        self._parameters = parameters_of_all(self._always.values())
+        self._affine = parameters_of_all(self._always.values())
         self._tasks = TaskFreeze(by_task, **self._values, owner=owner)
         self.task_layers = self._tasks.layers
         self._affine_cause, self._tell = affine_cause, tell or _warn
@@ -142,7 +142,7 @@ class FreezeSession:
     def after_backward(self) -> None:
         """Drop the gradients of affine parameters frozen during every batch."""
         if self.on and self._selection.affine:
-            drop_gradients(self._parameters)
+            drop_gradients(self._affine)
 
     def unblock_gradients(self) -> None:
         """Let forwards contribute to all gradients again, before the batch of a task ends."""
@@ -264,7 +264,7 @@ class FreezeSession:
             self._always.update(new)
             declare(new, **self._values, owner=self._owner, frozen=True)
             self._pin(new.values())
-            self._parameters = parameters_of_all(self._always.values())
+            self._affine = parameters_of_all(self._always.values())
             self._baselines[0] = self._baselines[0].for_layers(self._always)
         return [Change(name, "layer", float("nan"), "replaced by another one") for name in new]
 

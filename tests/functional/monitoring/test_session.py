@@ -79,7 +79,12 @@ def test_a_sample_after_a_reset_waits_once_too(monkeypatch: pytest.MonkeyPatch) 
     session.sample(1, 0)
     copies = []
     to_host = LayerTable.to_host
-    monkeypatch.setattr(LayerTable, "to_host", lambda table: copies.append(table) or to_host(table))
+
+    def counted(table):
+        copies.append(table)
+        return to_host(table)
+
+    monkeypatch.setattr(LayerTable, "to_host", counted)
     session.before_batch()
     layer.reset_running_stats()
     layer(batch(3))
