@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bn.callbacks._lightning.namespaces import Trainer
+from lightning_bn.callbacks._lightning.namespaces import Callback, MisconfigurationException, Trainer
+from lightning_bn.callbacks._lightning.state import has_validation_batches
 from lightning_bn.functional.distributed.agreement import Facts, agree, layer_facts, tell_failure
 from lightning_bn.functional.statistics.channels import ChannelLayout
 
@@ -37,13 +38,22 @@ def agree_on_ranks(trainer: Trainer, doing: str, layers: Callable[[], ChannelLay
     agree(facts, device, doing=doing)
 
 
-def same_on_all_ranks(trainer: Trainer, value: bool) -> bool:
-    """Whether all ranks have the same answer; every rank has to ask."""
+def refuse_unequal_validation(trainer: Trainer, callback: Callback) -> None:
+    """Raise on all ranks if some of them have validation batches and some have none; every rank has to call this.
+
+    Raises:
+        MisconfigurationException: With what this rank has.
+    """
     if trainer.world_size == 1:
-        return True
-    told = torch.tensor(float(value), device=trainer.strategy.root_device)
-    share = float(trainer.strategy.reduce(told, reduce_op="mean"))
-    return share in (0.0, 1.0)
+        return
+    has = has_validation_batches(trainer)
+    told = torch.tensor(float(has), device=trainer.strategy.root_device)
+    if float(trainer.strategy.reduce(told, reduce_op="mean")) not in (0.0, 1.0):
+        raise MisconfigurationException(
+            f"{type(callback).__name__}: rank {trainer.global_rank} {'has' if has else 'has no'} validation batches, "
+            f"and not all ranks are alike: those that validate would wait for those that do not. Give every rank a batch, "
+            f"or none."
+        )
 
 
 def mean_over_ranks(trainer: Trainer) -> Callable[[Tensor], Tensor] | None:

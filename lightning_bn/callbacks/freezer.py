@@ -232,8 +232,7 @@ class BatchNormFreezer(BatchNormCallback):
             "bn/frozen_layers": len(self.report.layers) + len(self.report.task_layers),
             "bn/frozen_violations": len(self.report.violations),
         }
-        for logger in trainer.loggers:
-            logger.log_metrics(figures, step=trainer.global_step)
+        self._log_curves(trainer, figures)
         (rank_zero_info if self.report.identical else rank_zero_warn)(f"BatchNormFreezer: {self.report}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:

@@ -267,8 +267,7 @@ class BatchNormMonitor(BatchNormCallback):
         if sample is None:
             return
         metrics = sample.metrics(self.prefix, self.measure, self.log_worst)
-        for logger in trainer.loggers:
-            logger.log_metrics(metrics, step=trainer.global_step)
+        self._log_curves(trainer, metrics)
         for message in sample.messages:
             rank_zero_warn(f"BatchNormMonitor: {message}")
         if not sample.exceeded:

@@ -19,14 +19,13 @@ from lightning_bn.callbacks._lightning.namespaces import (
     rank_zero_warn,
 )
 from lightning_bn.callbacks._lightning.state import (
-    has_validation_batches,
     in_training_fit,
     is_last_epoch,
     several_loaders,
 )
-from lightning_bn.callbacks._ranks import agree_on_ranks, same_on_all_ranks
+from lightning_bn.callbacks._ranks import agree_on_ranks, refuse_unequal_validation
 from lightning_bn.callbacks._second_run.modes import TrainingModes
-from lightning_bn.callbacks._second_run.sources import Source, batches_for, loader_method, told_when_long
+from lightning_bn.callbacks._second_run.sources import MIXTURE, Source, batches_for, loader_method, told_when_long
 from lightning_bn.callbacks._second_run.step import Weights, check_step, isolated_step
 from lightning_bn.functional._checks import check_choice, check_whole
 from lightning_bn.functional.layers.selection import LayerSelection
@@ -163,12 +162,7 @@ class PreciseBatchNorm(BatchNormCallback):
         agree_on_ranks(trainer, "recalibrate", lambda: self._layout(pl_module), settings)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not same_on_all_ranks(trainer, has_validation_batches(trainer)):
-            have = "has" if has_validation_batches(trainer) else "has no"
-            raise MisconfigurationException(
-                f"PreciseBatchNorm: rank {trainer.global_rank} {have} validation batches, and not all ranks are alike: "
-                f"those that validate would wait for those that do not. Give every rank a batch, or none."
-            )
+        refuse_unequal_validation(trainer, self)
         self._modes.see(pl_module)
         if not trainer.global_step:
             self._validations, self._done_at_step, self._replaced = 0, -1, None
@@ -207,7 +201,7 @@ class PreciseBatchNorm(BatchNormCallback):
             self._recalibrate(trainer, pl_module)
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self.last is not None and self._validation_began is not None and self._is_fresh(trainer):
+        if self.last is not None and self._validation_began is not None and self._done_at_step == trainer.global_step:
             share = self.last.seconds / max(time.monotonic() - self._validation_began, self.last.seconds)
             self._log_curves(trainer, {"bn/precise_share": share})
         self._validation_began = None
@@ -228,7 +222,7 @@ class PreciseBatchNorm(BatchNormCallback):
                 self._recalibrate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if not self._is_fresh(trainer) and trainer.current_epoch >= self.start_epoch:
+        if self._done_at_step != trainer.global_step and trainer.current_epoch >= self.start_epoch:
             self._recalibrate(trainer, pl_module)
         self._forget()
 
@@ -250,9 +244,6 @@ class PreciseBatchNorm(BatchNormCallback):
     def _forget(self) -> None:
         self._modes.forget()
         self._recent.clear()
-
-    def _is_fresh(self, trainer: Trainer) -> bool:
-        return self._done_at_step == trainer.global_step
 
     def _on_demand(self, trainer: Trainer, module: LightningModule) -> bool:
         """Whether a run outside of training is to be preceded by a recalibration: only from a source of its own."""
@@ -305,9 +296,5 @@ class PreciseBatchNorm(BatchNormCallback):
         rank_zero_info(f"PreciseBatchNorm: epoch {trainer.current_epoch}{averaged}, {done}")
         if not self._said_mixture and self.source_method is None and several_loaders(trainer):
             self._said_mixture = True
-            rank_zero_info(
-                "PreciseBatchNorm: the training batches come from several loaders. Pooled statistics describe their "
-                "mixture, which is not what each of them was normalized with: where they differ, recalibrate on each "
-                "one's own data (source_method) before it is evaluated."
-            )
+            rank_zero_info(f"PreciseBatchNorm: {MIXTURE}")
         self._log_curves(trainer, {f"bn/precise_{name}": value for name, value in done.metrics().items()})

@@ -20,6 +20,11 @@ from lightning_bn.functional.recalibration.isolation import preserved_rng
 Source: TypeAlias = Literal["train", "recent"]
 LONG = 3.0
 """Seconds after which a pass says that it is under way."""
+MIXTURE = (
+    "the training batches come from several loaders. Pooled statistics describe their mixture, which is not what each "
+    "of them was normalized with: where they differ, recalibrate on each one's own data (source_method) before it is "
+    "evaluated."
+)
 
 
 def batches_for(
