@@ -201,14 +201,15 @@ def test_what_was_put_on_top_of_a_task_and_left_there_is_an_error_that_names_bot
     net = network()
     session = FreezeSession(net, FreezeSelection(by_task={"det": ["1"]}, affine=False))
     session.start_batch(0, task="det")
-    above = exchanged("somebody", [Entries("1", net[1], attributes={"momentum": 0.5})])
+    own = net[1].running_mean
+    above = exchanged("somebody", [Entries("1", net[1], {"running_mean": own.clone()})])
     above.__enter__()
     with pytest.raises(ExchangeError, match=r"layer '1'.*'shadow_statistics'.*'somebody' lies on top"):
         session.end_batch(1)
     above.__exit__(None, None, None)
     session.close(1)
     assert net[1].training
-    assert net[1].momentum == 0.1
+    assert torch.equal(net[1].running_mean, own)
 
 
 def test_a_layer_that_a_function_froze_too_stays_pinned_when_the_session_ends() -> None:
