@@ -95,7 +95,7 @@ class BatchNormDrift(Metric):
         return sums
 
     def update(self, model: nn.Module | Snapshot) -> None:
-        """Measures the statistics of this moment.
+        """Measure the statistics of this moment.
 
         Args:
             model: The module, or a snapshot, with the layers of the reference.

@@ -32,7 +32,7 @@ def print_behavior(
     root: str = "",
     console: Console | None = None,
 ) -> None:
-    """Prints what the next forward of each selected BatchNorm layer does, one layer a line.
+    """Print what the next forward of each selected BatchNorm layer does, one layer a line.
 
     Args:
         model: Any module.
@@ -89,7 +89,7 @@ def behavior_table(behaviors: Sequence[LayerBehavior], statuses: dict[str, Layer
 
 
 def print_plan(plan: FreezePlan, console: Console | None = None) -> None:
-    """Prints what a freeze will do, one BatchNorm layer a line.
+    """Print what a freeze will do, one BatchNorm layer a line.
 
     Args:
         plan: What :func:`~lightning_bn.functional.plan` or ``BatchNormFreezer.plan`` gave.

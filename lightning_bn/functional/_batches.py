@@ -42,7 +42,7 @@ def num_samples(batch: Any) -> int | None:
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:
-    """Calls the model on a tensor, on the first element of a tuple or list, or with the items of a dict as keywords.
+    """Call the model on a tensor, on the first element of a tuple or list, or with the items of a dict as keywords.
 
     Raises:
         TypeError: If the batch is none of these, or the model's forward does not take the keys of the dict.

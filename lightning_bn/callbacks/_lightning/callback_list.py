@@ -16,12 +16,12 @@ def same_kind_beside(trainer: Trainer, callback: Callback) -> list[Any]:
 
 
 def put_first(trainer: Trainer, callback: Callback) -> None:
-    """Moves a callback in front of all others."""
+    """Move a callback in front of all others."""
     _set_callbacks(trainer, [callback, *(other for other in callbacks_of(trainer) if other is not callback)])
 
 
 def put_before_checkpoints(trainer: Trainer, callback: Callback) -> None:
-    """Moves a callback behind all others but those that save checkpoints, which come last."""
+    """Move a callback behind all others but those that save checkpoints, which come last."""
     others = [other for other in callbacks_of(trainer) if other is not callback]
     # By name: each of the two namespaces has its own class.
     saving = [other for other in others if any(base.__name__ == "Checkpoint" for base in type(other).__mro__)]

@@ -14,7 +14,7 @@ from lightning_bn.callbacks._lightning.namespaces import (
 
 
 def log_figure(trainer: Trainer, draw: Callable[[], Any], name: str) -> None:
-    """Saves a figure in the log directory and hands it to the loggers that take images; nothing without matplotlib.
+    """Save a figure in the log directory and hand it to the loggers that take images; nothing without matplotlib.
 
     Args:
         trainer: Of the run; only its rank 0 may call this.

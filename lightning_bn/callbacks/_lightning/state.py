@@ -51,7 +51,7 @@ _SHARDING = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy", "DeepSp
 
 
 def refuse_sharded(trainer: Trainer, callback: Callback) -> None:
-    """Raises where a strategy keeps pieces of the model on each rank.
+    """Raise where a strategy keeps pieces of the model on each rank.
 
     Raises:
         MisconfigurationException: With the strategy's name, the reason and the way out.

@@ -62,6 +62,6 @@ def prepare_batch(trainer: Trainer, module: LightningModule, batch: Any) -> Any:
 
 
 def in_step_context(trainer: Trainer, step: Callable[[Any], Any], batch: Any) -> Any:
-    """Runs a step in the Trainer's precision."""
+    """Run a step in the Trainer's precision."""
     with trainer.precision_plugin.train_step_context():
         return step(batch)

@@ -13,7 +13,7 @@ _LOST = ("gloo", "nccl", "connection closed", "connection reset", "timed out")
 
 @contextmanager
 def waiting(who: str) -> Iterator[None]:
-    """Says in words when the others did not come.
+    """Say in words when the others did not come.
 
     Args:
         who: Waits.
