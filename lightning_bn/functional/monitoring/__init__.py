@@ -3,7 +3,7 @@
 A :class:`MonitorSession` does all of it in a loop of one's own.
 """
 
-from lightning_bn.functional.monitoring.finding import Finding, FindingKind
+from lightning_bn.functional.monitoring.finding_in_words import Finding, FindingKind
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.monitor_state import MonitorState
 from lightning_bn.functional.monitoring.sample import Sample

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import replace
 
-from lightning_bn.functional.monitoring.drift_sentences import DriftSentences
+from lightning_bn.functional.monitoring.drift_in_words import DriftSentences
 from lightning_bn.functional.monitoring.sample import Sample
 from lightning_bn.functional.monitoring.threshold import Threshold
 

@@ -6,7 +6,7 @@ import math
 from collections.abc import Container, Iterable
 
 from lightning_bn.functional.monitoring.evidence import Evidence
-from lightning_bn.functional.monitoring.finding import Finding, FindingKind
+from lightning_bn.functional.monitoring.finding_in_words import Finding, FindingKind
 
 JUDGED_BY_BATCHES: tuple[FindingKind, ...] = ("lagging", "alternating", "ranks differ", "small batches")
 """What cannot be told of a layer that is warming up."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from lightning_bn.functional.monitoring.finding import Finding
+from lightning_bn.functional.monitoring.finding_in_words import Finding
 from lightning_bn.functional.statistics.summary import DriftSummary
 
 

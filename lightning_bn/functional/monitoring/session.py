@@ -21,9 +21,9 @@ from lightning_bn.functional.monitoring.batch_deviation import momenta
 from lightning_bn.functional.monitoring.batch_window import BatchWindow
 from lightning_bn.functional.monitoring.cadence import Cadence
 from lightning_bn.functional.monitoring.diagnosis import JUDGED_BY_BATCHES, diagnose, most_of_one_batch
-from lightning_bn.functional.monitoring.drift_sentences import DriftSentences
+from lightning_bn.functional.monitoring.drift_in_words import DriftSentences
 from lightning_bn.functional.monitoring.evidence import Evidence
-from lightning_bn.functional.monitoring.finding import Finding
+from lightning_bn.functional.monitoring.finding_in_words import Finding
 from lightning_bn.functional.monitoring.health import health
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.measure import LayerTable, measure

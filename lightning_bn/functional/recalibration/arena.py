@@ -14,7 +14,7 @@ from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.exchange import Entries
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.layers.torch_private import buffers_of
-from lightning_bn.functional.recalibration.batch_count import values_per_channel
+from lightning_bn.functional.recalibration.one_value_per_channel import values_per_channel
 from lightning_bn.functional.recalibration.population import Population
 from lightning_bn.functional.recalibration.result import RecalibrationError
 from lightning_bn.functional.recalibration.standard_error import ErrorSums, relative_errors

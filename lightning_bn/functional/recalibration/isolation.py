@@ -15,7 +15,7 @@ from lightning_bn.functional._bits import Flat, is_plain, same_bits
 from lightning_bn.functional.layers.properties import has_running_statistics, is_lazy
 from lightning_bn.functional.layers.selection import batch_norm_layers
 from lightning_bn.functional.layers.torch_private import buffers_of
-from lightning_bn.functional.recalibration.batch_count import single_values_refused
+from lightning_bn.functional.recalibration.one_value_per_channel import single_values_refused
 
 _PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 _COMPOSITE: dict[type, bool] = {}

@@ -11,8 +11,8 @@ import torch
 
 from lightning_bn.functional._batches import describe_batch, num_samples, to_device
 from lightning_bn.functional.distributed.lockstep import Lockstep
-from lightning_bn.functional.recalibration.batch_count import OneValuePerChannelError
 from lightning_bn.functional.recalibration.collector import Collector
+from lightning_bn.functional.recalibration.one_value_per_channel import OneValuePerChannelError
 from lightning_bn.functional.recalibration.stopping import StoppingRule
 
 _END = object()

@@ -6,8 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bn.functional.recalibration.batch_count import OneValuePerChannelError
 from lightning_bn.functional.recalibration.collector import Collector, collecting
+from lightning_bn.functional.recalibration.one_value_per_channel import OneValuePerChannelError
 from lightning_bn.functional.statistics.sample_moments import Moments, variance
 from tests.models import fill_statistics, images
 from tests.oracle import everything, per_channel
