@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from typing import Any
@@ -93,6 +94,7 @@ class BatchNormFreezer(BatchNormCallback):
                 raise ValueError(f"task_key={task_key!r} means nothing without by_task.")
             self._chosen = FreezeSelection(modules, exclude, root, by_task, stats, affine)
             self._schedule = FreezeSchedule(start_epoch, stop_epoch, start_step, stop_step)
+        self._settings = {**self._chosen.settings(), "schedule": str(self._schedule)}
         self.modules, self.exclude, self.root, self.name = modules, exclude, root, name
         self.stats, self.affine, self.by_task = stats, affine, by_task
         self.report: FreezeReport | None = None
@@ -141,7 +143,8 @@ class BatchNormFreezer(BatchNormCallback):
         # A module that goes into train mode in there would move pre-trained statistics before anything is frozen.
         if self.stats and self._is_on(trainer):
             always, by_task = self._chosen.layers(pl_module)
-            every = FreezeSelection([*always, *{name for layers in by_task.values() for name in layers}], affine=False)
+            names = {name for layers in (always, *by_task.values()) for name in layers}
+            every = FreezeSelection([f"re:{re.escape(name)}" for name in names], affine=False)
             self._session = FreezeSession(pl_module, every, owner=self.state_key, tell=_warn)
             self._session.switch(True, 0, warn=False)
             self._session.start_batch(0)
@@ -244,7 +247,7 @@ class BatchNormFreezer(BatchNormCallback):
             # Called before on_save_checkpoint: what is found changed now is in the report of the same file.
             self._session.full_check()
             report = self._session.report()
-        return {"format": 1, "settings": self._settings(), "report": report.state_dict() if report else {}}
+        return {"format": 1, "settings": self._settings, "report": report.state_dict() if report else {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         # Under another plan other layers were frozen: what became of those says nothing of these.
@@ -282,13 +285,10 @@ class BatchNormFreezer(BatchNormCallback):
             self.report = self._session.close(trainer.global_step)
             self._session = None
 
-    def _settings(self) -> dict[str, Any]:
-        return {**self._chosen.settings(), "schedule": str(self._schedule)}
-
     def _settings_changed(self, state: dict[str, Any]) -> list[str]:
         """Return which settings differ from those in a saved state; one that is not in there is the same."""
         then = state.get("settings", {})
-        return [f"{key} {then[key]!r} -> {now!r}" for key, now in self._settings().items() if then.get(key, now) != now]
+        return [f"{key} {then[key]!r} -> {now!r}" for key, now in self._settings.items() if then.get(key, now) != now]
 
 
 def _warn(violations: Sequence[Violation]) -> None:

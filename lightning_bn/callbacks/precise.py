@@ -30,9 +30,9 @@ from lightning_bn.callbacks._second_run.step import Weights, check_step, isolate
 from lightning_bn.functional._checks import check_choice, check_whole
 from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.layers.status import update_status
+from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.population import Estimator
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
-from lightning_bn.functional.recalibration.result import AllFrozenError, NoUsableBatchError, Recalibration
 from lightning_bn.functional.recalibration.stopping import StoppingRule
 from lightning_bn.functional.statistics.snapshots import Snapshot, restore_where_unchanged
 
@@ -138,7 +138,7 @@ class PreciseBatchNorm(BatchNormCallback):
         self.root = root
         self._selection = LayerSelection(modules, exclude, root)
         self.name = name
-        self.last: Recalibration | None = None
+        self.last: result.Recalibration | None = None
         self._validations = 0
         self._due = False
         self._done_at_step = -1
@@ -209,10 +209,7 @@ class PreciseBatchNorm(BatchNormCallback):
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._due = self._on_demand(trainer, pl_module)
 
-    def on_test_batch_start(
-        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
-    ) -> None:
-        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+    on_test_batch_start = on_validation_batch_start
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Checkpoints are saved behind this hook; without validation nothing else comes before them. The weights that
@@ -255,12 +252,15 @@ class PreciseBatchNorm(BatchNormCallback):
     def _recalibrate(self, trainer: Trainer, module: LightningModule) -> None:
         try:
             self._recalibrate_now(trainer, module)
-        except AllFrozenError:
+        except result.AllFrozenError:
             rank_zero_info(
                 f"PreciseBatchNorm: all {len(self._layout(module))} layers are frozen, nothing to recalibrate"
             )
-        except NoUsableBatchError as error:
-            # A run that diverged goes on as it would have without this callback.
+        except result.RecalibrationError as error:
+            if trainer.world_size > 1 and not isinstance(error, result.NoUsableBatchError):
+                # The other ranks end with an error too: none can go on alone.
+                raise
+            # A run that diverged, or whose step hides a layer, goes on as it would have without this callback.
             rank_zero_warn(f"PreciseBatchNorm: {error}")
 
     def _recalibrate_now(self, trainer: Trainer, module: LightningModule) -> None:
@@ -291,7 +291,7 @@ class PreciseBatchNorm(BatchNormCallback):
             self._replaced = (self.last.before, self.last.after)
         self._report(trainer, self.last)
 
-    def _report(self, trainer: Trainer, done: Recalibration) -> None:
+    def _report(self, trainer: Trainer, done: result.Recalibration) -> None:
         averaged = ", averaged weights" if any(updated for _, updated in averaged_copies(trainer)) else ""
         rank_zero_info(f"PreciseBatchNorm: epoch {trainer.current_epoch}{averaged}, {done}")
         if not self._said_mixture and self.source_method is None and several_loaders(trainer):

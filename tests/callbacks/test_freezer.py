@@ -962,3 +962,11 @@ def test_validate_and_test_without_a_fit_leave_the_layers_alone() -> None:
     assert state(module) == before
     assert modes(module) == modes(PretrainedClassifier())
     assert frozen.report is None
+
+
+def test_names_with_the_letters_of_patterns_are_frozen_through_the_sanity_check() -> None:
+    module = PretrainedClassifier()
+    module.extra = nn.ModuleDict({"cam[0]*": fill_statistics(nn.BatchNorm1d(4))})
+    frozen = freezer(modules=None, root="")
+    fit(module, frozen, num_sanity_val_steps=1)
+    assert "extra.cam[0]*" in frozen.report.layers

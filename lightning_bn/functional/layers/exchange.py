@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, TypeAlias
@@ -49,8 +48,7 @@ class Entries:
         return [(home, new) for home, new in zip(homes, given, strict=True) if new]
 
 
-@contextmanager
-def exchanged(holder: str, entries: Sequence[Entries]) -> Iterator[None]:
+class exchanged:  # a context manager is named for what is so inside
     """Inside, modules hold these entries instead of their own; afterwards the very objects that were there before.
 
     Exchanges of the same entries nest: the last one in is the first one out. Who holds a module's place is recorded on
@@ -61,26 +59,58 @@ def exchanged(holder: str, entries: Sequence[Entries]) -> Iterator[None]:
         entries: What each module is to hold.
 
     Raises:
-        ExchangeError: At the end, if another exchange lies on top in one of the modules: nothing has been changed
-            then, and both are still in place.
+        ExchangeError: At the end, if another exchange of the same entries lies on top in one of the modules: nothing
+            has been changed then, both are still in place, and the end may be tried again.
     """
-    serial = next(_serial)
-    found: list[tuple[Entries, list[dict[str, Any]], _Holding]] = []
-    try:
-        for index, one in enumerate(entries):
-            places = one.places()
-            holding = (serial, holder, frozenset(key for _, new in places for key in new), index)
-            found.append((one, [{key: home.get(key, _ABSENT) for key in new} for home, new in places], holding))
-            _record(one.module, (*_holdings(one.module), holding))
-            for home, new in places:
-                home.update(new)
-        yield
-    except BaseException:
-        _put_back(found)
-        raise
-    for one, _, holding in found:
-        _check_on_top(one, holding)
-    _put_back(found)
+
+    def __init__(self, holder: str, entries: Sequence[Entries]) -> None:
+        self._holder, self._entries = holder, entries
+        self._found: list[tuple[Entries, list[dict[str, Any]], _Holding]] = []
+
+    def __enter__(self) -> None:
+        serial = next(_serial)
+        try:
+            for index, one in enumerate(self._entries):
+                places = one.places()
+                holding = (serial, self._holder, frozenset(key for _, new in places for key in new), index)
+                own = [{key: home.get(key, _ABSENT) for key in new} for home, new in places]
+                self._found.append((one, own, holding))
+                _record(one.module, (*_holdings(one.module), holding))
+                for home, new in places:
+                    home.update(new)
+        except BaseException:
+            self._put_back()
+            raise
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None:
+            for one, _own, holding in self._found:
+                _check_on_top(one, holding)
+        self._put_back()
+
+    def _put_back(self) -> None:
+        found, self._found = self._found, []
+        for one, own, holding in reversed(found):
+            holdings = _holdings(one.module)
+            if holding not in holdings:
+                # Put back already, by one that lies below and failed.
+                continue
+            gone = [*_above(one.module, holding), holding]
+            _record(one.module, tuple(other for other in holdings if other not in gone))
+            for (home, _), values in zip(one.places(), own, strict=True):
+                home.update(values)
+                for key in [key for key, value in values.items() if value is _ABSENT]:
+                    del home[key]
+
+
+class _Holdings(tuple[_Holding, ...]):
+    """What lies on one module; a copy of the module is nobody's."""
+
+    def __deepcopy__(self, memo: object) -> tuple[()]:
+        return ()
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (tuple, ())
 
 
 def holders_of(module: nn.Module) -> tuple[str, ...]:
@@ -95,7 +125,7 @@ def _holdings(module: nn.Module) -> tuple[_Holding, ...]:
 
 def _record(module: nn.Module, holdings: tuple[_Holding, ...]) -> None:
     if holdings:
-        attributes_of(module)[_HOLDINGS] = holdings
+        attributes_of(module)[_HOLDINGS] = _Holdings(holdings)
     else:
         attributes_of(module).pop(_HOLDINGS, None)
 
@@ -104,20 +134,6 @@ def _above(module: nn.Module, holding: _Holding) -> list[_Holding]:
     """What lies on top of it: exchanges that began later, of the same entries."""
     serial, _, keys, _ = holding
     return [other for other in _holdings(module) if other[0] > serial and other[2] & keys]
-
-
-def _put_back(found: Sequence[tuple[Entries, list[dict[str, Any]], _Holding]]) -> None:
-    for one, own, holding in reversed(found):
-        holdings = _holdings(one.module)
-        if holding not in holdings:
-            # Put back already, by one that lies below and failed.
-            continue
-        gone = [*_above(one.module, holding), holding]
-        _record(one.module, tuple(other for other in holdings if other not in gone))
-        for (home, _), values in zip(one.places(), own, strict=True):
-            home.update(values)
-            for key in [key for key, value in values.items() if value is _ABSENT]:
-                del home[key]
 
 
 def _check_on_top(one: Entries, holding: _Holding) -> None:

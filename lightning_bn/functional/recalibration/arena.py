@@ -11,9 +11,9 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._text import quoted
-from lightning_bn.functional.layers.exchange import Entries
+from lightning_bn.functional.layers.exchange import Entries, exchanged
 from lightning_bn.functional.layers.properties import processes_of
-from lightning_bn.functional.layers.torch_private import buffers_of
+from lightning_bn.functional.layers.torch_private import STATISTICS, attributes_of, buffers_of
 from lightning_bn.functional.recalibration.one_value_per_channel import values_per_channel
 from lightning_bn.functional.recalibration.population import Population
 from lightning_bn.functional.recalibration.result import RecalibrationError
@@ -83,25 +83,37 @@ class Arena:
             counter = None if counter is None else counter.clone()
             buffers = {"running_mean": mean, "running_var": var, "num_batches_tracked": counter}
             # On the instance, where compiled code run as written finds it: half of what a hook would cost.
-            forward = self._counting(index, name, layer, buffers)
+            forward = self._counting(index, name, layer, buffers, dict(buffers_of(layer)))
             entries.append(Entries(name, layer, buffers, attributes={"momentum": 1.0, "forward": forward}))
         return entries
 
     def _counting(
-        self, index: int, name: str, layer: _BatchNorm, own: Mapping[str, Tensor | None]
+        self,
+        index: int,
+        name: str,
+        layer: _BatchNorm,
+        collecting: Mapping[str, Tensor | None],
+        own: Mapping[str, Tensor | None],
     ) -> Callable[..., Any]:
         """The layer's forward between a look at how many values it is given and one at where it wrote."""
         counts, alone, buffers, forward = self._counts, self._alone[index], buffers_of(layer), layer.forward
-        mean, var, counter = own["running_mean"], own["running_var"], own["num_batches_tracked"]
+        mean, var, counter = (collecting[name] for name in STATISTICS)
+        attributes = attributes_of(layer)
         # torch's own forward does without the counter; counting costs a kernel.
         uncounted = None if type(layer).forward is _BatchNorm.forward else counter
 
         def counted_forward(*args: Any, **kwargs: Any) -> Any:
+            if not layer.training:
+                # A teacher's pass in eval reads the running statistics as they were, and is no batch of training.
+                with exchanged("recalibrate", [Entries(name, layer, own)]):
+                    return forward(*args, **kwargs)
             count = values_per_channel(name, layer.num_features, args, kwargs, alone)
             if counts[index] != _NOT_CALLED:
                 # A second use in this forward would overwrite the first.
                 self.merge()
-            if buffers["running_mean"] is not mean or buffers["running_var"] is not var or not layer.training:
+            # A schedule may have set it inside the step.
+            attributes["momentum"] = 1.0
+            if buffers["running_mean"] is not mean or buffers["running_var"] is not var:
                 raise RecalibrationError(_not_written(name))
             if not layer.track_running_stats:
                 # Switched off after construction: the layer would not write, so that its statistics are computed here.
@@ -195,7 +207,7 @@ class Arena:
 def _not_written(*names: str) -> str:
     return (
         f"statistics of BatchNorm layer {quoted(names)} could not be collected: its forward did not write them where "
-        f"the recalibration reads them, because its running statistics were exchanged or it was put into eval mode "
-        f"inside the forward. Nothing was changed; pass a forward= that leaves them in place, or leave the layer out "
+        f"the recalibration reads them, because its running statistics were exchanged inside the forward. "
+        f"Nothing was changed; pass a forward= that leaves them in place, or leave the layer out "
         f"with exclude."
     )

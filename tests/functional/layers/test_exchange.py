@@ -139,3 +139,24 @@ def test_exchanges_of_other_entries_of_one_module_do_not_mind_the_order() -> Non
     assert bn.weight.tolist() == [1.0] * 3
     second.close()
     assert everything(bn) == before
+
+
+def test_a_refused_end_can_be_tried_again() -> None:
+    bn = layer()
+    before = everything(bn)
+    first = exchanged("first", [Entries("bn", bn, others(1.0))])
+    second = exchanged("second", [Entries("bn", bn, others(2.0))])
+    first.__enter__()
+    second.__enter__()
+    with pytest.raises(ExchangeError):
+        first.__exit__(None)
+    second.__exit__(None)
+    first.__exit__(None)
+    assert everything(bn) == before
+
+
+def test_copies_made_inside_are_nobodys() -> None:
+    bn = layer()
+    with exchanged("somebody", [Entries("bn", bn, others(1.0))]):
+        twins = [copy.deepcopy(bn), pickle.loads(pickle.dumps(bn))]
+    assert [holders_of(twin) for twin in twins] == [(), ()]

@@ -1,5 +1,6 @@
 """A recalibration whose forward puts other tensors in a target's place reads nothing, and says so by name."""
 
+import copy
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from typing import Any
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 
 from lightning_bn.functional import RecalibrationError, frozen_batch_norm, recalibrate
 from lightning_bn.functional.layers.exchange import Entries, exchanged
-from tests.models import SmallResNet, fill_statistics, images, seeded
+from tests.models import SMALL_RESNET_NAMES, SmallResNet, fill_statistics, images, seeded
 from tests.oracle import everything
 
 
@@ -57,7 +58,7 @@ def only_in_a_later_batch() -> Callable[[Any, Tensor], Tensor]:
 
 @pytest.mark.parametrize(
     "forward",
-    [around_the_call, never_taken_out, assigned, frozen_meanwhile, put_into_eval, only_in_a_later_batch()],
+    [around_the_call, never_taken_out, assigned, only_in_a_later_batch()],
     ids=lambda forward: forward.__name__,
 )
 def test_statistics_written_elsewhere_are_an_error_with_the_layer_and_everything_is_put_back(
@@ -115,3 +116,43 @@ def test_constant_inputs_are_collected_and_not_taken_for_unwritten_ones() -> Non
     recalibrate(layer, [torch.full((4, 3, 2, 2), -1.0)] * 3)
     assert layer.running_mean.tolist() == [-1.0] * 3  # type: ignore[union-attr]
     assert layer.running_var.tolist() == [0.0] * 3  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("forward", [frozen_meanwhile, put_into_eval])
+def test_a_layer_that_the_forward_runs_in_eval_is_not_reached_and_stays_as_it_was(
+    forward: Callable[[Any, Tensor], Tensor],
+) -> None:
+    model = fill_statistics(seeded(SmallResNet)).train()
+    before = everything(model, but_statistics_of=set(SMALL_RESNET_NAMES) - {"layer1.0.bn1"})
+    result = recalibrate(model, batches(), forward=forward)
+    assert result.unreached == ("layer1.0.bn1",)
+    assert len(result.layers) == len(SMALL_RESNET_NAMES) - 1
+    assert everything(model, but_statistics_of=set(SMALL_RESNET_NAMES) - {"layer1.0.bn1"}) == before
+
+
+def test_a_teachers_pass_in_eval_reads_the_running_statistics_and_adds_nothing() -> None:
+    layer, twin = (fill_statistics(nn.BatchNorm2d(3)).train() for _ in range(2))
+    expected = [copy.deepcopy(layer).eval()(batch) for batch in batches()]
+    seen = []
+
+    def with_a_teacher(model: nn.Module, batch: Tensor) -> Tensor:
+        model.eval()
+        seen.append(model(batch))
+        model.train()
+        return model(batch)
+
+    found, alone = recalibrate(layer, batches(), forward=with_a_teacher), recalibrate(twin, batches())
+    assert all(torch.equal(one, other) for one, other in zip(seen, expected, strict=True))
+    assert found.after.same_bits(alone.after)
+
+
+@pytest.mark.parametrize("momentum", [0.05, 0.0, None])
+def test_a_momentum_that_the_step_sets_changes_nothing(momentum: float | None) -> None:
+    layer, twin = (fill_statistics(nn.BatchNorm2d(3)).train() for _ in range(2))
+
+    def scheduled(model: nn.Module, batch: Tensor) -> Tensor:
+        model.momentum = momentum  # type: ignore[assignment]
+        return model(batch)
+
+    assert recalibrate(layer, batches(), forward=scheduled).after.same_bits(recalibrate(twin, batches()).after)
+    assert layer.momentum == 0.1
