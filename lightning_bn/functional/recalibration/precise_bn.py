@@ -61,7 +61,8 @@ def recalibrate(
 
     Rewritten are the selected layers except those that were frozen through this package and those in eval inside a
     model in training; where the whole model is in eval, all selected ones. For the pass other leaf modules are in eval
-    (no dropout) and containers keep their mode.
+    (no dropout) and containers keep their mode. A forward in eval mode inside the pass, a teacher's, reads the running
+    statistics as they were and adds nothing.
 
     Args:
         model: Any module.
@@ -92,7 +93,7 @@ def recalibrate(
         RecalibrationError: A ValueError too. AllFrozenError: all selected layers are frozen. NoUsableBatchError: there
             is no batch, or none that can be used, or no selected layer was reached. FailedAloneError: one of these,
             while other processes could go on. The base class itself: a forward exchanged the running statistics of a
-            layer, or put it into eval mode.
+            layer.
         SelectionError: As for ``batch_norm_layers``, or if a selected layer has no running statistics.
         TypeError: If ``batches`` is one tensor, or a batch cannot be fed without ``forward``.
         RuntimeError: Under ``distributed``, if another process failed; a DisagreementError if they would do different
