@@ -18,6 +18,8 @@ ROOT = Path(__file__).parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 EXTRAS = PROJECT["optional-dependencies"]
 OWN = {"lightning_bn", "tests"}
+#: Of packages that another command than `make test` installs.
+DISTRIBUTION = {"griffe": "griffelib"}
 
 
 def declared(*extras: str) -> set[str]:
@@ -51,7 +53,7 @@ def undeclared(files: list[Path], known: set[str]) -> dict[str, str]:
     distributions = packages_distributions()
     found = {}
     for name, file in imported(files):
-        names = {one.lower().replace("_", "-") for one in distributions.get(name, [name])}
+        names = {one.lower().replace("_", "-") for one in distributions.get(name, [DISTRIBUTION.get(name, name)])}
         if not names & known:
             found[name] = file
     return found
