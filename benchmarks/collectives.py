@@ -280,12 +280,7 @@ def main() -> None:
     results.table(
         "What is sent",
         [
-            {
-                "layers": layers,
-                "way": name,
-                "collectives": way["collectives"],
-                "KiB per process": way["bytes"] / 2**10,
-            }
+            {"layers": layers, "way": name, "collectives": way["collectives"], "KiB per process": way["bytes"] / 2**10}
             for layers in LAYERS
             for name, way in found[whole, layers].items()
             if name != AGAIN

@@ -10,11 +10,7 @@ from tests.functional.statistics.test_drift_measures import layer_with
 from tests.ranks import take_part
 
 #: Means and variances that each rank's layer has at each of its updates; rank 1 has one update more, rank 2 none.
-BY_RANK = [
-    [([0.5, 0.0], [1.0, 2.0])],
-    [([0.0, 1.0], [1.0, 1.0]), ([0.0, 3.0], [4.0, 0.5])],
-    [],
-]
+BY_RANK = [[([0.5, 0.0], [1.0, 2.0])], [([0.0, 1.0], [1.0, 1.0]), ([0.0, 3.0], [4.0, 0.5])], []]
 
 
 def run(name: str, folder: Path) -> dict[str, Any]:

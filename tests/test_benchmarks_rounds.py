@@ -87,12 +87,7 @@ def test_launches_copies_and_synchronizations_go_by_their_names(benchmarks: Simp
         "cudaStreamIsCapturing",
     ]
     events = [SimpleNamespace(name=name, cpu_parent=None) for name in names]
-    assert benchmarks.launches.count(events, CUDA) == {
-        "launches": 4,
-        "copies": 1,
-        "waits": 2,
-        "values read": 1,
-    }
+    assert benchmarks.launches.count(events, CUDA) == {"launches": 4, "copies": 1, "waits": 2, "values read": 1}
 
 
 def test_the_clock_reads_processor_time_on_a_cpu(benchmarks: SimpleNamespace) -> None:
@@ -135,12 +130,7 @@ def test_fits_in_turns_are_timed_and_counted_on_cuda(benchmarks: SimpleNamespace
 @pytest.mark.gpu
 def test_launches_are_counted_on_cuda(benchmarks: SimpleNamespace) -> None:
     x = torch.ones(3, device=CUDA)
-    assert read(benchmarks.launches, x) == {
-        "launches": 3,
-        "copies": 1,
-        "waits": 1,
-        "values read": 1,
-    }
+    assert read(benchmarks.launches, x) == {"launches": 3, "copies": 1, "waits": 1, "values read": 1}
 
 
 @pytest.mark.gpu

@@ -360,8 +360,7 @@ def test_torchs_private_dictionaries_are_reached_in_one_file():
 
 
 @pytest.mark.parametrize(
-    "line",
-    ["layer._buffers['running_mean'] = x", "own = model._modules", "getattr(layer, '_parameters').clear()"],
+    "line", ["layer._buffers['running_mean'] = x", "own = model._modules", "getattr(layer, '_parameters').clear()"]
 )
 def test_a_private_dictionary_is_seen(line):
     clean = "buffers = buffers_of(layer)\nself._buffer = _parameters = {}  # layer._buffers\n"

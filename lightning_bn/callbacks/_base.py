@@ -6,12 +6,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from lightning_bn.callbacks._lightning.callback_list import same_kind_beside
-from lightning_bn.callbacks._lightning.namespaces import (
-    Callback,
-    LightningModule,
-    MisconfigurationException,
-    Trainer,
-)
+from lightning_bn.callbacks._lightning.namespaces import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_bn.callbacks._lightning.state import refuse_sharded
 from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.statistics.channels import ChannelLayout

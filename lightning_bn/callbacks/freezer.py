@@ -13,12 +13,7 @@ from torch.optim import LBFGS
 from lightning_bn.callbacks._base import BatchNormCallback
 from lightning_bn.callbacks._lightning.averages import averaged_copies
 from lightning_bn.callbacks._lightning.callback_list import put_first
-from lightning_bn.callbacks._lightning.namespaces import (
-    LightningModule,
-    Trainer,
-    rank_zero_info,
-    rank_zero_warn,
-)
+from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_bn.callbacks._ranks import agree_on_ranks
 from lightning_bn.callbacks._task_of import TaskOf
 from lightning_bn.functional._text import quoted

@@ -18,11 +18,7 @@ from lightning_bn.callbacks._lightning.namespaces import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_bn.callbacks._lightning.state import (
-    in_training_fit,
-    is_last_epoch,
-    several_loaders,
-)
+from lightning_bn.callbacks._lightning.state import in_training_fit, is_last_epoch, several_loaders
 from lightning_bn.callbacks._ranks import agree_on_ranks, refuse_unequal_validation
 from lightning_bn.callbacks._second_run.modes import TrainingModes
 from lightning_bn.callbacks._second_run.sources import MIXTURE, Source, batches_for, loader_method, told_when_long

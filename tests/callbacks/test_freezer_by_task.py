@@ -17,18 +17,7 @@ from torch.utils.data import DataLoader
 import lightning_bn
 from lightning_bn import BatchNormFreezer, PreciseBatchNorm
 from lightning_bn.functional import SelectionError, is_frozen
-from tests.callbacks.freezing_fits import (
-    Hooked,
-    Watch,
-    adamw,
-    layers,
-    modes,
-    rows,
-    sgd,
-    state,
-    trainer_of,
-    values,
-)
+from tests.callbacks.freezing_fits import Hooked, Watch, adamw, layers, modes, rows, sgd, state, trainer_of, values
 from tests.models import fill_statistics, seeded
 
 BY_TASK = {"det": ["seg_head"], "seg": ["det_head", "body.1"]}

@@ -448,11 +448,7 @@ def test_table_and_figure_can_be_had_during_a_fit_and_after_it() -> None:
     net = module()
     fit(net, watching, Asking(), max_epochs=1, count=32)
     assert len(seen) == 4
-    assert sorted(seen[0][0]) == [
-        "net.bn BatchNorm2d",
-        "net.features.1 BatchNorm2d",
-        "net.head.1 BatchNorm1d",
-    ]
+    assert sorted(seen[0][0]) == ["net.bn BatchNorm2d", "net.features.1 BatchNorm2d", "net.head.1 BatchNorm1d"]
     assert list(watching.table(net, most=1).columns[0].cells) == [seen[-1][0][0]]
     assert len(watching.figure().axes[0].get_yticklabels()) == 3
 

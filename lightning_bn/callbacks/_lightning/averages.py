@@ -10,10 +10,7 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_bn.callbacks._lightning.callback_list import callbacks_of
-from lightning_bn.callbacks._lightning.namespaces import (
-    LightningModule,
-    Trainer,
-)
+from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer
 
 
 def averaged_copies(trainer: Trainer) -> list[tuple[nn.Module, bool]]:

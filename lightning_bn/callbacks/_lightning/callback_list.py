@@ -4,10 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_bn.callbacks._lightning.namespaces import (
-    Callback,
-    Trainer,
-)
+from lightning_bn.callbacks._lightning.namespaces import Callback, Trainer
 
 
 def same_kind_beside(trainer: Trainer, callback: Callback) -> list[Any]:

@@ -8,10 +8,7 @@ from typing import Any
 
 from pytorch_lightning.utilities.combined_loader import CombinedLoader
 
-from lightning_bn.callbacks._lightning.namespaces import (
-    MisconfigurationException,
-    Trainer,
-)
+from lightning_bn.callbacks._lightning.namespaces import MisconfigurationException, Trainer
 
 
 def train_loaders(trainer: Trainer) -> tuple[Any, str]:

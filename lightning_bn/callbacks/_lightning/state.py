@@ -4,11 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from lightning_bn.callbacks._lightning.namespaces import (
-    Callback,
-    MisconfigurationException,
-    Trainer,
-)
+from lightning_bn.callbacks._lightning.namespaces import Callback, MisconfigurationException, Trainer
 
 
 def in_training_fit(trainer: Trainer) -> bool:

@@ -8,10 +8,7 @@ from typing import Any
 
 from pytorch_lightning.loggers.logger import DummyLogger
 
-from lightning_bn.callbacks._lightning.namespaces import (
-    LightningModule,
-    Trainer,
-)
+from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer
 
 
 class _SilentLogger(DummyLogger):

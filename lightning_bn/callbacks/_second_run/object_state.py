@@ -47,10 +47,7 @@ _LONG = 1000
 
 @contextmanager
 def preserved_object_state(
-    roots: Iterable[Any],
-    leave: tuple[type, ...] = (),
-    most_bytes: int | None = None,
-    known: Iterable[Any] = (),
+    roots: Iterable[Any], leave: tuple[type, ...] = (), most_bytes: int | None = None, known: Iterable[Any] = ()
 ) -> Iterator[None]:
     """Restore at the end what everything that is reachable from ``roots`` held at the beginning.
 

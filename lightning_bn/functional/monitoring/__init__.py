@@ -10,12 +10,4 @@ from lightning_bn.functional.monitoring.sample import Sample
 from lightning_bn.functional.monitoring.session import MonitorSession
 from lightning_bn.functional.monitoring.threshold import BatchNormDriftError
 
-__all__ = [
-    "BatchNormDriftError",
-    "DriftHistory",
-    "Finding",
-    "FindingKind",
-    "MonitorSession",
-    "MonitorState",
-    "Sample",
-]
+__all__ = ["BatchNormDriftError", "DriftHistory", "Finding", "FindingKind", "MonitorSession", "MonitorState", "Sample"]

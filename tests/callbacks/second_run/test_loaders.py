@@ -467,9 +467,7 @@ def test_iterable_dataset_that_starts_anew_whenever_it_is_iterated(dataset, work
 @pytest.mark.parametrize("workers", [0, 1])
 def test_stream_without_an_end(workers):
     callback = assert_bit_identical(
-        lambda: train_loader(Streaming(), shuffle=False, num_workers=workers),
-        limit_train_batches=5,
-        batches=200,
+        lambda: train_loader(Streaming(), shuffle=False, num_workers=workers), limit_train_batches=5, batches=200
     )
     assert callback.last.num_batches == 5
 

@@ -94,11 +94,7 @@ def observed(layer: nn.Module, x: Tensor) -> dict[str, object]:
         ]
         assert len(explained) == 1, "exactly one average, of the unbiased variance, has to explain the buffers"
         averaging = explained[0]
-    return {
-        "normalizes_with": "batch" if with_batch else "running",
-        "updates_running": updates,
-        "averaging": averaging,
-    }
+    return {"normalizes_with": "batch" if with_batch else "running", "updates_running": updates, "averaging": averaging}
 
 
 COMBINATIONS = list(itertools.product((1, 2, 3), *[(True, False)] * 4, (0.3, None, 0.0)))

@@ -4,13 +4,7 @@ from typing import Any
 
 import pytest
 
-from lightning_bn.functional.monitoring.diagnosis import (
-    ALTERNATING,
-    FEWEST_BATCHES,
-    LAGGING,
-    RANKS_DIFFER,
-    diagnose,
-)
+from lightning_bn.functional.monitoring.diagnosis import ALTERNATING, FEWEST_BATCHES, LAGGING, RANKS_DIFFER, diagnose
 from lightning_bn.functional.monitoring.evidence import Evidence
 
 NAMES = ("stem.bn", "body.bn", "head.bn")

@@ -49,10 +49,7 @@ def example() -> tuple[nn.BatchNorm1d, nn.BatchNorm1d]:
 def gaussians() -> tuple[Normal, Normal]:
     """The channels as distributions, eps added to both variances."""
     a, b = example()
-    return (
-        Normal(a.running_mean, (a.running_var + EPS).sqrt()),
-        Normal(b.running_mean, (b.running_var + EPS).sqrt()),
-    )
+    return (Normal(a.running_mean, (a.running_var + EPS).sqrt()), Normal(b.running_mean, (b.running_var + EPS).sqrt()))
 
 
 def measured(measure: str) -> Tensor:

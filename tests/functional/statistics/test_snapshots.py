@@ -183,11 +183,7 @@ def test_a_snapshot_needs_no_gradient() -> None:
 
 def test_the_flat_tensors_hold_every_layer_at_its_slice() -> None:
     model = nn.ModuleDict(
-        {
-            "a": nn.BatchNorm1d(2, eps=1e-3),
-            "b": nn.BatchNorm2d(5, affine=False),
-            "c": nn.BatchNorm3d(1, momentum=None),
-        }
+        {"a": nn.BatchNorm1d(2, eps=1e-3), "b": nn.BatchNorm2d(5, affine=False), "c": nn.BatchNorm3d(1, momentum=None)}
     )
     fill_statistics(model)
     model["b"].num_batches_tracked = None
