@@ -14,7 +14,7 @@ from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.exchange import Entries, exchanged
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.layers.torch_private import STATISTICS, attributes_of, buffers_of
-from lightning_bn.functional.recalibration.one_value_per_channel import values_per_channel
+from lightning_bn.functional.recalibration.one_value_per_channel import batch_in, values_per_channel
 from lightning_bn.functional.recalibration.population import Population
 from lightning_bn.functional.recalibration.result import RecalibrationError
 from lightning_bn.functional.recalibration.standard_error import ErrorSums, relative_errors
@@ -107,7 +107,8 @@ class Arena:
                 # A teacher's pass in eval reads the running statistics as they were, and is no batch of training.
                 with exchanged("recalibrate", [Entries(name, layer, own)]):
                     return forward(*args, **kwargs)
-            count = values_per_channel(name, layer.num_features, args, kwargs, alone)
+            batch = batch_in(args, kwargs)
+            count = values_per_channel(name, layer, batch, alone)
             if counts[index] != _NOT_CALLED:
                 # A second use in this forward would overwrite the first.
                 self.merge()
@@ -117,7 +118,6 @@ class Arena:
                 raise RecalibrationError(_not_written(name))
             if not layer.track_running_stats:
                 # Switched off after construction: the layer would not write, so that its statistics are computed here.
-                batch: Tensor = args[0] if args else next(iter(kwargs.values()))
                 values = batch.detach().movedim(1, 0).flatten(1).to(self._population.eps.dtype)
                 self._flat[1, self._parts[index]], self._flat[0, self._parts[index]] = torch.var_mean(
                     values, 1, correction=min(1, count - 1)
