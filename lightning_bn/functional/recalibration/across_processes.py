@@ -51,15 +51,10 @@ def across_processes(
     uses, nonfinite, rows = flat[len(head) :].split((len(layout), len(layout), 8 * layout.channels))
     count, sums, squares, mean_error, var_error, *averages, unknown = rows.view(8, -1)
     mean = sums / count.clamp(min=1)
-    pooled = Population(
-        layout=layout,
-        moments=Moments(count, mean, (squares - count * mean.square()).clamp(min=0)),
-        errors=torch.where(unknown > 0, torch.inf, torch.stack((mean_error, var_error))),
-        averages=torch.stack(averages),
-        eps=layout.constant(eps, flat.device),
-        uses=uses,
-        nonfinite=nonfinite,
-    )
+    moments = Moments(count, mean, (squares - count * mean.square()).clamp(min=0))
+    errors = torch.where(unknown > 0, torch.inf, torch.stack((mean_error, var_error)))
+    eps_of = layout.constant(eps, flat.device)
+    pooled = Population(layout, moments, errors, torch.stack(averages), eps_of, uses, nonfinite)
     return pooled, Counts(batches, skipped, None if uncounted else total, ended_early)
 
 

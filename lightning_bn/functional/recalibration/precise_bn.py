@@ -20,16 +20,11 @@ from lightning_bn.functional.distributed.lockstep import Lockstep
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.properties import is_synchronized
 from lightning_bn.functional.layers.selection import LayerSelection
+from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.across_processes import across_processes
 from lightning_bn.functional.recalibration.collector import collecting
 from lightning_bn.functional.recalibration.isolation import isolated_statistics
 from lightning_bn.functional.recalibration.population import Estimator, Population
-from lightning_bn.functional.recalibration.result import (
-    FailedAloneError,
-    NoUsableBatchError,
-    Recalibration,
-    RecalibrationError,
-)
 from lightning_bn.functional.recalibration.run import CollectionRun
 from lightning_bn.functional.recalibration.stopping import StoppingRule
 from lightning_bn.functional.recalibration.targets import targets_of
@@ -50,7 +45,7 @@ def recalibrate(
     max_standard_error: float | None = None,
     estimator: Estimator = "pooled",
     distributed: bool = False,
-) -> Recalibration:
+) -> result.Recalibration:
     """Replace running statistics by those of the population that ``batches`` are drawn from, with the weights of now.
 
     Every batch is run forward once, without gradients, each layer normalizing with the batch as in training. What a
@@ -147,11 +142,11 @@ def recalibrate(
     reached = {name: targets[name] for name in gathered.reached()}
     uses, nonfinite = gathered.by_layer(gathered.uses), gathered.by_layer(gathered.nonfinite)
     if not reached:
-        why = None if counts.batches else run.why_nothing()
-        raise NoUsableBatchError(why or _why_none(nonfinite, counts.batches))
+        why = _why_none(nonfinite, counts.batches) if counts.batches else run.why_nothing()
+        raise result.NoUsableBatchError(why)
     before = snapshot_of(reached)
     _write(reached, gathered, estimator)
-    return Recalibration(
+    return result.Recalibration(
         layers=tuple(reached),
         before=before,
         after=snapshot_of(reached),
@@ -174,12 +169,9 @@ def _failure_told(device: torch.device) -> Iterator[None]:
     """Tell the other processes of a failure inside; a refusal that they do not share is an error of its own kind."""
     try:
         yield
-    except RecalibrationError as error:
-        if tell_failure(device):
-            raise FailedAloneError(str(error)) from error
-        raise
-    except BaseException:
-        tell_failure(device)
+    except BaseException as error:
+        if tell_failure(device) and isinstance(error, result.RecalibrationError):
+            raise result.FailedAloneError(str(error)) from error
         raise
 
 
