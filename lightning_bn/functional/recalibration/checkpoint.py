@@ -87,16 +87,15 @@ def recalibrate_checkpoint(
 
 
 def _load(model: nn.Module, state: dict[str, Any], prefix: str, path: Path) -> None:
-    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    wanted = set(model.state_dict())
-    missing = sorted(wanted - set(own))
+    wanted = model.state_dict().keys()
+    missing = sorted(name for name in wanted if prefix + name not in state)
     if missing:
         found = next((name[: -len(missing[0])] for name in state if name.endswith("." + missing[0])), None)
         hint = f" With prefix={found!r} it would." if found else ""
         raise ValueError(
             f"{path.name} does not fit {type(model).__name__} with prefix={prefix!r}: it lacks {quoted(missing)}.{hint}"
         )
-    fitting: OrderedDict[str, Any] = OrderedDict((name, own[name]) for name in wanted)
+    fitting: OrderedDict[str, Any] = OrderedDict((name, state[prefix + name]) for name in wanted)
     # Versions of the modules that wrote the file: newer ones migrate what older ones wrote.
     versions = getattr(state, "_metadata", None) or {}
     fitting._metadata = {  # type: ignore[attr-defined]
