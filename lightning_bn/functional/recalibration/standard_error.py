@@ -58,13 +58,8 @@ class ErrorSums:
         about = shift.square() - variance(pooled, unbiased=False)
         n2, n2d, n2dd, n2e, n2de, n2ee = self.sums
         mean = n2dd - 2 * shift * n2d + shift.square() * n2
-        var = (
-            n2ee
-            - 4 * shift * n2de
-            + 4 * shift.square() * n2dd
-            + 2 * about * (n2e - 2 * shift * n2d)
-            + about.square() * n2
-        )
+        var = n2ee - 4 * shift * n2de + 4 * shift.square() * n2dd
+        var = var + 2 * about * (n2e - 2 * shift * n2d) + about.square() * n2
         correction = self.batches / (self.batches - 1).clamp(min=1)
         # Rounding may leave a little below zero.
         return torch.where(self.batches > 1, torch.stack((mean, var)).clamp(min=0) * correction, torch.inf)
