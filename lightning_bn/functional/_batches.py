@@ -54,10 +54,9 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):
         return model(batch[0])
     if isinstance(batch, Mapping):
-        # torch.compile keeps what it wraps as _orig_mod.
-        written = getattr(model, "_orig_mod", model)
         try:
-            inspect.signature(written.forward).bind(**batch)
+            # Of a compiled model, that of the module inside.
+            inspect.signature(getattr(model, "_orig_mod", model).forward).bind(**batch)
         except TypeError as error:
             raise TypeError(
                 f"{type(model).__name__}.forward cannot be called with the keys {sorted(map(str, batch))} of the "

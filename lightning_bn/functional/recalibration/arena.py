@@ -52,7 +52,10 @@ class Arena:
             running = layer.running_mean
             if running is None:
                 raise ValueError(f"BatchNorm layer {name!r} has no running statistics to collect into")
-            sizes = grouped.setdefault((running.device, _written_in(layer, running.dtype)), {})
+            # In SyncBatchNorm's kernels counts have the dtype of the statistics, which for float16 ends at 65,504.
+            narrow = running.dtype in (torch.float16, torch.bfloat16)
+            dtype = torch.float32 if narrow and is_synchronized(layer) else running.dtype
+            sizes = grouped.setdefault((running.device, dtype), {})
             sizes[name] = -(-layer.num_features // _ALIGNED) * _ALIGNED
         layouts = [ChannelLayout(tuple(sizes), tuple(sizes.values())) for sizes in grouped.values()]
         self._flats: list[Tensor] = []
@@ -136,12 +139,3 @@ def not_written(*names: str) -> RecalibrationError:
         f"the recalibration reads them, because its running statistics were exchanged inside the forward. Nothing was "
         f"changed; pass a forward= that leaves them in place, or leave the layer out with exclude."
     )
-
-
-def _written_in(layer: _BatchNorm, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a layer writes its statistics: that of its buffers.
-
-    In SyncBatchNorm's kernels counts have the dtype of the running statistics, which for float16 ends at 65,504.
-    """
-    narrow = dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if narrow and is_synchronized(layer) else dtype

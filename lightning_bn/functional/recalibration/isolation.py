@@ -59,8 +59,7 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
     Costs a copy of them for the duration.
     """
     found = [(buffers_of(module), dict(buffers_of(module))) for module in model.modules()]
-    there = [buffer for _, buffers in found for buffer in buffers.values() if buffer is not None]
-    real = [buffer for buffer in there if not is_lazy(buffer) and is_plain(buffer)]
+    real = [buffer for buffer in model.buffers() if not is_lazy(buffer) and is_plain(buffer)]
     values = Flat(real)
     try:
         yield
@@ -79,12 +78,10 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def preserved_modes(model: nn.Module) -> Iterator[None]:
     """Put back at the end every module's ``training`` flag, set directly and not through ``.train()``."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
+    with ExitStack() as at_the_end:
+        for module in model.modules():
+            at_the_end.callback(setattr, module, "training", module.training)
         yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
 def run_as_written() -> AbstractContextManager[None]:
