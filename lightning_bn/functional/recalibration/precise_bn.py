@@ -18,8 +18,9 @@ from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.distributed.agreement import agree, layer_facts, tell_failure
 from lightning_bn.functional.distributed.lockstep import Lockstep
 from lightning_bn.functional.layers.patterns import Patterns
-from lightning_bn.functional.layers.properties import is_synchronized
+from lightning_bn.functional.layers.properties import is_synchronized, processes_of
 from lightning_bn.functional.layers.selection import LayerSelection
+from lightning_bn.functional.layers.status import is_frozen
 from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.across_processes import across_processes
 from lightning_bn.functional.recalibration.collector import collecting
@@ -27,7 +28,6 @@ from lightning_bn.functional.recalibration.isolation import isolated_statistics
 from lightning_bn.functional.recalibration.population import Estimator, Population
 from lightning_bn.functional.recalibration.run import CollectionRun
 from lightning_bn.functional.recalibration.stopping import StoppingRule
-from lightning_bn.functional.recalibration.targets import targets_of
 from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.snapshots import snapshot_of
 
@@ -118,7 +118,7 @@ def recalibrate(
         rule = StoppingRule(num_batches, num_samples, max_standard_error, processes)
         _check(batches, estimator)
         selected = LayerSelection(modules, exclude, root).tracked_layers(model)
-        targets = targets_of(model, selected, distributed=distributed)
+        targets = _targets_of(model, selected, distributed=distributed)
         layout = ChannelLayout.of(targets)
         synchronized = [name for name, layer in targets.items() if is_synchronized(layer)]
     if distributed:
@@ -182,6 +182,29 @@ def _check(batches: Any, estimator: str) -> None:
             f"batches is a {type(batches).__name__}, not an iterable of batches: pass a DataLoader, or [batch] for "
             f"a single one."
         )
+
+
+def _targets_of(model: nn.Module, selected: Mapping[str, _BatchNorm], *, distributed: bool) -> dict[str, _BatchNorm]:
+    """The one place with the rule of what counts as frozen: eval does only where something else is in training."""
+    in_training = any(module.training for module in model.modules())
+    targets = {
+        name: layer for name, layer in selected.items() if not is_frozen(layer) and (layer.training or not in_training)
+    }
+    if not targets:
+        raise result.AllFrozenError(
+            f"nothing to recalibrate: {counted(len(selected), 'selected BatchNorm layer')}, every one frozen or in "
+            f"eval inside a model in training ({quoted(list(selected))}). Unfreeze them, or call model.eval() if eval "
+            f"was not meant to freeze them."
+        )
+    synchronized = [name for name, layer in targets.items() if processes_of(layer) > 1]
+    if synchronized and not distributed:
+        name = synchronized[0]
+        more = f" (and {counted(len(synchronized) - 1, 'more layer')})" if len(synchronized) > 1 else ""
+        raise ValueError(
+            f"BatchNorm layer {name!r}{more} is synchronized over {processes_of(targets[name])} processes: each of its "
+            f"forwards waits for theirs. Pass distributed=True, in every process."
+        )
+    return targets
 
 
 def _why_none(nonfinite: Mapping[str, int], batches: int) -> str:
