@@ -26,6 +26,7 @@ from lightning_bn.functional.recalibration.across_processes import across_proces
 from lightning_bn.functional.recalibration.collector import collecting
 from lightning_bn.functional.recalibration.isolation import isolated_statistics
 from lightning_bn.functional.recalibration.population import Estimator, Population
+from lightning_bn.functional.recalibration.result import Recalibration
 from lightning_bn.functional.recalibration.run import CollectionRun
 from lightning_bn.functional.recalibration.stopping import StoppingRule
 from lightning_bn.functional.statistics.channels import ChannelLayout
@@ -45,7 +46,7 @@ def recalibrate(
     max_standard_error: float | None = None,
     estimator: Estimator = "pooled",
     distributed: bool = False,
-) -> result.Recalibration:
+) -> Recalibration:
     """Replace running statistics by those of the population that ``batches`` are drawn from, with the weights of now.
 
     Every batch is run forward once, without gradients, each layer normalizing with the batch as in training. What a
@@ -146,7 +147,7 @@ def recalibrate(
         raise result.NoUsableBatchError(why)
     before = snapshot_of(reached)
     _write(reached, gathered, estimator)
-    return result.Recalibration(
+    return Recalibration(
         layers=tuple(reached),
         before=before,
         after=snapshot_of(reached),
