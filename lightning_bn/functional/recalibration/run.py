@@ -100,21 +100,20 @@ class CollectionRun:
                 "another process had no batch, and with SyncBatchNorm layers all run as many as the one that has the "
                 "fewest: nothing was changed. Give every process a share of the data."
             )
-        asked = self._rule.num_batches
-        many = "" if asked is None else f" ({asked} were asked for)"
+        many = f" ({self._rule.num_batches} were asked for)" if self._rule.num_batches else ""
         return f"the loader gave no batch{many}: nothing was changed. Is the dataset or iterator empty?"
 
     def _next(self, iterator: Iterator[Any]) -> Any:
         """The next batch, or that there is none or none is wanted."""
         counts, rule = self.counts, self._rule
         # In lockstep the samples of all processes are known, and counted there.
-        samples = (counts.samples or 0) if self._lockstep is None else 0
-        if rule.enough(counts.batches + counts.skipped, samples):
+        if rule.enough(counts.batches + counts.skipped, 0 if self._lockstep else counts.samples or 0):
             return _END
         batch = next(iterator, _END)
         if batch is _END:
             self._at_the_end = True
-            self.counts = replace(counts, ended_early=int(rule.limits_the_data))
+            # Nothing ends early of which no amount was asked for.
+            self.counts = replace(counts, ended_early=int(bool(rule.num_batches or rule.num_samples)))
         return batch
 
     def _count(self, batch: Any) -> None:

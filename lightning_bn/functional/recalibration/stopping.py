@@ -37,11 +37,6 @@ class StoppingRule:
         check_whole("num_samples", self.num_samples, 1, none="for all there are")
         check_positive("max_standard_error", self.max_standard_error, none="for no limit")
 
-    @property
-    def limits_the_data(self) -> bool:
-        """Whether data that end may have ended early."""
-        return self.num_batches is not None or self.num_samples is not None
-
     def enough(self, batches: int, samples: int) -> bool:
         """Whether this process has taken as many batches as it may, or used its share of the samples."""
         taken = samples * self.processes
