@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 def model_device(model: nn.Module) -> torch.device:
     """The device of the first parameter or buffer, the CPU for a model without either."""
-    tensors = chain(model.parameters(), model.buffers())
-    return next((tensor.device for tensor in tensors), torch.device("cpu"))
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:

@@ -31,7 +31,7 @@ def across_processes(
     nothing = torch.zeros(len(layout) * 2 + 8 * layout.channels, dtype=torch.float64, device=device)
     samples = counts.samples or 0, counts.samples is None
     head = (gathered is None, counts.batches, counts.skipped, *samples, counts.ended_early)
-    head_tensor = torch.tensor([float(value) for value in head], dtype=torch.float64, device=device)
+    head_tensor = torch.tensor(head, dtype=torch.float64, device=device)
     flat = torch.cat((head_tensor, nothing if gathered is None else _packed(gathered).to(device)))
     with waiting("this process"):
         dist.all_reduce(flat)
@@ -60,7 +60,8 @@ def _packed(gathered: Population) -> Tensor:
     count, mean, m2 = gathered.moments
     # A single batch has no deviation to add, and leaves the error unknown.
     unknown = (count > 0) & ~gathered.errors[0].isfinite()
-    known = gathered.errors.nan_to_num(nan=0.0, posinf=0.0)
     sums = torch.stack((count, count * mean, m2 + count * mean.square()))
-    rows = torch.cat((sums, known, gathered.averages, unknown.to(count)[None]))
+    rows = torch.cat(
+        (sums, gathered.errors.nan_to_num(nan=0.0, posinf=0.0), gathered.averages, unknown.to(count)[None])
+    )
     return torch.cat((gathered.uses, gathered.nonfinite, rows.flatten()))

@@ -67,10 +67,9 @@ class Arena:
         # A bf16 model needs bf16 buffers: its statistics are read with bf16's precision, and summed in float64.
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
         joined = ChannelLayout.joined(layouts)
-        everything = torch.arange(joined.channels)
-        places = joined.split(everything)
+        places = joined.split(torch.arange(joined.channels))
         filled = torch.cat([places[name][: layer.num_features] for name, layer in layers.items()])
-        self._filled = None if torch.equal(filled, everything) else filled.to(self.device)
+        self._filled = None if torch.equal(filled, torch.arange(joined.channels)) else filled.to(self.device)
 
     def entries(self, merge: Callable[[], Any]) -> list[Entries]:
         """What each layer is to hold while statistics are collected; ``merge`` empties the arena before it is full."""

@@ -97,10 +97,9 @@ def _load(model: nn.Module, state: dict[str, Any], prefix: str, path: Path) -> N
         )
     fitting: OrderedDict[str, Any] = OrderedDict((name, state[prefix + name]) for name in wanted)
     # Versions of the modules that wrote the file: newer ones migrate what older ones wrote.
-    versions = getattr(state, "_metadata", None) or {}
     fitting._metadata = {  # type: ignore[attr-defined]
         name.removeprefix(prefix.rstrip(".")).lstrip("."): version
-        for name, version in versions.items()
+        for name, version in (getattr(state, "_metadata", None) or {}).items()
         if (name + ".").startswith(prefix)
     }
     model.load_state_dict(fitting)
