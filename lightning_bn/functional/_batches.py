@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,10 +13,7 @@ from torch import Tensor, nn
 
 def model_device(model: nn.Module) -> torch.device:
     """The device of the first parameter or buffer, the CPU for a model without either."""
-    for tensors in (model.parameters(), model.buffers()):
-        for tensor in tensors:
-            return tensor.device
-    return torch.device("cpu")
+    return next((tensor.device for tensor in chain(model.parameters(), model.buffers())), torch.device("cpu"))
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -25,7 +23,10 @@ def to_device(batch: Any, device: torch.device) -> Any:
         return batch.to(device)
     if isinstance(batch, Mapping):
         moved = {key: to_device(value, device) for key, value in batch.items()}
-        return moved if type(batch) is dict else _like(batch, moved)
+        try:
+            return type(batch)(moved)  # type: ignore[call-arg]
+        except TypeError:
+            return moved
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(value, device) for value in batch))
     if isinstance(batch, list | tuple):
@@ -53,7 +54,8 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
         return model(batch[0])
     if isinstance(batch, Mapping):
         try:
-            inspect.signature(_forward_of(model)).bind(**batch)
+            # Of a compiled model, that of the module inside.
+            inspect.signature(getattr(model, "_orig_mod", model).forward).bind(**batch)
         except TypeError as error:
             raise TypeError(
                 f"{type(model).__name__}.forward cannot be called with the keys {sorted(map(str, batch))} of the "
@@ -70,16 +72,3 @@ def describe_batch(batch: Any) -> str:
     """The type of a batch and of what it starts with, for an error."""
     inner = f" that starts with {type(batch[0]).__name__}" if isinstance(batch, list | tuple) and batch else ""
     return f"{type(batch).__name__}{inner}"
-
-
-def _forward_of(model: nn.Module) -> Callable[..., Any]:
-    wrapped: Any = getattr(model, "_orig_mod", model)
-    forward: Callable[..., Any] = wrapped.forward
-    return forward
-
-
-def _like(batch: Mapping[Any, Any], moved: dict[Any, Any]) -> Any:
-    try:
-        return type(batch)(moved)  # type: ignore[call-arg]
-    except TypeError:
-        return moved

@@ -14,12 +14,7 @@ from lightning_bn.functional.statistics.sample_moments import Moments
 
 
 def across_processes(
-    gathered: Population | None,
-    layout: ChannelLayout,
-    eps: tuple[float, ...],
-    counts: Counts,
-    device: torch.device,
-    group: dist.ProcessGroup | None = None,
+    gathered: Population | None, layout: ChannelLayout, eps: tuple[float, ...], counts: Counts, device: torch.device
 ) -> tuple[Population, Counts]:
     """Return what all processes gathered, the same bits on every one of them; one all_reduce.
 
@@ -29,7 +24,6 @@ def across_processes(
         eps: Of the layers.
         counts: Of this process.
         device: Where the process group can communicate.
-        group: Which processes; None for all.
 
     Raises:
         RuntimeError: On the processes that did not fail, if another one did.
@@ -37,29 +31,24 @@ def across_processes(
     nothing = torch.zeros(len(layout) * 2 + 8 * layout.channels, dtype=torch.float64, device=device)
     samples = counts.samples or 0, counts.samples is None
     head = (gathered is None, counts.batches, counts.skipped, *samples, counts.ended_early)
-    head_tensor = torch.tensor([float(value) for value in head], dtype=torch.float64, device=device)
+    head_tensor = torch.tensor(head, dtype=torch.float64, device=device)
     flat = torch.cat((head_tensor, nothing if gathered is None else _packed(gathered).to(device)))
     with waiting("this process"):
-        dist.all_reduce(flat, group=group)
+        dist.all_reduce(flat)
         flat = flat.cpu()
     failed, batches, skipped, total, uncounted, ended_early = flat[: len(head)].int().tolist()
     if failed and gathered is not None:
         raise RuntimeError(
-            f"recalibration failed on {failed} of {dist.get_world_size(group)} processes, whose own error says "
+            f"recalibration failed on {failed} of {dist.get_world_size()} processes, whose own error says "
             f"why. Nothing was changed on this one."
         )
     uses, nonfinite, rows = flat[len(head) :].split((len(layout), len(layout), 8 * layout.channels))
     count, sums, squares, mean_error, var_error, *averages, unknown = rows.view(8, -1)
     mean = sums / count.clamp(min=1)
-    pooled = Population(
-        layout=layout,
-        moments=Moments(count, mean, (squares - count * mean.square()).clamp(min=0)),
-        errors=torch.where(unknown > 0, torch.inf, torch.stack((mean_error, var_error))),
-        averages=torch.stack(averages),
-        eps=layout.constant(eps, flat.device),
-        uses=uses,
-        nonfinite=nonfinite,
-    )
+    moments = Moments(count, mean, (squares - count * mean.square()).clamp(min=0))
+    errors = torch.where(unknown > 0, torch.inf, torch.stack((mean_error, var_error)))
+    eps_of = layout.constant(eps, flat.device)
+    pooled = Population(layout, moments, errors, torch.stack(averages), eps_of, uses, nonfinite)
     return pooled, Counts(batches, skipped, None if uncounted else total, ended_early)
 
 
@@ -68,11 +57,11 @@ def _packed(gathered: Population) -> Tensor:
 
     The rows are count, sum, squares, errors of mean and variance, averages, and where no error is known.
     """
-    count, mean, m2 = (values.to(torch.float64) for values in gathered.moments)
-    errors = gathered.errors.to(torch.float64)
+    count, mean, m2 = gathered.moments
     # A single batch has no deviation to add, and leaves the error unknown.
-    unknown = (count > 0) & ~errors[0].isfinite()
-    rows = torch.stack((count, count * mean, m2 + count * mean.square()))
-    known_errors = errors.nan_to_num(nan=0.0, posinf=0.0)
-    rows = torch.cat((rows, known_errors, gathered.averages.to(torch.float64), unknown.to(count)[None]))
-    return torch.cat((gathered.uses.to(torch.float64), gathered.nonfinite.to(torch.float64), rows.flatten()))
+    unknown = (count > 0) & ~gathered.errors[0].isfinite()
+    sums = torch.stack((count, count * mean, m2 + count * mean.square()))
+    rows = torch.cat(
+        (sums, gathered.errors.nan_to_num(nan=0.0, posinf=0.0), gathered.averages, unknown.to(count)[None])
+    )
+    return torch.cat((gathered.uses, gathered.nonfinite, rows.flatten()))

@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import os
 from collections import OrderedDict
-from collections.abc import Collection, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.selection import batch_norm_layers
-from lightning_bn.functional.layers.torch_private import buffers_of
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.result import Recalibration
 from lightning_bn.functional.statistics.files import read_checkpoint, state_dict_of
@@ -77,44 +76,33 @@ def recalibrate_checkpoint(
     state = state_dict_of(checkpoint)
     _load(model, state, prefix, path)
     recalibration = recalibrate(model, batches, **options)
-    for name, buffer in _statistics(model, recalibration.layers).items():
-        if prefix + name in state:
+    rewritten = [layer for name, layer in batch_norm_layers(model).items() if name in recalibration.layers]
+    statistics = {id(buffer) for layer in rewritten for buffer in (layer.running_mean, layer.running_var)}
+    # By all their names, wrappers' components included.
+    for name, buffer in model.named_buffers(remove_duplicate=False):
+        if id(buffer) in statistics and prefix + name in state:
             state[prefix + name] = buffer.detach().to("cpu", state[prefix + name].dtype, copy=True)
     _write(checkpoint, out)
     return RecalibratedCheckpoint(out, "averaging_state" in checkpoint, recalibration)
 
 
 def _load(model: nn.Module, state: dict[str, Any], prefix: str, path: Path) -> None:
-    own = {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
-    wanted = set(model.state_dict())
-    missing = sorted(wanted - set(own))
+    wanted = model.state_dict().keys()
+    missing = sorted(name for name in wanted if prefix + name not in state)
     if missing:
         found = next((name[: -len(missing[0])] for name in state if name.endswith("." + missing[0])), None)
         hint = f" With prefix={found!r} it would." if found else ""
         raise ValueError(
             f"{path.name} does not fit {type(model).__name__} with prefix={prefix!r}: it lacks {quoted(missing)}.{hint}"
         )
-    fitting: OrderedDict[str, Any] = OrderedDict((name, own[name]) for name in wanted)
+    fitting: OrderedDict[str, Any] = OrderedDict((name, state[prefix + name]) for name in wanted)
     # Versions of the modules that wrote the file: newer ones migrate what older ones wrote.
-    versions = getattr(state, "_metadata", None) or {}
     fitting._metadata = {  # type: ignore[attr-defined]
         name.removeprefix(prefix.rstrip(".")).lstrip("."): version
-        for name, version in versions.items()
+        for name, version in (getattr(state, "_metadata", None) or {}).items()
         if (name + ".").startswith(prefix)
     }
     model.load_state_dict(fitting)
-
-
-def _statistics(model: nn.Module, layers: Collection[str]) -> dict[str, Tensor]:
-    """Running statistics of some layers by all their names in a state dict, wrappers' components included."""
-    chosen = {id(layer) for name, layer in batch_norm_layers(model).items() if name in layers}
-    return {
-        f"{path}.{value}".lstrip("."): buffer
-        for path, module in model.named_modules(remove_duplicate=False)
-        if id(module) in chosen
-        for value in ("running_mean", "running_var")
-        if (buffer := buffers_of(module)[value]) is not None
-    }
 
 
 def _write(checkpoint: dict[str, Any], out: Path) -> None:

@@ -1,22 +1,23 @@
-"""Batch statistics of many layers at once, collected while a model runs and merged in float64.
-
-For the duration each layer's running statistics are views into one flat arena and its momentum is 1, so that after a
-forward the arena holds the statistics of that batch, which the layer computes anyway: no second pass over the
-activations, and one vectorized merge for all layers. Per layer and call, Python only reads a shape.
-"""
+"""Batch statistics of many layers at once, collected while a model runs and pooled in float64: one merge for all."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional.layers.exchange import exchanged
-from lightning_bn.functional.layers.properties import is_synchronized
-from lightning_bn.functional.recalibration.arena import Arena
+from lightning_bn.functional.layers.properties import processes_of
+from lightning_bn.functional.recalibration.arena import UNWRITTEN, Arena, not_written
 from lightning_bn.functional.recalibration.population import Population
+from lightning_bn.functional.recalibration.standard_error import ErrorSums, relative_errors
+from lightning_bn.functional.statistics.channels import ChannelLayout
+from lightning_bn.functional.statistics.sample_moments import Moments, merge
 
 
 class Collector:
@@ -41,33 +42,76 @@ class Collector:
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
-        grouped: dict[tuple[torch.device, torch.dtype], dict[str, _BatchNorm]] = {}
-        for name, layer in layers.items():
-            running = layer.running_mean
-            if running is None:
-                raise ValueError(f"BatchNorm layer {name!r} has no running statistics to collect into")
-            grouped.setdefault((running.device, _read_in(layer, running.dtype)), {})[name] = layer
-        self._names = tuple(layers)
-        self.arenas = [Arena(members, *key) for key, members in grouped.items()]
+        self.arena = Arena(layers)
+        device, dtype, layout = self.arena.device, self.arena.dtype, ChannelLayout.of(layers)
+        # A layer whose tracking was switched off writes nothing; its own values are taken, whoever it normalizes with.
+        sharing = tuple(processes_of(layer) if layer.track_running_stats else 1 for layer in layers.values())
+        self._together = layout.constant(sharing, device, dtype)
+        # A batch of no samples writes nothing, but where others of a group have some.
+        self._least = torch.tensor([1 if processes == 1 else 0 for processes in sharing], device=device)
+        self._firsts = torch.tensor([part.start for part in layout.slices.values()], device=device)
+        self._unwritten = none = torch.zeros(len(layout), device=device, dtype=torch.int64)
+        zeros = torch.zeros(layout.channels, device=device, dtype=dtype)
+        both, eps = torch.stack((zeros, zeros)), tuple(layer.eps for layer in layers.values())
+        self._population = Population(
+            layout, Moments(zeros, zeros, zeros), both, both, layout.constant(eps, device, dtype), none, none
+        )
+        self._error_sums = ErrorSums.none(zeros)
+        self._batch: Moments | None = None
 
     @contextmanager
     def batch(self) -> Iterator[None]:
         """Merge at the end what the forwards of one batch leave, or drop it after an exception."""
-        for arena in self.arenas:
-            arena.begin()
+        before, self._batch = self._population, None
+        self.arena.clear()
         try:
             yield
         except BaseException:
-            for arena in self.arenas:
-                arena.abandon()
+            # Layers used twice had merged a part of it already.
+            self._population = before
+            self.arena.clear()
             raise
-        for arena in self.arenas:
-            arena.end()
+        # All uses together are one more sample of the population's.
+        batch = self.merge()
+        self._population = replace(self._population, moments=merge(self._population.moments, batch))
+        self._error_sums = self._error_sums.with_batch(batch)
+
+    def merge(self) -> Moments:
+        """Return the batch with what lies in the arena, and clear that; layers not finite are left out."""
+        known, layout = self._population, self._population.layout
+        mean, var = self.arena.read()
+        counts = torch.tensor(self.arena.counts, dtype=mean.dtype, device=mean.device)
+        bad = layout.sum((~torch.isfinite(mean + var)).to(counts.dtype)) > 0
+        called = counts >= self._least
+        self._unwritten = self._unwritten + (called & (var[self._firsts] == UNWRITTEN))
+        used = called & ~bad
+        taken = layout.expand(used)
+        count = torch.where(taken, layout.expand(counts), 0)
+        mean, var = torch.where(taken, mean, 0), torch.where(taken, var, 0)
+        # With N values in the batches of P processes the sum of squares is var (N - 1): of which this process has
+        # var (n - 1 / P) for its n, so that the shares add up without anybody knowing N.
+        use = Moments(count, mean, var * (count - 1 / self._together))
+        self._batch = use if self._batch is None else merge(self._batch, use)
+        # Replaced, not written to: a batch that fails goes back to the old one.
+        self._population = replace(
+            known,
+            averages=known.averages + torch.stack((mean, var)),
+            uses=known.uses + used,
+            nonfinite=known.nonfinite + (called & bad),
+        )
+        self.arena.clear()
+        return self._batch
 
     def largest_standard_error(self) -> float:
         """Over all channels of all layers reached so far; infinite before the second batch."""
-        largest = max(float(arena.standard_errors().max()) for arena in self.arenas)
-        return largest if largest >= 0 else float("inf")
+        moments = self._population.moments
+        errors = relative_errors(moments, self._errors(), self._population.eps)
+        largest = float(torch.where(moments.count > 0, errors, -1).max())
+        return largest if largest >= 0 else math.inf
+
+    def _errors(self) -> Tensor:
+        """Squared deviations, for which processes of one group have but one sample."""
+        return self._error_sums.squared(self._population.moments) * self._together
 
     def population(self) -> Population:
         """Return what was gathered of all layers so far, flat and in their order.
@@ -75,7 +119,10 @@ class Collector:
         Raises:
             RecalibrationError: If a layer was called but its statistics were written elsewhere.
         """
-        return Population.of([arena.population() for arena in self.arenas], self._names)
+        counts = self._population.by_layer(self._unwritten)
+        if any(counts.values()):
+            raise not_written(*(name for name, count in counts.items() if count))
+        return replace(self._population, errors=self._errors())
 
 
 @contextmanager
@@ -86,14 +133,5 @@ def collecting(layers: Mapping[str, _BatchNorm]) -> Iterator[Collector]:
         ValueError: If a layer has no running statistics.
     """
     collector = Collector(layers)
-    with exchanged("recalibrate", [entry for arena in collector.arenas for entry in arena.entries()]):
+    with exchanged("recalibrate", collector.arena.entries(collector.merge)):
         yield collector
-
-
-def _read_in(layer: _BatchNorm, dtype: torch.dtype) -> torch.dtype:
-    """The dtype in which a layer's statistics are read: that of its buffers.
-
-    In SyncBatchNorm's kernels counts have the dtype of the running statistics, which for float16 ends at 65,504.
-    """
-    narrow = dtype in (torch.float16, torch.bfloat16)
-    return torch.float32 if narrow and is_synchronized(layer) else dtype

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import random
 import sys
-from collections.abc import Collection, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._bits import Flat, is_plain, same_bits
@@ -18,23 +18,22 @@ from lightning_bn.functional.layers.torch_private import buffers_of
 from lightning_bn.functional.recalibration.one_value_per_channel import single_values_refused
 
 _PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
-_COMPOSITE: dict[type, bool] = {}
 
 
 @contextmanager
 def isolated_statistics(model: nn.Module, targets: Collection[_BatchNorm]) -> Iterator[None]:
     """Run forwards that collect the statistics of ``targets``; all else is afterwards as it was, whatever happens."""
-    with ExitStack() as stack:
-        stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.no_grad())
-        stack.enter_context(run_as_written())
-        stack.enter_context(preserved_rng())
-        stack.enter_context(preserved_modes(model))
-        stack.enter_context(preserved_buffers(model))
-        # Layers without statistics normalize with the batch in every mode.
-        layers = batch_norm_layers(model)
-        always = {name: layer for name, layer in layers.items() if not has_running_statistics(layer)}
-        stack.enter_context(single_values_refused(always))
+    # Layers without statistics normalize with the batch in every mode.
+    always = {name: layer for name, layer in batch_norm_layers(model).items() if not has_running_statistics(layer)}
+    with (
+        torch.inference_mode(False),
+        torch.no_grad(),
+        run_as_written(),
+        preserved_rng(),
+        preserved_modes(model),
+        preserved_buffers(model),
+        single_values_refused(always),
+    ):
         set_modes_for_statistics(model, targets)
         yield
 
@@ -43,19 +42,14 @@ def isolated_statistics(model: nn.Module, targets: Collection[_BatchNorm]) -> It
 def preserved_rng() -> Iterator[None]:
     """Put back at the end: Python's, numpy's (where loaded) and torch's generators, CUDA's included."""
     numpy = sys.modules.get("numpy")
-    python_state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    torch_state = torch.get_rng_state()
-    cuda_states = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    try:
-        yield
-    finally:
-        random.setstate(python_state)
+    with ExitStack() as at_the_end:
+        at_the_end.callback(random.setstate, random.getstate())
         if numpy is not None:
-            numpy.random.set_state(numpy_state)
-        torch.set_rng_state(torch_state)
-        if cuda_states is not None:
-            torch.cuda.set_rng_state_all(cuda_states)
+            at_the_end.callback(numpy.random.set_state, numpy.random.get_state())
+        at_the_end.callback(torch.set_rng_state, torch.get_rng_state())
+        if torch.cuda.is_initialized():
+            at_the_end.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        yield
 
 
 @contextmanager
@@ -65,7 +59,7 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
     Costs a copy of them for the duration.
     """
     found = [(buffers_of(module), dict(buffers_of(module))) for module in model.modules()]
-    real = [buffer for _, buffers in found for buffer in _real(buffers.values())]
+    real = [buffer for buffer in model.buffers() if not is_lazy(buffer) and is_plain(buffer)]
     values = Flat(real)
     try:
         yield
@@ -84,23 +78,16 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
 @contextmanager
 def preserved_modes(model: nn.Module) -> Iterator[None]:
     """Put back at the end every module's ``training`` flag, set directly and not through ``.train()``."""
-    flags = [(module, module.training) for module in model.modules()]
-    try:
+    with ExitStack() as at_the_end:
+        for module in model.modules():
+            at_the_end.callback(setattr, module, "training", module.training)
         yield
-    finally:
-        for module, flag in flags:
-            module.training = flag
 
 
-@contextmanager
-def run_as_written() -> Iterator[None]:
+def run_as_written() -> AbstractContextManager[None]:
     """Run compiled submodules as they are written, where hooks added after compilation fire and nothing recompiles."""
     # Whatever is compiled has loaded dynamo, and loading it for nothing costs seconds.
-    if "torch._dynamo" in sys.modules:
-        with torch.compiler.set_stance("force_eager"):
-            yield
-    else:
-        yield
+    return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
 def set_modes_for_statistics(model: nn.Module, targets: Collection[_BatchNorm]) -> None:
@@ -114,22 +101,10 @@ def set_modes_for_statistics(model: nn.Module, targets: Collection[_BatchNorm]) 
     for module in model.modules():
         if id(module) in chosen:
             module.training = True
-        elif isinstance(module, _BatchNorm) or _is_leaf(module) or _is_composite_layer(type(module)):
+        elif isinstance(module, _BatchNorm) or not [*module.children()] or _is_composite_layer(type(module)):
             module.training = False
 
 
-def _is_leaf(module: nn.Module) -> bool:
-    return next(module.children(), None) is None
-
-
 def _is_composite_layer(kind: type[nn.Module]) -> bool:
-    if kind not in _COMPOSITE:
-        bases = [base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules.")]
-        _COMPOSITE[kind] = not issubclass(kind, _PLAIN_CONTAINERS) and any(base is not nn.Module for base in bases)
-    return _COMPOSITE[kind]
-
-
-def _real(buffers: Iterable[Tensor | None]) -> Iterator[Tensor]:
-    for buffer in buffers:
-        if buffer is not None and not is_lazy(buffer) and is_plain(buffer):
-            yield buffer
+    bases = [base for base in kind.__mro__ if base.__module__.startswith("torch.nn.modules.")]
+    return not issubclass(kind, _PLAIN_CONTAINERS) and any(base is not nn.Module for base in bases)

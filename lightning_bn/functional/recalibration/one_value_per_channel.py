@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -29,34 +30,29 @@ def single_values_refused(layers: Mapping[str, _BatchNorm]) -> Iterator[None]:
     For layers without running statistics, which normalize with the batch in every mode, so that torch would raise an
     error of its own that says nothing of the layer.
     """
-
-    def hook(name: str, channels: int) -> Any:
-        def before_forward(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            values_per_channel(name, channels, args, kwargs)
-
-        return before_forward
-
-    handles = [
-        layer.register_forward_pre_hook(hook(name, layer.num_features), with_kwargs=True)
-        for name, layer in layers.items()
-    ]
-    try:
+    with ExitStack() as stack:
+        for name, layer in layers.items():
+            stack.enter_context(layer.register_forward_pre_hook(partial(_refuse, name), with_kwargs=True))
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
-def values_per_channel(
-    name: str, channels: int, args: tuple[Any, ...], kwargs: dict[str, Any], alone: bool = True
-) -> int:
-    """Return the values per channel in what a layer was called with.
+def _refuse(name: str, layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    values_per_channel(name, layer, batch_in(args, kwargs))
+
+
+def batch_in(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+    """The batch in what a layer was called with, its only argument."""
+    batch: Tensor = args[0] if args else next(iter(kwargs.values()))
+    return batch
+
+
+def values_per_channel(name: str, layer: _BatchNorm, batch: Tensor, alone: bool = True) -> int:
+    """Return the values per channel in a batch that a layer is given.
 
     Raises:
         OneValuePerChannelError: If it is one, and the layer is alone with it.
     """
-    batch: Tensor = args[0] if args else next(iter(kwargs.values()))
-    count = batch.numel() // channels
+    count = batch.numel() // layer.num_features
     if count == 1 and alone:
         raise OneValuePerChannelError(name)
     return count

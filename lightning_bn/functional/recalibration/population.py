@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -38,27 +37,6 @@ class Population:
     eps: Tensor
     uses: Tensor
     nonfinite: Tensor
-
-    @classmethod
-    def of(cls, parts: Sequence[Population], names: Sequence[str]) -> Population:
-        """Several populations as one, on the device of the first, in the order of ``names``."""
-        if len(parts) == 1:
-            return parts[0]
-        joined, device = ChannelLayout.joined([part.layout for part in parts]), parts[0].eps.device
-        order = torch.tensor([joined.names.index(name) for name in names], device=device)
-
-        def flat(read: Callable[[Population], Tensor]) -> Tensor:
-            return torch.cat([read(part).to(device) for part in parts], -1)
-
-        return cls(
-            layout=joined.restrict(names),
-            moments=Moments(*joined.pick(flat(lambda part: torch.stack(tuple(part.moments))), names)),
-            errors=joined.pick(flat(lambda part: part.errors), names),
-            averages=joined.pick(flat(lambda part: part.averages), names),
-            eps=joined.pick(flat(lambda part: part.eps), names),
-            uses=flat(lambda part: part.uses)[order],
-            nonfinite=flat(lambda part: part.nonfinite)[order],
-        )
 
     def by_layer(self, counts: Tensor) -> dict[str, int]:
         """Return counts of layers, ``(L,)``, by name."""

@@ -18,21 +18,17 @@ from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.distributed.agreement import agree, layer_facts, tell_failure
 from lightning_bn.functional.distributed.lockstep import Lockstep
 from lightning_bn.functional.layers.patterns import Patterns
-from lightning_bn.functional.layers.properties import is_synchronized
+from lightning_bn.functional.layers.properties import is_synchronized, processes_of
 from lightning_bn.functional.layers.selection import LayerSelection
+from lightning_bn.functional.layers.status import is_frozen
+from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.across_processes import across_processes
 from lightning_bn.functional.recalibration.collector import collecting
 from lightning_bn.functional.recalibration.isolation import isolated_statistics
 from lightning_bn.functional.recalibration.population import Estimator, Population
-from lightning_bn.functional.recalibration.result import (
-    FailedAloneError,
-    NoUsableBatchError,
-    Recalibration,
-    RecalibrationError,
-)
+from lightning_bn.functional.recalibration.result import Recalibration
 from lightning_bn.functional.recalibration.run import CollectionRun
 from lightning_bn.functional.recalibration.stopping import StoppingRule
-from lightning_bn.functional.recalibration.targets import targets_of
 from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.snapshots import snapshot_of
 
@@ -123,7 +119,7 @@ def recalibrate(
         rule = StoppingRule(num_batches, num_samples, max_standard_error, processes)
         _check(batches, estimator)
         selected = LayerSelection(modules, exclude, root).tracked_layers(model)
-        targets = targets_of(model, selected, distributed=distributed)
+        targets = _targets_of(model, selected, distributed=distributed)
         layout = ChannelLayout.of(targets)
         synchronized = [name for name, layer in targets.items() if is_synchronized(layer)]
     if distributed:
@@ -147,8 +143,8 @@ def recalibrate(
     reached = {name: targets[name] for name in gathered.reached()}
     uses, nonfinite = gathered.by_layer(gathered.uses), gathered.by_layer(gathered.nonfinite)
     if not reached:
-        why = None if counts.batches else run.why_nothing()
-        raise NoUsableBatchError(why or _why_none(nonfinite, counts.batches))
+        why = _why_none(nonfinite, counts.batches) if counts.batches else run.why_nothing()
+        raise result.NoUsableBatchError(why)
     before = snapshot_of(reached)
     _write(reached, gathered, estimator)
     return Recalibration(
@@ -174,12 +170,9 @@ def _failure_told(device: torch.device) -> Iterator[None]:
     """Tell the other processes of a failure inside; a refusal that they do not share is an error of its own kind."""
     try:
         yield
-    except RecalibrationError as error:
-        if tell_failure(device):
-            raise FailedAloneError(str(error)) from error
-        raise
-    except BaseException:
-        tell_failure(device)
+    except BaseException as error:
+        if tell_failure(device) and isinstance(error, result.RecalibrationError):
+            raise result.FailedAloneError(str(error)) from error
         raise
 
 
@@ -190,6 +183,29 @@ def _check(batches: Any, estimator: str) -> None:
             f"batches is a {type(batches).__name__}, not an iterable of batches: pass a DataLoader, or [batch] for "
             f"a single one."
         )
+
+
+def _targets_of(model: nn.Module, selected: Mapping[str, _BatchNorm], *, distributed: bool) -> dict[str, _BatchNorm]:
+    """The one place with the rule of what counts as frozen: eval does only where something else is in training."""
+    in_training = any(module.training for module in model.modules())
+    targets = {
+        name: layer for name, layer in selected.items() if not is_frozen(layer) and (layer.training or not in_training)
+    }
+    if not targets:
+        raise result.AllFrozenError(
+            f"nothing to recalibrate: {counted(len(selected), 'selected BatchNorm layer')}, every one frozen or in "
+            f"eval inside a model in training ({quoted(list(selected))}). Unfreeze them, or call model.eval() if eval "
+            f"was not meant to freeze them."
+        )
+    synchronized = [name for name, layer in targets.items() if processes_of(layer) > 1]
+    if synchronized and not distributed:
+        name = synchronized[0]
+        more = f" (and {counted(len(synchronized) - 1, 'more layer')})" if len(synchronized) > 1 else ""
+        raise ValueError(
+            f"BatchNorm layer {name!r}{more} is synchronized over {processes_of(targets[name])} processes: each of its "
+            f"forwards waits for theirs. Pass distributed=True, in every process."
+        )
+    return targets
 
 
 def _why_none(nonfinite: Mapping[str, int], batches: int) -> str:

@@ -68,8 +68,7 @@ class CollectionRun:
         """
         iterator, lockstep, rule = iter(batches), self._lockstep, self._rule
         while True:
-            looks = rule.looks_after(self.counts.batches)
-            precise = looks and rule.precise_enough(collector.largest_standard_error())
+            precise = rule.precise_enough(self.counts.batches, collector.largest_standard_error)
             batch = _END if precise and lockstep is None else self._next(iterator)
             # Before the others are told that this process goes on: whatever fails from there on leaves them waiting.
             moved = _END if batch is _END else to_device(batch, self._device)
@@ -89,10 +88,8 @@ class CollectionRun:
             else:
                 self._count(batch)
 
-    def why_nothing(self) -> str | None:
-        """Return the reason and the way out if no batch could be used, else None."""
-        if self.counts.batches:
-            return None
+    def why_nothing(self) -> str:
+        """Return why no batch could be used, and the way out."""
         if self.counts.skipped:
             return (
                 f"no batch could be used: in all {self.counts.skipped} of them BatchNorm layer {self._skipped_at!r} "
@@ -103,32 +100,28 @@ class CollectionRun:
                 "another process had no batch, and with SyncBatchNorm layers all run as many as the one that has the "
                 "fewest: nothing was changed. Give every process a share of the data."
             )
-        asked = self._rule.num_batches
-        many = "" if asked is None else f" ({asked} were asked for)"
+        many = f" ({self._rule.num_batches} were asked for)" if self._rule.num_batches else ""
         return f"the loader gave no batch{many}: nothing was changed. Is the dataset or iterator empty?"
 
     def _next(self, iterator: Iterator[Any]) -> Any:
         """The next batch, or that there is none or none is wanted."""
         counts, rule = self.counts, self._rule
         # In lockstep the samples of all processes are known, and counted there.
-        samples_are_enough = self._lockstep is None and rule.enough_samples(counts.samples)
-        if rule.enough_batches(counts.batches + counts.skipped) or samples_are_enough:
+        if rule.enough(counts.batches + counts.skipped, 0 if self._lockstep else counts.samples or 0):
             return _END
-        try:
-            return next(iterator)
-        except StopIteration:
+        batch = next(iterator, _END)
+        if batch is _END:
             self._at_the_end = True
-            self.counts = replace(counts, ended_early=int(rule.limits_the_data))
-            return _END
+            # Nothing ends early of which no amount was asked for.
+            self.counts = replace(counts, ended_early=int(bool(rule.num_batches or rule.num_samples)))
+        return batch
 
     def _count(self, batch: Any) -> None:
         counts, here = self.counts, num_samples(batch)
-        # From here on a failure is of a batch that was used.
-        self.counts = replace(counts, batches=counts.batches + 1)
         if here is None and self._rule.num_samples is not None:
             raise ValueError(
                 f"num_samples={self._rule.num_samples} needs batches whose samples can be counted by the first tensor "
                 f"in them, found a {describe_batch(batch)}: limit with num_batches instead."
             )
         samples = None if here is None or counts.samples is None else counts.samples + here
-        self.counts = replace(self.counts, samples=samples)
+        self.counts = replace(counts, batches=counts.batches + 1, samples=samples)

@@ -20,31 +20,21 @@ class ErrorSums:
     several uses of a layer in one forward, are not independent.
 
     Attributes:
-        batches: How many, per channel, shape ``(C,)`` like all others.
-        origin: Mean of the first batch.
-        n2: Sum of n^2.
-        n2d: Sum of n^2 d.
-        n2dd: Sum of n^2 d^2.
-        n2e: Sum of n^2 e.
-        n2de: Sum of n^2 d e.
-        n2ee: Sum of n^2 e^2.
+        batches: How many, per channel, shape ``(C,)``.
+        origin: Mean of the first batch, ``(C,)``.
+        sums: Of n^2, n^2 d, n^2 d^2, n^2 e, n^2 d e and n^2 e^2, ``(6, C)``.
 
     Source: Cochran (1977), "Sampling Techniques", section 9A: the ratio estimator over clusters.
     """
 
     batches: Tensor
     origin: Tensor
-    n2: Tensor
-    n2d: Tensor
-    n2dd: Tensor
-    n2e: Tensor
-    n2de: Tensor
-    n2ee: Tensor
+    sums: Tensor
 
     @classmethod
     def none(cls, zeros: Tensor) -> ErrorSums:
         """Of no batch yet; ``zeros`` gives shape, dtype and device."""
-        return cls(*[zeros] * 8)
+        return cls(zeros, zeros, torch.stack([zeros] * 6))
 
     def with_batch(self, batch: Moments) -> ErrorSums:
         """With one batch more; channels with count 0 are not in it."""
@@ -54,16 +44,8 @@ class ErrorSums:
         e = torch.where(there, batch.m2 / batch.count.clamp(min=1), 0) + d.square()
         n2 = batch.count.square()
         n2d, n2e = n2 * d, n2 * e
-        return ErrorSums(
-            batches=self.batches + there,
-            origin=origin,
-            n2=self.n2 + n2,
-            n2d=self.n2d + n2d,
-            n2dd=self.n2dd + n2d * d,
-            n2e=self.n2e + n2e,
-            n2de=self.n2de + n2d * e,
-            n2ee=self.n2ee + n2e * e,
-        )
+        sums = torch.stack((n2, n2d, n2d * d, n2e, n2d * e, n2e * e))
+        return ErrorSums(self.batches + there, origin, self.sums + sums)
 
     def squared(self, pooled: Moments) -> Tensor:
         """Return the summed squared n-fold distances of batches from the pooled mean and variance, ``(2, C)``.
@@ -74,14 +56,10 @@ class ErrorSums:
         shift = pooled.mean - self.origin
         # Of the mean: d - shift. Of the variance: q - v with q = e - 2 shift d + shift^2.
         about = shift.square() - variance(pooled, unbiased=False)
-        mean = self.n2dd - 2 * shift * self.n2d + shift.square() * self.n2
-        var = (
-            self.n2ee
-            - 4 * shift * self.n2de
-            + 4 * shift.square() * self.n2dd
-            + 2 * about * (self.n2e - 2 * shift * self.n2d)
-            + about.square() * self.n2
-        )
+        n2, n2d, n2dd, n2e, n2de, n2ee = self.sums
+        mean = n2dd - 2 * shift * n2d + shift.square() * n2
+        var = n2ee - 4 * shift * n2de + 4 * shift.square() * n2dd
+        var = var + 2 * about * (n2e - 2 * shift * n2d) + about.square() * n2
         correction = self.batches / (self.batches - 1).clamp(min=1)
         # Rounding may leave a little below zero.
         return torch.where(self.batches > 1, torch.stack((mean, var)).clamp(min=0) * correction, torch.inf)

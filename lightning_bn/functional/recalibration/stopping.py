@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from lightning_bn.functional._checks import check_positive, check_whole
@@ -36,33 +37,17 @@ class StoppingRule:
         check_whole("num_samples", self.num_samples, 1, none="for all there are")
         check_positive("max_standard_error", self.max_standard_error, none="for no limit")
 
-    @property
-    def limits_the_data(self) -> bool:
-        """Whether data that end may have ended early."""
-        return self.num_batches is not None or self.num_samples is not None
+    def enough(self, batches: int, samples: int) -> bool:
+        """Whether this process has taken as many batches as it may, or used its share of the samples."""
+        taken = samples * self.processes
+        return batches >= (self.num_batches or math.inf) or taken >= (self.num_samples or math.inf)
 
-    def enough_batches(self, taken: int) -> bool:
-        """Whether this process has taken as many batches as it may."""
-        return self.num_batches is not None and taken >= self.num_batches
-
-    def enough_samples(self, samples: int | None) -> bool:
-        """Whether this process has used its share of the samples; no, if they cannot be counted."""
-        if self.num_samples is None or samples is None:
-            return False
-        return samples >= math.ceil(self.num_samples / self.processes)
-
-    def looks_after(self, batches: int) -> bool:
-        """Whether it is time to look at the error: it falls slowly, and each look waits for the device.
-
-        After every eighth of what was used so far.
-        """
-        enough = batches >= FEWEST_BATCHES and batches % max(1, batches // 8) == 0
-        return self.max_standard_error is not None and enough
-
-    def precise_enough(self, standard_error: float) -> bool:
+    def precise_enough(self, batches: int, standard_error: Callable[[], float]) -> bool:
         """Whether the error that this process estimates is small enough for all of them together.
 
-        Each process sees its own sample; together they know more by the root of their number.
+        Each process sees its own sample; together they know more by the root of their number. The error falls slowly,
+        and each look at it waits for the device: it is looked at after every eighth of what was used so far.
         """
-        limit = self.max_standard_error
-        return limit is not None and standard_error <= limit * math.sqrt(self.processes)
+        if self.max_standard_error is None or batches < FEWEST_BATCHES or batches % max(1, batches // 8):
+            return False
+        return standard_error() <= self.max_standard_error * math.sqrt(self.processes)
