@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
-from lightning_bn.functional.monitoring.batch_window import BatchWindow
+from lightning_bn.functional.monitoring.batch_deviation import BatchWindow
 from lightning_bn.functional.monitoring.diagnosis import COLLAPSED_BELOW
 from lightning_bn.functional.monitoring.health import Health, initial_shares, newly_collapsed
 from lightning_bn.functional.statistics.drift_measures import Measure, of_standardized, standardized

@@ -17,8 +17,7 @@ from lightning_bn.functional.layers.behavior import has_initial_statistics
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.layers.status import LayerStatus, layer_status
 from lightning_bn.functional.monitoring.announcer import Announcer
-from lightning_bn.functional.monitoring.batch_deviation import momenta
-from lightning_bn.functional.monitoring.batch_window import BatchWindow
+from lightning_bn.functional.monitoring.batch_deviation import BatchWindow, momenta
 from lightning_bn.functional.monitoring.cadence import Cadence
 from lightning_bn.functional.monitoring.diagnosis import JUDGED_BY_BATCHES, diagnose, most_of_one_batch
 from lightning_bn.functional.monitoring.drift_in_words import DriftSentences
