@@ -14,7 +14,6 @@ class Announcer:
     """Says each finding once, and drift where it triggers a threshold.
 
     Args:
-        measure: Of drift.
         warn_above: Drift that is warned of.
         act_above: Drift in two samples in a row that asks for an action.
 
@@ -22,9 +21,7 @@ class Announcer:
         told: Layers and kinds of findings that were said.
     """
 
-    def __init__(self, measure: str, warn_above: float | None, act_above: float | None) -> None:
-        self._measure = measure
-        self.warn_above, self.act_above = warn_above, act_above
+    def __init__(self, warn_above: float | None, act_above: float | None) -> None:
         # One noisy sample does not stop a run.
         self.warning, self.action = Threshold(warn_above), Threshold(act_above, in_a_row=2)
         self.told: frozenset[tuple[str, str]] = frozenset()
@@ -46,10 +43,10 @@ class Announcer:
                 self.told |= {(layer, one.kind) for layer in one.layers}
                 yield f"step {sample.step:,}: {one.sentence}"
         if self.warning.triggers(sample.summary.max):
+            moved = f"{sentences.moved(sample.summary)}; {sentences.measure} {sample.summary.max:.3g}"
             yield (
-                f"step {sample.step:,}: {sentences.moved(sample.summary)}; {self._measure} {sample.summary.max:.3g} is "
-                f"above warn_above={self.warn_above:g}. If it should not move, freeze it or give it statistics of its "
-                f"own; if it is meant to, leave it out with exclude."
+                f"step {sample.step:,}: {moved} is above warn_above={self.warning.limit:g}. If it should not move, "
+                f"freeze it or give it statistics of its own; if it is meant to, leave it out with exclude."
             )
 
     def _exceeded(self, sample: Sample, largest: float, sentences: DriftSentences) -> str:
@@ -58,5 +55,5 @@ class Announcer:
             return ""
         here = self.action.is_above(sample.summary.max)
         moved = sentences.moved(sample.summary) if here else "statistics of another rank moved most"
-        above = f"above act_above={self.act_above:g} in two samples in a row"
-        return f"step {sample.step:,}: {moved}; {self._measure} {largest:.3g} is {above}"
+        above = f"above act_above={self.action.limit:g} in two samples in a row"
+        return f"step {sample.step:,}: {moved}; {sentences.measure} {largest:.3g} is {above}"

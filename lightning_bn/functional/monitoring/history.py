@@ -103,12 +103,11 @@ class DriftHistory:
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, lists and numbers only."""
+        lists = {name: list(getattr(self, name)) for name in ("names", "steps", "epochs")}
         return {
             "format": 1,
+            **lists,
             "most": self.most,
-            "names": list(self.names),
-            "steps": list(self.steps),
-            "epochs": list(self.epochs),
             "marks": [list(mark) for mark in self.marks],
             "stride": self._stride,
             "seen": self._seen,
