@@ -7,10 +7,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lightning_bn.callbacks._lightning.namespaces import (
-    Trainer,
-    rank_zero_info,
-)
+from lightning_bn.callbacks._lightning.namespaces import Trainer, rank_zero_info
 
 
 def log_figure(trainer: Trainer, draw: Callable[[], Any], name: str) -> None:
