@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks._base import BatchNormCallback
 from lightning_bn.callbacks._lightning.figures import log_figure
@@ -124,12 +125,11 @@ class BatchNormMonitor(BatchNormCallback):
         agree_on_ranks(trainer, "monitor", lambda: self._layout(pl_module), settings)
 
     def _layout(self, module: LightningModule) -> ChannelLayout:
-        layers = self._selection.tracked_layers(module)
-        self._checkpoint(snapshot_of(layers))
-        return ChannelLayout.of(layers)
+        self._checkpoint(self._selection.tracked_layers(module))
+        return super()._layout(module)
 
-    def _checkpoint(self, like: Snapshot) -> Snapshot | None:
-        return None if self.reference in REFERENCES else snapshot_of_checkpoint(self.reference, like)
+    def _checkpoint(self, layers: Mapping[str, _BatchNorm]) -> Snapshot | None:
+        return None if self.reference in REFERENCES else snapshot_of_checkpoint(self.reference, snapshot_of(layers))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.barebones:
@@ -140,7 +140,7 @@ class BatchNormMonitor(BatchNormCallback):
             self.every_n_steps,
             measure=self.measure,
             reference=str(self.reference),
-            checkpoint=self._checkpoint(snapshot_of(layers)),
+            checkpoint=self._checkpoint(layers),
             warn_above=self.warn_above,
             act_above=self.act_above,
             history=DriftHistory(self.history.most),
@@ -278,14 +278,8 @@ class BatchNormMonitor(BatchNormCallback):
         key, summary = f"{self.prefix}/{self.measure}", self._running.last.summary
         values = {f"{key}_mean": summary.mean, f"{key}_max": summary.max}
         # The loggers have their curve already.
-        how = {
-            "on_step": False,
-            "on_epoch": True,
-            "logger": False,
-            "batch_size": 1,
-            "sync_dist": trainer.world_size > 1,
-        }
-        self.log_dict(values, **how)  # type: ignore[attr-defined]
+        log_dict: Any = self.log_dict  # type: ignore[attr-defined]
+        log_dict(values, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=trainer.world_size > 1)
 
     def _show(self, trainer: Trainer) -> None:
         if not (self.report and trainer.is_global_zero):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -12,8 +12,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.snapshots import Snapshot
-
-_WINDOW = 8
 
 
 def momenta(layers: Iterable[_BatchNorm], device: torch.device) -> Tensor:
@@ -118,14 +116,7 @@ class BatchWindow:
         self.innovations = self.gaps = BatchDeviations.none(like)
         self.judged = 0
 
-    def add(
-        self,
-        before: Snapshot,
-        after: Snapshot,
-        momentum: Tensor,
-        most: float,
-        mean_over_ranks: Callable[[Tensor], Tensor] | None,
-    ) -> None:
+    def add(self, before: Snapshot, after: Snapshot, momentum: Tensor, most: float, everywhere: Tensor | None) -> None:
         """Add the batch between two snapshots.
 
         Args:
@@ -133,17 +124,9 @@ class BatchWindow:
             after: Right after it.
             momentum: Of the layers.
             most: Standard deviations that it can add.
-            mean_over_ranks: Gives the mean of a tensor over all processes; None in one process.
+            everywhere: Means over all processes right after it, ``(C,)``; None in one process.
         """
         self.innovations = self.innovations.with_batch(innovation(before, after, momentum), most)
         self.judged += 1
-        if mean_over_ranks is not None:
-            # Of the statistics after the step, not of what this rank saw: where DDP broadcasts rank 0's buffers
-            # before each forward, all ranks began at the same place. Synchronized layers have no gap.
-            everywhere = mean_over_ranks(after.mean.to(torch.float64))
+        if everywhere is not None:
             self.gaps = self.gaps.with_batch(gap(everywhere, after, momentum), most)
-
-    @property
-    def is_full(self) -> bool:
-        """Whether a new one is to begin."""
-        return self.judged >= _WINDOW

@@ -19,7 +19,7 @@ from lightning_bn.functional.layers.status import LayerStatus, layer_status
 from lightning_bn.functional.monitoring.announcer import Announcer
 from lightning_bn.functional.monitoring.batch_deviation import BatchWindow, momenta
 from lightning_bn.functional.monitoring.cadence import Cadence
-from lightning_bn.functional.monitoring.diagnosis import JUDGED_BY_BATCHES, diagnose, most_of_one_batch
+from lightning_bn.functional.monitoring.diagnosis import FEWEST_BATCHES, JUDGED_BY_BATCHES, diagnose, most_of_one_batch
 from lightning_bn.functional.monitoring.drift_in_words import DriftSentences
 from lightning_bn.functional.monitoring.evidence import Evidence
 from lightning_bn.functional.monitoring.finding_in_words import Finding
@@ -173,8 +173,10 @@ class MonitorSession:
             self._samples = num_samples(batch)
         if self._before is not None:
             before, self._before, self._after = self._before, None, self._now()
-            most = most_of_one_batch(self._samples)
-            self._window.add(before, self._after, self._momenta(), most, self._mean_over_ranks)
+            # Of the statistics after the step, not of what this rank saw: where DDP broadcasts rank 0's buffers
+            # before each forward, all ranks began at the same place. Synchronized layers have no gap.
+            everywhere = self._mean_over_ranks(self._after.mean.to(torch.float64)) if self._mean_over_ranks else None
+            self._window.add(before, self._after, self._momenta(), most_of_one_batch(self._samples), everywhere)
         return self._cadence.samples(step)
 
     def recalibrated(self, step: int) -> bool:
@@ -221,7 +223,7 @@ class MonitorSession:
             findings=tuple(findings),
         )
         self.sampled, self._batches = current, 0
-        if self._window.is_full:
+        if self._window.judged >= FEWEST_BATCHES:
             self._window = BatchWindow(current.mean)
         self.last = self._announcer.announced(sample, max(table.largest_anywhere.tolist()), self._sentences)
         return self.last
