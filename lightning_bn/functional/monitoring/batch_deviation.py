@@ -16,15 +16,16 @@ from lightning_bn.functional.statistics.snapshots import Snapshot
 
 def momenta(layers: Iterable[_BatchNorm], device: torch.device) -> Tensor:
     """Return each layer's weight of a new batch, ``(L,)``; NaN for a cumulative average, whose weight changes."""
-    return _on_device(tuple(layer.momentum for layer in layers), device)
+    known = tuple(torch.nan if layer.momentum is None else layer.momentum for layer in layers)
+    return on_device(known, device, torch.float64)
 
 
-# The same at every sample of most fits: copying it would wait for the device.
-@lru_cache(maxsize=32)
-def _on_device(values: tuple[float | None, ...], device: torch.device) -> Tensor:
+# The same at most samples: copying it would wait for the device.
+@lru_cache(maxsize=64)
+def on_device(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return values of the layers, ``(L,)``; made once for a device."""
     with torch.inference_mode(False):
-        known = [torch.nan if value is None else value for value in values]
-        return torch.tensor(known, dtype=torch.float64).to(device)
+        return torch.tensor(values, dtype=dtype).to(device)
 
 
 def innovation(before: Snapshot, after: Snapshot, momentum: Tensor) -> Tensor:

@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.functional._batches import num_samples
 from lightning_bn.functional._checks import check_choice
 from lightning_bn.functional._text import quoted
-from lightning_bn.functional.layers.behavior import has_initial_statistics
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.layers.status import LayerStatus, layer_status
 from lightning_bn.functional.monitoring.announcer import Announcer
@@ -94,7 +93,7 @@ class MonitorSession:
         self.sampled = snapshot_of(layers).where_doubles_are()
         self.reference = self.sampled if checkpoint is None else checkpoint.to(self.sampled.mean.device)
         self.warm_up = WarmUp(layers)
-        self._start_warm_up()
+        self.warm_up.start(self._layers)
         self._window = BatchWindow(self.sampled.mean)
         self._before: Snapshot | None = None
         self._after: Snapshot | None = None
@@ -150,7 +149,7 @@ class MonitorSession:
     def refer_to_now(self) -> None:
         """Measure from the statistics of now from here on."""
         self.reference = self._now()
-        self._start_warm_up()
+        self.warm_up.start(self._layers)
 
     def before_batch(self) -> None:
         """Look at the statistics right before a training batch, where it is judged."""
@@ -266,9 +265,6 @@ class MonitorSession:
     @property
     def _sentences(self) -> DriftSentences:
         return DriftSentences(self._measure, self._measured_from, self.history, self.warm_up)
-
-    def _start_warm_up(self) -> None:
-        self.warm_up.start(name for name, layer in self._layers.items() if has_initial_statistics(layer))
 
     def _now(self) -> Snapshot:
         # One measure alone asks for the affine weights.
