@@ -166,10 +166,8 @@ def _warming_up(history: DriftHistory) -> Any:
 
 def _edges(steps: list[int]) -> list[float]:
     """Where one sample's color ends and the next one's begins."""
-    if len(steps) == 1:
-        return [steps[0] - 0.5, steps[0] + 0.5]
-    middles = [(a + b) / 2 for a, b in pairwise(steps)]
-    return [steps[0] - (middles[0] - steps[0]), *middles, steps[-1] + (steps[-1] - middles[-1])]
+    first, last = (steps[1] - steps[0], steps[-1] - steps[-2]) if len(steps) > 1 else (1, 1)
+    return [(a + b) / 2 for a, b in pairwise([steps[0] - first, *steps, steps[-1] + last])]
 
 
 def _mark(figure: Any, axes: Any, history: DriftHistory, patches: Mapping[str, str]) -> None:

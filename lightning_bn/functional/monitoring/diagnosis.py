@@ -8,8 +8,8 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
-from lightning_bn.functional.monitoring.evidence import Evidence
 from lightning_bn.functional.monitoring.finding_in_words import OF_COUNTERS, Finding, FindingKind
+from lightning_bn.functional.monitoring.measure import Evidence
 
 JUDGED_BY_BATCHES: tuple[FindingKind, ...] = ("lagging", "alternating", "ranks differ", "small batches")
 """What cannot be told of a layer that is warming up."""

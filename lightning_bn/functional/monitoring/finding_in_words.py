@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from lightning_bn.functional._text import counted
-from lightning_bn.functional.monitoring.evidence import Evidence
+from lightning_bn.functional.monitoring.measure import Evidence
 
 FindingKind: TypeAlias = Literal[
     "not finite",

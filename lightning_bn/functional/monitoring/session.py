@@ -15,16 +15,14 @@ from lightning_bn.functional._checks import check_choice
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.layers.status import LayerStatus, layer_status
-from lightning_bn.functional.monitoring.announcer import Announcer
+from lightning_bn.functional.monitoring.announcer import Announcer, DriftSentences
 from lightning_bn.functional.monitoring.batch_deviation import BatchWindow, momenta
 from lightning_bn.functional.monitoring.cadence import Cadence
 from lightning_bn.functional.monitoring.diagnosis import FEWEST_BATCHES, JUDGED_BY_BATCHES, diagnose, most_of_one_batch
-from lightning_bn.functional.monitoring.drift_in_words import DriftSentences
-from lightning_bn.functional.monitoring.evidence import Evidence
 from lightning_bn.functional.monitoring.finding_in_words import Finding
 from lightning_bn.functional.monitoring.health import health
 from lightning_bn.functional.monitoring.history import DriftHistory
-from lightning_bn.functional.monitoring.measure import LayerTable, measure
+from lightning_bn.functional.monitoring.measure import Evidence, LayerTable, measure
 from lightning_bn.functional.monitoring.monitor_state import MonitorState
 from lightning_bn.functional.monitoring.sample import Sample
 from lightning_bn.functional.monitoring.settings import REFERENCES

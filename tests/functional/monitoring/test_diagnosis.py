@@ -12,8 +12,7 @@ from lightning_bn.functional.monitoring.diagnosis import (
     RANKS_DIFFER,
     diagnose,
 )
-from lightning_bn.functional.monitoring.evidence import Evidence
-from lightning_bn.functional.monitoring.measure import LayerTable
+from lightning_bn.functional.monitoring.measure import Evidence, LayerTable
 
 NAMES = ("stem.bn", "body.bn", "head.bn")
 
