@@ -99,7 +99,7 @@ class Finding:
             where="" if measured["nonfinite"] else " on another rank",
             whose="its input" if len(layers) == 1 else "the input of whichever the forward reaches first",
             dead=counted(int(measured["newly_collapsed"]), "channel"),
-            frozen_by=evidence.frozen_by[first],
+            frozen_by=", ".join(evidence.frozen_by[first]),
             how="updated: something put it into train mode" if measured["updates"] > 0 else "written to",
             idle=int(evidence.idle[first]),
             samples=counted(samples, "sample"),

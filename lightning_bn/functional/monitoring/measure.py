@@ -58,7 +58,7 @@ class LayerTable(Health):
 
     def to_host(self) -> LayerTable:
         """Return the same table on the CPU; waits for the device once."""
-        columns: list[Tensor] = list(vars(self).values())
+        columns = [column.to(torch.float64) for column in vars(self).values()]
         return LayerTable(*torch.cat(columns).cpu().split([len(column) for column in columns]))
 
 
@@ -69,7 +69,7 @@ class Evidence:
     Attributes:
         table: What was measured; updates are NaN where it is not known.
         names: Of the layers.
-        frozen_by: Who froze a layer's statistics; empty if nobody.
+        frozen_by: Who froze each layer's statistics; empty if nobody.
         training: Whether a layer is in train mode, ``(L,)``.
         synchronized: Whether a layer normalizes the batches of several processes together, ``(L,)``.
         idle: Training batches since the last update, ``(L,)``.
@@ -80,7 +80,7 @@ class Evidence:
 
     table: LayerTable
     names: tuple[str, ...]
-    frozen_by: tuple[str, ...]
+    frozen_by: tuple[tuple[str, ...], ...]
     training: Tensor
     synchronized: Tensor
     idle: Tensor

@@ -246,10 +246,7 @@ class MonitorSession:
         evidence = Evidence(
             table=table,
             names=tuple(self._layers),
-            frozen_by=tuple(
-                ", ".join(status.stats_frozen_by) if name in was_frozen else ""
-                for name, status in self.statuses.items()
-            ),
+            frozen_by=tuple(now.stats_frozen_by if name in was_frozen else () for name, now in self.statuses.items()),
             training=torch.tensor([self.training.get(name, False) for name in self._layers], device="cpu"),
             synchronized=torch.tensor([processes_of(layer) > 1 for layer in self._layers.values()], device="cpu"),
             idle=self._idle,

@@ -37,7 +37,7 @@ def evidence(**changed: Any) -> Evidence:
         "initial_share": [0.0] * 3,
     }
     known: dict[str, Any] = {
-        "frozen_by": ("",) * 3,
+        "frozen_by": ((),) * 3,
         "training": [True] * 3,
         "synchronized": [False] * 3,
         "idle": [0] * 3,
@@ -91,13 +91,13 @@ def test_a_healthy_model_has_nothing() -> None:
         ),
         ({"updates": [1, 1, 2]}, "head.bn", "updated twice", ["2 times per batch", "more than once in a forward"]),
         (
-            {"frozen_by": ["", "BatchNormFreezer", ""]},
+            {"frozen_by": [(), ("BatchNormFreezer",), ()]},
             "body.bn",
             "frozen but moves",
             ["frozen by BatchNormFreezer", "train mode"],
         ),
         (
-            {"frozen_by": ["", "me", ""], "updates": [1, 0, 1]},
+            {"frozen_by": [(), ("me",), ()], "updates": [1, 0, 1]},
             "body.bn",
             "frozen but moves",
             ["frozen by me", "written to"],
@@ -155,7 +155,7 @@ def test_a_layer_is_not_called_stalled_before_enough_batches_passed_it_by() -> N
 def test_a_layer_in_eval_and_a_frozen_one_that_stands_still_are_no_faults() -> None:
     still = {"updates": [1, 0, 1], "idle": [0, 50, 0], "changed": [True, False, True]}
     assert found(**still, training=[True, False, True]) == []
-    assert found(**still, frozen_by=["", "me", ""], training=[True, False, True]) == []
+    assert found(**still, frozen_by=[(), ("me",), ()], training=[True, False, True]) == []
 
 
 def test_what_is_not_known_of_updates_is_no_fault() -> None:
