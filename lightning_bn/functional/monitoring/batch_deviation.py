@@ -43,18 +43,8 @@ def innovation(before: Snapshot, after: Snapshot, momentum: Tensor) -> Tensor:
     return _in_sigma(after.mean, before.mean, torch.where(once, momentum, torch.nan), before)
 
 
-def gap(everywhere: Tensor, here: Snapshot, momentum: Tensor) -> Tensor:
-    """Return how far the last batch here was from those everywhere, ``(C,)``, in standard deviations.
-
-    Args:
-        everywhere: Means over all processes, ``(C,)``, right after a batch that all began with the same statistics.
-        here: Of this process.
-        momentum: Of the layers, as :func:`momenta` gives it.
-    """
-    return _in_sigma(here.mean, everywhere, momentum, here)
-
-
 def _in_sigma(mean: Tensor, base: Tensor, momentum: Tensor, scale: Snapshot) -> Tensor:
+    """Return how far the batches behind two running means lie apart, ``(C,)``, if one update made the difference."""
     weight = scale.layout.expand(torch.where(momentum > 0, momentum, torch.nan))
     sigma = (scale.var.to(torch.float64) + scale.eps_of()).sqrt()
     return (mean.to(torch.float64) - base.to(torch.float64)) / weight / sigma
@@ -125,9 +115,9 @@ class BatchWindow:
             after: Right after it.
             momentum: Of the layers.
             most: Standard deviations that it can add.
-            everywhere: Means over all processes right after it, ``(C,)``; None in one process.
+            everywhere: Running means of all processes right after it, averaged, ``(C,)``; None in one process.
         """
         self.innovations = self.innovations.with_batch(innovation(before, after, momentum), most)
         self.judged += 1
         if everywhere is not None:
-            self.gaps = self.gaps.with_batch(gap(everywhere, after, momentum), most)
+            self.gaps = self.gaps.with_batch(_in_sigma(after.mean, everywhere, momentum, after), most)
