@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from math import isfinite
+from math import inf, isfinite
 from typing import Any
 
 from lightning_bn.functional.monitoring.history import DriftHistory
 
+_TITLE = "How far running statistics are from their reference"
 _MARKS = {
     "frozen": ("s", "white"),
     "unfrozen": ("o", "white"),
@@ -34,7 +35,6 @@ def drift_figure(history: DriftHistory, measure: str, threshold: float | None = 
     """
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, TwoSlopeNorm
-    from matplotlib.figure import Figure
     from numpy import ma
 
     if not len(history):
@@ -47,31 +47,26 @@ def drift_figure(history: DriftHistory, measure: str, threshold: float | None = 
     values = values.nan_to_num(nan=most, posinf=most).clamp(max=most)
     longest, layers = max(map(len, history.names)), len(history.names)
     height = min(max(3.4, 2.2 + 0.24 * layers), 16)
-    figure = Figure(figsize=(8 + 0.07 * min(longest, 60), height), layout="constrained")
-    axes = figure.add_subplot()
-    edges = _edges(history.steps)
-    mesh = axes.pcolormesh(
-        edges,
-        [index - 0.5 for index in range(layers + 1)],
-        ma.masked_array(values.T.numpy(), unmeasured.T.numpy()),
-        cmap=colormaps["RdYlBu_r"].with_extremes(bad="black"),
-        norm=TwoSlopeNorm(middle, 0.0, most),
-    )
-    warming_up = _warming_up(history)
+    figure, axes = _figure_for(None, (8 + 0.07 * min(longest, 60), height))
+    columns, rows = _edges(history.steps), [index - 0.5 for index in range(layers + 1)]
+    cmap, norm = colormaps["RdYlBu_r"].with_extremes(bad="black"), TwoSlopeNorm(middle, 0.0, most)
+    shown = ma.masked_array(values.T.numpy(), unmeasured.T.numpy())
+    mesh = axes.pcolormesh(columns, rows, shown, cmap=cmap, norm=norm)
+    patches = {"not a number": "black"} if unmeasured.any() else {}
+    warming_up = _warming_up(history).T
     if warming_up.any():
-        gray = ma.masked_array(warming_up.T, ~warming_up.T)
-        axes.pcolormesh(edges, [index - 0.5 for index in range(layers + 1)], gray, cmap=ListedColormap(["lightgray"]))
-    bar = figure.colorbar(mesh, ax=axes, extend="max", ticks=[0.0, middle / 2, middle, most / 2, most])
-    bar.ax.set_yticklabels([f"{value:.3g}" for value in (0.0, middle / 2, middle, most / 2, most)])
+        patches = {"warming up": "lightgray", **patches}
+        gray = ma.masked_array(warming_up, ~warming_up)
+        axes.pcolormesh(columns, rows, gray, cmap=ListedColormap(["lightgray"]))
+    ticks = [0.0, middle / 2, middle, most / 2, most]
+    bar = figure.colorbar(mesh, ax=axes, extend="max", ticks=ticks)
+    bar.ax.set_yticklabels([f"{value:.3g}" for value in ticks])
     bar.set_label(f"{measure}\n(largest channel)", fontsize=8)
-    _mark(figure, axes, history, bool(unmeasured.any()), bool(warming_up.any()))
-    axes.set_xlabel("optimizer step")
-    axes.set_ylabel("BatchNorm layer, first one on top")
-    axes.set_title("How far running statistics are from their reference")
+    _mark(figure, axes, history, patches)
+    axes.set(xlabel="optimizer step", ylabel="BatchNorm layer, first one on top", title=_TITLE)
     every = max(1, -(-layers // 60))
     axes.set_yticks(range(0, layers, every), history.names[::every], fontsize=8 if layers <= 30 else 6)
-    axes.set_ylim(layers - 0.5, -0.5)
-    axes.set_xlim(edges[0], edges[-1])
+    axes.set(xlim=(columns[0], columns[-1]), ylim=(rows[-1], rows[0]))
     return figure
 
 
@@ -110,13 +105,9 @@ def drift_bars(
         axes.axvline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
         axes.legend(loc="lower right", fontsize=8)
     axes.set_yticks(range(len(shown)), [name or "(the model itself)" for name in shown], fontsize=8)
-    axes.set_ylim(len(shown) - 0.5, -0.5)
-    axes.set_xlim(0, beyond)
-    axes.set_xlabel(f"{measure} (largest channel)")
     rest = len(layers) - len(shown)
-    axes.set_title(
-        "How far running statistics are from their reference" + (f"\n{rest} more layers moved less" if rest else "")
-    )
+    title = f"{_TITLE}\n{rest} more layers moved less" if rest else _TITLE
+    axes.set(xlim=(0, beyond), ylim=(len(shown) - 0.5, -0.5), xlabel=f"{measure} (largest channel)", title=title)
     return figure, axes
 
 
@@ -143,10 +134,8 @@ def drift_curves(
     if threshold is not None:
         axes.axhline(threshold, color="black", linestyle="--", linewidth=1, label=f"threshold {threshold:g}")
     axes.set_ylim(bottom=0)
+    axes.set(xlabel="result", ylabel=measure, title=_TITLE)
     axes.xaxis.get_major_locator().set_params(integer=True)
-    axes.set_xlabel("result")
-    axes.set_ylabel(measure)
-    axes.set_title("How far running statistics are from their reference")
     axes.legend(fontsize=8)
     return figure, axes
 
@@ -166,45 +155,38 @@ def _warming_up(history: DriftHistory) -> Any:
 
     steps = array(history.steps)
     found = zeros((len(steps), len(history.names)), dtype=bool)
-    began: dict[str, int] = {}
-    for step, name, event in history.marks:
+    began: dict[str, float] = {}
+    for step, name, event in [*history.marks, *((inf, name, "warmed up") for name in history.names)]:
         if event == "warming up":
             began[name] = step
         elif event == "warmed up" and name in began and name in history.names:
             found[(steps >= began.pop(name)) & (steps < step), history.names.index(name)] = True
-    for name, step in began.items():
-        if name in history.names:
-            found[steps >= step, history.names.index(name)] = True
     return found
 
 
 def _edges(steps: list[int]) -> list[float]:
     """Where one sample's color ends and the next one's begins."""
-    if len(steps) == 1:
-        return [steps[0] - 0.5, steps[0] + 0.5]
-    middles = [(a + b) / 2 for a, b in pairwise(steps)]
-    return [steps[0] - (middles[0] - steps[0]), *middles, steps[-1] + (steps[-1] - middles[-1])]
+    first, last = (steps[1] - steps[0], steps[-1] - steps[-2]) if len(steps) > 1 else (1, 1)
+    return [(a + b) / 2 for a, b in pairwise([steps[0] - first, *steps, steps[-1] + last])]
 
 
-def _mark(figure: Any, axes: Any, history: DriftHistory, unmeasured: bool, warming_up: bool) -> None:
+def _mark(figure: Any, axes: Any, history: DriftHistory, patches: Mapping[str, str]) -> None:
     from matplotlib.patches import Patch
 
     rows = {name: index for index, name in enumerate(history.names)}
-    shown = [mark for mark in history.marks if mark[1] in rows]
+    # One line instead of a mark on each of them, which would cover what is below.
+    most = max(2, len(rows) // 2)
+    size, edge = (6, 0.6) if len(rows) <= 40 else (3, 0.3)
+    outlined = {"markeredgecolor": "black", "markeredgewidth": edge, "clip_on": False}
     for event, (shape, color) in _MARKS.items():
         by_step: dict[int, set[int]] = {}
-        for step, name, what in shown:
-            if what == event:
+        for step, name, what in history.marks:
+            if what == event and name in rows:
                 by_step.setdefault(step, set()).add(rows[name])
-        # One line instead of a mark on each of them, which would cover what is below.
-        most = max(2, len(rows) // 2)
         lines = [step for step, layers in by_step.items() if len(layers) > most]
         at = [(step, layer) for step, layers in by_step.items() if len(layers) <= most for layer in sorted(layers)]
-        size = 6 if len(rows) <= 40 else 3
-        outlined = {"markeredgecolor": "black", "markeredgewidth": 0.6 if size > 3 else 0.3, "clip_on": False}
         if at:
-            steps, layers = zip(*at, strict=True)
-            axes.plot(steps, layers, shape, color=color, label=event, markersize=size, **outlined)
+            axes.plot(*zip(*at, strict=True), shape, color=color, label=event, markersize=size, **outlined)
         for step in lines:
             axes.axvline(step, color="black", linewidth=1.6)
             label = None if step != lines[0] else event if not at else f"{event}, most layers"
@@ -212,10 +194,7 @@ def _mark(figure: Any, axes: Any, history: DriftHistory, unmeasured: bool, warmi
         for step in lines:
             # On top of the frame, where they cover nothing.
             axes.plot(step, -0.5, shape, color=color, markersize=5, **outlined)
-    handles, labels = axes.get_legend_handles_labels()
-    if warming_up:
-        handles, labels = [*handles, Patch(color="lightgray")], [*labels, "warming up"]
-    if unmeasured:
-        handles, labels = [*handles, Patch(color="black")], [*labels, "not a number"]
+    handles, _ = axes.get_legend_handles_labels()
+    handles += [Patch(color=color, label=label) for label, color in patches.items()]
     if handles:
-        figure.legend(handles, labels, loc="outside lower center", ncols=5, fontsize=8, frameon=False)
+        figure.legend(handles=handles, loc="outside lower center", ncols=5, fontsize=8, frameon=False)

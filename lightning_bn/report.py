@@ -6,10 +6,11 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from rich import box
+from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.table import Table
+from rich.padding import PaddingDimensions
+from rich.table import Column, Table
 from torch import nn
 
 from lightning_bn.functional._text import counted
@@ -56,23 +57,16 @@ def behavior_table(behaviors: Sequence[LayerBehavior], statuses: dict[str, Layer
         statuses: Who froze which layer, by name; None if nobody asks.
     """
     training = sum(layer.training for layer in behaviors)
-    table = Table(
-        title=f"{len(behaviors)} BatchNorm layers, {training} in train mode: what the next forward does",
-        caption="\n".join(f"{_name(layer)}: {surprise}." for layer in behaviors for surprise in layer.surprises),
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=(0, 1, 0, 0),
-    )
+    title = f"{len(behaviors)} BatchNorm layers, {training} in train mode: what the next forward does"
+    surprises = [f"{_name(layer)}: {surprise}." for layer in behaviors for surprise in layer.surprises]
     # One cell, so that a narrow terminal breaks between the two.
-    table.add_column("layer and kind", overflow="fold", min_width=_widest(behaviors))
-    # Columns as wide as the longest word in them: nothing is cut in the middle of one.
-    table.add_column("channels", justify="right", min_width=8)
-    table.add_column("mode", min_width=5)
-    table.add_column("normalizes with", min_width=10)
-    table.add_column("running statistics", min_width=10)
-    table.add_column("updates", justify="right", min_width=7)
-    table.add_column("weight, bias", min_width=7)
+    columns = [Column("layer and kind", overflow="fold", min_width=_widest(behaviors))]
+    for heading in ("channels", "mode", "normalizes with", "running statistics", "updates", "weight, bias"):
+        numbers = heading in ("channels", "updates")
+        # "train" is longer than "mode".
+        width = max(_longest_word(heading), len("train"))
+        columns.append(Column(heading, justify="right" if numbers else "left", min_width=width))
+    table = _table(title, "\n".join(surprises), columns, padding=(0, 1, 0, 0))
     for layer in behaviors:
         status = (statuses or {}).get(layer.name, LayerStatus())
         table.add_row(
@@ -106,18 +100,10 @@ def plan_table(plan: FreezePlan) -> Table:
     """
     verb = "trains" if plan.others == 1 else "train"
     others = f"{counted(plan.others, 'other weight')} below the same paths still {verb}"
-    table = Table(
-        title=f"{len(plan.frozen)} of {counted(len(plan.layers), 'BatchNorm layer')} will be frozen",
-        caption=f"{others}: only BatchNorm is frozen." if plan.others else None,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("layer", overflow="fold")
-    table.add_column("kind", overflow="fold")
-    table.add_column("selected by", overflow="fold")
-    table.add_column("frozen")
-    table.add_column("when")
+    title = f"{len(plan.frozen)} of {counted(len(plan.layers), 'BatchNorm layer')} will be frozen"
+    caption = f"{others}: only BatchNorm is frozen." if plan.others else None
+    folded = [Column(heading, overflow="fold") for heading in ("layer", "kind", "selected by")]
+    table = _table(title, caption, [*folded, Column("frozen"), Column("when")])
     for layer in plan.layers:
         what = ", ".join(word for word, on in (("statistics", layer.stats), ("affine", layer.affine)) if on)
         when = f"task {', '.join(layer.tasks)}; {plan.schedule}" if layer.tasks else str(plan.schedule)
@@ -164,26 +150,19 @@ def drift_table(
     layers = {layer.name: layer for layer in behaviors}
     worst = {name: int(values[part].argmax()) + part.start for name, part in current.layout.slices.items()}
     order = sorted(worst, key=lambda name: -float(values[worst[name]]))
-    table = Table(
-        title=f"Running statistics of {counted(len(order), 'BatchNorm layer')}, the worst first ({measure})",
-        caption=f"... {len(order) - most} more that moved less" if len(order) > most else None,
-        caption_justify="left",
-        box=box.SIMPLE_HEAD,
-        pad_edge=False,
-        padding=0,
-    )
-    widest = _widest([layers[name] for name in order[:most]])
-    table.add_column("layer and kind", overflow="fold", min_width=min(widest, 10))
+    shown, rest = order[:most], len(order) - most
     frozen_by = {name: ", ".join(status.stats_frozen_by) for name, status in (statuses or {}).items()}
-    anybody = any(frozen_by.get(name) for name in order[:most])
+    anybody = any(frozen_by.get(name) for name in shown)
+    columns = [Column("layer and kind", overflow="fold", min_width=min(_widest([layers[name] for name in shown]), 10))]
     for heading in ("trains with", "evaluates with", *(["frozen by"] if anybody else [])):
-        table.add_column(heading, min_width=max(map(len, heading.split())), overflow="fold")
-    for heading in ("updates per\nbatch", "mean shift, sigma", "variance"):
-        table.add_column(heading, justify="right", width=max(map(len, heading.split())))
-    table.add_column(measure.replace("_", " "), justify="right", width=max(map(len, measure.split("_"))))
-    table.add_column("history", no_wrap=True, width=7)
+        columns.append(Column(heading, min_width=_longest_word(heading), overflow="fold"))
+    for heading in ("updates per\nbatch", "mean shift, sigma", "variance", measure.replace("_", " ")):
+        columns.append(Column(heading, justify="right", width=_longest_word(heading)))
+    columns.append(Column("history", no_wrap=True, width=7))
+    title = f"Running statistics of {counted(len(order), 'BatchNorm layer')}, the worst first ({measure})"
+    table = _table(title, f"... {rest} more that moved less" if rest > 0 else None, columns, padding=0)
     curves = dict(zip(history.names, history.values().T.tolist(), strict=True)) if len(history) else {}
-    for name in order[:most]:
+    for name in shown:
         layer, at = layers[name], worst[name]
         frozen = frozen_by.get(name, "")
         trains = (training or {}).get(name, layer.training)
@@ -214,6 +193,17 @@ def sparkline(values: Sequence[float], width: int = 12) -> str:
     top = max((value for value in bins if math.isfinite(value)), default=0.0) or 1.0
     bars = "▁▂▃▄▅▆▇█"
     return "".join(bars[round(7 * max(value, 0.0) / top)] if math.isfinite(value) else "!" for value in bins)
+
+
+def _table(title: str, caption: str | None, columns: Sequence[Column], padding: PaddingDimensions = (0, 1)) -> Table:
+    return Table(
+        *columns, title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=padding
+    )
+
+
+def _longest_word(heading: str) -> int:
+    """As wide as a column has to be for nothing of its heading to be cut in the middle."""
+    return max(map(len, heading.split()))
 
 
 def _times(ratio: float) -> str:

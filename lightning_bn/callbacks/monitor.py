@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks._base import BatchNormCallback
 from lightning_bn.callbacks._lightning.figures import log_figure
 from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_bn.callbacks._lightning.state import in_training_fit
-from lightning_bn.callbacks._phase import MonitorPhase
 from lightning_bn.callbacks._ranks import agree_on_ranks, max_over_ranks, mean_over_ranks
 from lightning_bn.functional._checks import check_choice, check_whole
 from lightning_bn.functional.layers.behavior import describe_layers
@@ -114,8 +114,8 @@ class BatchNormMonitor(BatchNormCallback):
         self.log_worst = log_worst
         self.report = report
         self.history = DriftHistory()
-        self._phase = MonitorPhase.IDLE
         self._session: MonitorSession | None = None
+        self._running: MonitorSession | None = None
         self._restored: MonitorState | None = None
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -125,12 +125,11 @@ class BatchNormMonitor(BatchNormCallback):
         agree_on_ranks(trainer, "monitor", lambda: self._layout(pl_module), settings)
 
     def _layout(self, module: LightningModule) -> ChannelLayout:
-        layers = self._selection.tracked_layers(module)
-        self._checkpoint(snapshot_of(layers))
-        return ChannelLayout.of(layers)
+        self._checkpoint(self._selection.tracked_layers(module))
+        return super()._layout(module)
 
-    def _checkpoint(self, like: Snapshot) -> Snapshot | None:
-        return None if self.reference in REFERENCES else snapshot_of_checkpoint(self.reference, like)
+    def _checkpoint(self, layers: Mapping[str, _BatchNorm]) -> Snapshot | None:
+        return None if self.reference in REFERENCES else snapshot_of_checkpoint(self.reference, snapshot_of(layers))
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.barebones:
@@ -141,7 +140,7 @@ class BatchNormMonitor(BatchNormCallback):
             self.every_n_steps,
             measure=self.measure,
             reference=str(self.reference),
-            checkpoint=self._checkpoint(snapshot_of(layers)),
+            checkpoint=self._checkpoint(layers),
             warn_above=self.warn_above,
             act_above=self.act_above,
             history=DriftHistory(self.history.most),
@@ -153,17 +152,8 @@ class BatchNormMonitor(BatchNormCallback):
         warning = "" if self._restored is None else session.resume(self._restored)
         if warning:
             rank_zero_warn(f"BatchNormMonitor: {warning}")
-        self._restored, self._session, self.history = None, session, session.history
-        self._enter(MonitorPhase.RUNNING)
-
-    def _enter(self, phase: MonitorPhase) -> None:
-        if self._session is not None and phase is MonitorPhase.ENDED:
-            self._session.close()
-        self._phase = phase
-
-    @property
-    def _running(self) -> MonitorSession | None:
-        return self._session if self._phase is MonitorPhase.RUNNING else None
+        self._restored, self.history = None, session.history
+        self._session = self._running = session
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._running is not None:
@@ -208,12 +198,16 @@ class BatchNormMonitor(BatchNormCallback):
         session = self._running
         if session is not None and session.last is not None:
             rank_zero_info(f"BatchNormMonitor: step {session.last.step:,}: {session.overall()}")
-            if self.report and trainer.is_global_zero:
-                self._show(trainer, pl_module)
-        self._enter(MonitorPhase.ENDED)
+            self._show(trainer)
+        self._end()
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._enter(MonitorPhase.ENDED)
+        self._end()
+
+    def _end(self) -> None:
+        if self._running is not None:
+            self._running.close()
+        self._running = None
 
     def state_dict(self) -> dict[str, Any]:
         state = self._restored if self._restored or self._session is None else self._session.state()
@@ -266,15 +260,13 @@ class BatchNormMonitor(BatchNormCallback):
         sample = session.sample(trainer.global_step, trainer.current_epoch, right_after) if session else None
         if sample is None:
             return
-        metrics = sample.metrics(self.prefix, self.measure, self.log_worst)
-        self._log_curves(trainer, metrics)
+        self._log_curves(trainer, sample.metrics(self.prefix, self.measure, self.log_worst))
         for message in sample.messages:
             rank_zero_warn(f"BatchNormMonitor: {message}")
         if not sample.exceeded:
             return
         if self.action == "raise":
-            if self.report and trainer.is_global_zero:
-                self._show(trainer, trainer.lightning_module)
+            self._show(trainer)
             raise BatchNormDriftError(f"BatchNormMonitor: {sample.exceeded}")
         stops = self.action == "stop"
         trainer.should_stop |= stops
@@ -284,12 +276,13 @@ class BatchNormMonitor(BatchNormCallback):
         if self._running is None or self._running.last is None:
             return
         key, summary = f"{self.prefix}/{self.measure}", self._running.last.summary
-        for name, value in ((f"{key}_mean", summary.mean), (f"{key}_max", summary.max)):
-            # The loggers have their curve already.
-            self.log(  # type: ignore[attr-defined]
-                name, value, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=trainer.world_size > 1
-            )
+        values = {f"{key}_mean": summary.mean, f"{key}_max": summary.max}
+        # The loggers have their curve already.
+        log_dict: Any = self.log_dict  # type: ignore[attr-defined]
+        log_dict(values, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=trainer.world_size > 1)
 
-    def _show(self, trainer: Trainer, module: LightningModule) -> None:
-        Console().print(self.table(module))
+    def _show(self, trainer: Trainer) -> None:
+        if not (self.report and trainer.is_global_zero):
+            return
+        Console().print(self.table(trainer.lightning_module))
         log_figure(trainer, self.figure, f"{self.prefix}_{self.measure}_drift")

@@ -1,20 +1,76 @@
-"""What is to be said of a sample now, and what was said before."""
+"""What is said of a sample: how far layers moved and since when, which have a fault; nothing twice."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from pathlib import Path
 
-from lightning_bn.functional.monitoring.drift_in_words import DriftSentences
+from lightning_bn.functional._text import counted
+from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.sample import Sample
 from lightning_bn.functional.monitoring.threshold import Threshold
+from lightning_bn.functional.monitoring.warm_up import WarmUp
+from lightning_bn.functional.statistics.summary import DriftSummary
+
+
+@dataclass(frozen=True)
+class DriftSentences:
+    """Sentences on the samples of one session.
+
+    Attributes:
+        measure: Of drift.
+        reference: What it is measured from.
+        history: The samples.
+        warm_up: Of the layers.
+    """
+
+    measure: str
+    reference: str
+    history: DriftHistory
+    warm_up: WarmUp
+
+    def overall(self, summary: DriftSummary) -> str:
+        """Return how far all layers moved, at the end of a fit."""
+        cold = len(self.warm_up.layers)
+        warming = f"{counted(cold, 'layer')} {'is' if cold == 1 else 'are'} still warming up and not measured yet"
+        if cold == len(self.history.names):
+            return f"running statistics: {warming}: their first values still count for more than 1 %"
+        measured = f"running statistics of {counted(len(self.history.names) - cold, 'layer')}"
+        since, rest = self._since(summary.worst_layer), f"; {warming}" if cold else ""
+        if not summary.max:
+            return f"{measured} did not move since {since}{rest}"
+        return (
+            f"{measured} moved most at {summary.in_words()} since {since}; {self.measure} mean {summary.mean:.2g}, "
+            f"max {summary.max:.2g}{rest}"
+        )
+
+    def moved(self, summary: DriftSummary) -> str:
+        """Return how far the worst channel moved, since when, and when it jumped."""
+        worst = summary.worst_layer
+        # Where the reference moves along, drift jumps by itself.
+        moves = self.reference in ("previous_epoch", "recalibrated")
+        step = None if moves else self.history.jumped_at(worst)
+        jump = "" if step is None else f"; its inputs changed at about step {step:,}"
+        return f"{summary.in_words()} since {self._since(worst)}{jump}"
+
+    def _since(self, layer: str) -> str:
+        step = self.warm_up.measured_since.get(layer)
+        if step is not None and self.reference == "fit_start":
+            return f"step {step:,}, warming up before"
+        recalibrated = any(event == "recalibrated" for _, _, event in self.history.marks)
+        words = {
+            "fit_start": "fit start",
+            "previous_epoch": "the start of the epoch",
+            "recalibrated": "the last recalibration" if recalibrated else "fit start, with no recalibration yet",
+        }
+        return words.get(self.reference, Path(self.reference).name)
 
 
 class Announcer:
     """Says each finding once, and drift where it triggers a threshold.
 
     Args:
-        measure: Of drift.
         warn_above: Drift that is warned of.
         act_above: Drift in two samples in a row that asks for an action.
 
@@ -22,9 +78,7 @@ class Announcer:
         told: Layers and kinds of findings that were said.
     """
 
-    def __init__(self, measure: str, warn_above: float | None, act_above: float | None) -> None:
-        self._measure = measure
-        self.warn_above, self.act_above = warn_above, act_above
+    def __init__(self, warn_above: float | None, act_above: float | None) -> None:
         # One noisy sample does not stop a run.
         self.warning, self.action = Threshold(warn_above), Threshold(act_above, in_a_row=2)
         self.told: frozenset[tuple[str, str]] = frozenset()
@@ -46,10 +100,10 @@ class Announcer:
                 self.told |= {(layer, one.kind) for layer in one.layers}
                 yield f"step {sample.step:,}: {one.sentence}"
         if self.warning.triggers(sample.summary.max):
+            moved = f"{sentences.moved(sample.summary)}; {sentences.measure} {sample.summary.max:.3g}"
             yield (
-                f"step {sample.step:,}: {sentences.moved(sample.summary)}; {self._measure} {sample.summary.max:.3g} is "
-                f"above warn_above={self.warn_above:g}. If it should not move, freeze it or give it statistics of its "
-                f"own; if it is meant to, leave it out with exclude."
+                f"step {sample.step:,}: {moved} is above warn_above={self.warning.limit:g}. If it should not move, "
+                f"freeze it or give it statistics of its own; if it is meant to, leave it out with exclude."
             )
 
     def _exceeded(self, sample: Sample, largest: float, sentences: DriftSentences) -> str:
@@ -58,5 +112,5 @@ class Announcer:
             return ""
         here = self.action.is_above(sample.summary.max)
         moved = sentences.moved(sample.summary) if here else "statistics of another rank moved most"
-        above = f"above act_above={self.act_above:g} in two samples in a row"
-        return f"step {sample.step:,}: {moved}; {self._measure} {largest:.3g} is {above}"
+        above = f"above act_above={self.action.limit:g} in two samples in a row"
+        return f"step {sample.step:,}: {moved}; {sentences.measure} {largest:.3g} is {above}"

@@ -1,4 +1,4 @@
-"""How far the mean of one batch was from the moving average, recovered from what the batch did to that average."""
+"""How far batches were from the moving average, recovered from what each did to it, and several judged together."""
 
 from __future__ import annotations
 
@@ -16,15 +16,16 @@ from lightning_bn.functional.statistics.snapshots import Snapshot
 
 def momenta(layers: Iterable[_BatchNorm], device: torch.device) -> Tensor:
     """Return each layer's weight of a new batch, ``(L,)``; NaN for a cumulative average, whose weight changes."""
-    return _on_device(tuple(layer.momentum for layer in layers), device)
+    known = tuple(torch.nan if layer.momentum is None else layer.momentum for layer in layers)
+    return on_device(known, device, torch.float64)
 
 
-# The same at every sample of most fits: copying it would wait for the device.
-@lru_cache(maxsize=32)
-def _on_device(values: tuple[float | None, ...], device: torch.device) -> Tensor:
+# The same at most samples: copying it would wait for the device.
+@lru_cache(maxsize=64)
+def on_device(values: tuple[float, ...], device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return values of the layers, ``(L,)``; made once for a device."""
     with torch.inference_mode(False):
-        known = [torch.nan if value is None else value for value in values]
-        return torch.tensor(known, dtype=torch.float64).to(device)
+        return torch.tensor(values, dtype=dtype).to(device)
 
 
 def innovation(before: Snapshot, after: Snapshot, momentum: Tensor) -> Tensor:
@@ -42,18 +43,8 @@ def innovation(before: Snapshot, after: Snapshot, momentum: Tensor) -> Tensor:
     return _in_sigma(after.mean, before.mean, torch.where(once, momentum, torch.nan), before)
 
 
-def gap(everywhere: Tensor, here: Snapshot, momentum: Tensor) -> Tensor:
-    """Return how far the last batch here was from those everywhere, ``(C,)``, in standard deviations.
-
-    Args:
-        everywhere: Means over all processes, ``(C,)``, right after a batch that all began with the same statistics.
-        here: Of this process.
-        momentum: Of the layers, as :func:`momenta` gives it.
-    """
-    return _in_sigma(here.mean, everywhere, momentum, here)
-
-
 def _in_sigma(mean: Tensor, base: Tensor, momentum: Tensor, scale: Snapshot) -> Tensor:
+    """Return how far the batches behind two running means lie apart, ``(C,)``, if one update made the difference."""
     weight = scale.layout.expand(torch.where(momentum > 0, momentum, torch.nan))
     sigma = (scale.var.to(torch.float64) + scale.eps_of()).sqrt()
     return (mean.to(torch.float64) - base.to(torch.float64)) / weight / sigma
@@ -98,3 +89,35 @@ class BatchDeviations:
         """Return the root mean square over a layer's channels of what is left around it, ``(L,)``: batches differ."""
         mean = self.total / self.count.clamp(min=1)
         return layout.mean((self.squares / self.count.clamp(min=1) - mean.square()).clamp(min=0)).sqrt()
+
+
+class BatchWindow:
+    """What several sampled batches looked like.
+
+    Args:
+        like: Of all channels, ``(C,)``, on the statistics' device.
+
+    Attributes:
+        innovations: How far each batch was from the moving average.
+        gaps: How far those of this process were from those of all.
+        judged: How many batches there are.
+    """
+
+    def __init__(self, like: Tensor) -> None:
+        self.innovations = self.gaps = BatchDeviations.none(like)
+        self.judged = 0
+
+    def add(self, before: Snapshot, after: Snapshot, momentum: Tensor, most: float, everywhere: Tensor | None) -> None:
+        """Add the batch between two snapshots.
+
+        Args:
+            before: Right before it.
+            after: Right after it.
+            momentum: Of the layers.
+            most: Standard deviations that it can add.
+            everywhere: Running means of all processes right after it, averaged, ``(C,)``; None in one process.
+        """
+        self.innovations = self.innovations.with_batch(innovation(before, after, momentum), most)
+        self.judged += 1
+        if everywhere is not None:
+            self.gaps = self.gaps.with_batch(_in_sigma(after.mean, everywhere, momentum, after), most)

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Iterable
+from collections.abc import Container
 
-from lightning_bn.functional.monitoring.evidence import Evidence
-from lightning_bn.functional.monitoring.finding_in_words import Finding, FindingKind
+import torch
+from torch import Tensor
+
+from lightning_bn.functional.monitoring.finding_in_words import OF_COUNTERS, Finding, FindingKind
+from lightning_bn.functional.monitoring.measure import Evidence
 
 JUDGED_BY_BATCHES: tuple[FindingKind, ...] = ("lagging", "alternating", "ranks differ", "small batches")
 """What cannot be told of a layer that is warming up."""
@@ -18,8 +21,6 @@ RANKS_DIFFER = 0.5
 """Mean distance of a rank's batches from those of all ranks, in standard deviations."""
 EXPLODING = 100.0
 """Geometric mean over a layer's channels of variance over that of the reference."""
-COLLAPSED_BELOW = 0.02
-"""Variance over that of the reference, ``eps`` added to both, that a channel has to fall below to have collapsed."""
 FEW_SAMPLES = 4
 """In the batch of one of several processes, up to which normalizing together is worth saying."""
 SMALL_BATCHES = 0.3
@@ -35,10 +36,28 @@ def diagnose(evidence: Evidence, told: Container[tuple[str, str]] = ()) -> list[
         evidence: What was measured.
         told: Layers and kinds that were said before: those of the counters are not said again.
     """
-    found = {**_of_values(evidence), **_of_counters(evidence, told)}
+    t = evidence.table
+    frozen = torch.tensor([bool(one) for one in evidence.frozen_by], device="cpu")
+    moves = frozen & ((t.updates > 0) | (t.changed > 0))
+    stalled = evidence.training & ~frozen & (evidence.idle >= FEWEST_BATCHES)
+    found: dict[FindingKind, Tensor] = {
+        "not finite": t.nonfinite_anywhere > 0,
+        "collapsed": t.newly_collapsed > 0,
+        "exploding": (t.explosion > EXPLODING) & (t.nonfinite == 0),
+        "frozen but moves": moves,
+        "stalled": stalled,
+        "updated twice": (t.updates > 1.5) & ~moves & ~stalled,
+    }
     if evidence.judged >= FEWEST_BATCHES:
         found |= _of_batches(evidence)
-    return [Finding.of(evidence, kind, layers) for kind, layers in found.items() if layers]
+    findings = []
+    for kind, where in found.items():
+        layers = where.nonzero().flatten().tolist()
+        if kind in OF_COUNTERS:
+            layers = [index for index in layers if (evidence.names[index], kind) not in told]
+        if layers:
+            findings.append(Finding.of(evidence, kind, layers))
+    return findings
 
 
 def chance(samples: int | None) -> float:
@@ -59,42 +78,17 @@ def most_of_one_batch(samples: int | None) -> float:
     return 1.5 * (ALTERNATING + chance(samples))
 
 
-def _of_values(e: Evidence) -> dict[FindingKind, list[int]]:
-    explode = (factor > EXPLODING and not e.nonfinite_here[i] for i, factor in enumerate(e.explosion))
-    return {"not finite": _where(e.nonfinite), "collapsed": _where(e.collapsed), "exploding": _where(explode)}
-
-
-def _of_counters(e: Evidence, told: Container[tuple[str, str]]) -> dict[FindingKind, list[int]]:
-    found: dict[FindingKind, list[int]] = {"frozen but moves": [], "stalled": [], "updated twice": []}
-    for index, name in enumerate(e.names):
-        if e.frozen_by[index] and (e.updates[index] > 0 or e.changed[index]):
-            kind: FindingKind = "frozen but moves"
-        elif e.training[index] and not e.frozen_by[index] and e.idle[index] >= FEWEST_BATCHES:
-            kind = "stalled"
-        elif e.updates[index] > 1.5:
-            kind = "updated twice"
-        else:
-            continue
-        if (name, kind) not in told:
-            found[kind].append(index)
-    return found
-
-
-def _of_batches(e: Evidence) -> dict[FindingKind, list[int]]:
-    noise = chance(e.samples)
+def _of_batches(evidence: Evidence) -> dict[FindingKind, Tensor]:
+    t, noise = evidence.table, chance(evidence.samples)
     # Large updates scatter the means of batches as well, and leave the moving average behind all of them.
-    scattered = (scatter > max(ALTERNATING + noise, 2 * e.bias[i]) for i, scatter in enumerate(e.scatter))
-    alternating = _where(scattered)
-    lagging = _where(bias > LAGGING and i not in alternating for i, bias in enumerate(e.bias))
-    few = e.processes > 1 and e.samples is not None and e.samples <= FEW_SAMPLES and not alternating and not lagging
-    noisy = (few and scatter > SMALL_BATCHES and not e.synchronized[i] for i, scatter in enumerate(e.scatter))
-    return {
-        "ranks differ": _where(gap > RANKS_DIFFER + noise / e.judged**0.5 for gap in e.gap),
+    alternating = (t.scatter > ALTERNATING + noise) & (t.scatter > 2 * t.bias)
+    lagging = (t.bias > LAGGING) & ~alternating
+    found: dict[FindingKind, Tensor] = {
+        "ranks differ": t.gap > RANKS_DIFFER + noise / evidence.judged**0.5,
         "alternating": alternating,
-        "small batches": _where(noisy),
         "lagging": lagging,
     }
-
-
-def _where(flags: Iterable[float]) -> list[int]:
-    return [index for index, flag in enumerate(flags) if flag]
+    few = evidence.processes > 1 and evidence.samples is not None and evidence.samples <= FEW_SAMPLES
+    if few and not (alternating | lagging).any():
+        found["small batches"] = (t.scatter > SMALL_BATCHES) & ~evidence.synchronized
+    return found

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from lightning_bn.functional._text import counted
-from lightning_bn.functional.monitoring.evidence import Evidence
+from lightning_bn.functional.monitoring.measure import Evidence
 
 FindingKind: TypeAlias = Literal[
     "not finite",
@@ -22,14 +22,15 @@ FindingKind: TypeAlias = Literal[
     "lagging",
 ]
 
-_OF_COUNTERS: tuple[FindingKind, ...] = ("frozen but moves", "stalled", "updated twice")
+OF_COUNTERS: tuple[FindingKind, ...] = ("frozen but moves", "stalled", "updated twice")
+"""Of which every layer is said once, not only the first."""
 _SENTENCES: dict[FindingKind, str] = {
     "not finite": (
-        "{who} has {nonfinite} whose running statistics are not finite{where}, and a moving average never recovers "
+        "{who} has {bad} whose running statistics are not finite{where}, and a moving average never recovers "
         "from that: find the inf or NaN in {whose}, then recalibrate."
     ),
     "collapsed": (
-        "{who} has {collapsed} whose variance fell below eps since the reference: its input has become constant "
+        "{who} has {dead} whose variance fell below eps since the reference: its input has become constant "
         "there. Dead ReLUs before it or a weight decay that is too strong do that; a lower learning rate or a warm-up "
         "avoids it."
     ),
@@ -88,25 +89,21 @@ class Finding:
 
         One cause shows in many layers, of which the first registered is named: not always the first in the forward.
         """
-        e, first = evidence, layers[0]
-        name, samples = e.names[first], e.samples or 0
+        first, samples = layers[0], evidence.samples or 0
+        name, measured = evidence.names[first], evidence.table.row(first)
         sentence = _SENTENCES[kind].format(
+            **measured,
             name=name,
             who=f"{name} (and {counted(len(layers) - 1, 'more layer')})" if len(layers) > 1 else name,
-            nonfinite=counted(int(e.nonfinite[first]), "channel"),
-            where="" if e.nonfinite_here[first] else " on another rank",
+            bad=counted(int(measured["nonfinite_anywhere"]), "channel"),
+            where="" if measured["nonfinite"] else " on another rank",
             whose="its input" if len(layers) == 1 else "the input of whichever the forward reaches first",
-            collapsed=counted(int(e.collapsed[first]), "channel"),
-            explosion=e.explosion[first],
-            frozen_by=e.frozen_by[first],
-            how="updated: something put it into train mode" if e.updates[first] > 0 else "written to",
-            idle=e.idle[first],
-            updates=e.updates[first],
-            gap=e.gap[first],
-            bias=e.bias[first],
-            scatter=e.scatter[first],
+            dead=counted(int(measured["newly_collapsed"]), "channel"),
+            frozen_by=", ".join(evidence.frozen_by[first]),
+            how="updated: something put it into train mode" if measured["updates"] > 0 else "written to",
+            idle=int(evidence.idle[first]),
             samples=counted(samples, "sample"),
-            together=counted(samples * e.processes, "sample"),
+            together=counted(samples * evidence.processes, "sample"),
         )
-        named = tuple(e.names[index] for index in layers) if kind in _OF_COUNTERS else (name,)
+        named = tuple(evidence.names[index] for index in layers) if kind in OF_COUNTERS else (name,)
         return cls(name, kind, sentence, named)

@@ -37,7 +37,6 @@ class DriftHistory:
         self._rows: list[Tensor] = []
         self._stride = 1
         self._seen = 0
-        self._provisional = False
 
     def __repr__(self) -> str:
         span = f", steps {self.steps[0]:,} to {self.steps[-1]:,}" if self.steps else ""
@@ -58,24 +57,17 @@ class DriftHistory:
         if self.names != names:
             self.names = names
             self._keep(slice(0))
-            self._stride, self._seen, self._provisional = 1, 0, False
-        if self._provisional:
+            self._stride, self._seen = 1, 0
+        # Between two that stay, the newest one is there until the next one comes.
+        if (self._seen - 1) % self._stride:
             self._keep(slice(0, -1))
-        self._add(step, epoch, largest)
-        self._provisional = bool(self._seen % self._stride)
-        self._seen += 1
-        if len(self) > self.most:
-            stays = (len(self) - self._provisional) % 2 and not self._provisional
-            self._keep(slice(0, len(self) - self._provisional, 2))
+        if len(self) >= self.most:
+            self._keep(slice(0, None, 2))
             self._stride *= 2
-            if not stays:
-                self._add(step, epoch, largest)
-            self._provisional = not stays
-
-    def _add(self, step: int, epoch: int, largest: Tensor) -> None:
         self.steps.append(step)
         self.epochs.append(epoch)
         self._rows.append(largest)
+        self._seen += 1
 
     def _keep(self, which: slice) -> None:
         self.steps, self.epochs, self._rows = self.steps[which], self.epochs[which], self._rows[which]
@@ -111,16 +103,14 @@ class DriftHistory:
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, lists and numbers only."""
+        lists = {name: list(getattr(self, name)) for name in ("names", "steps", "epochs")}
         return {
             "format": 1,
+            **lists,
             "most": self.most,
-            "names": list(self.names),
-            "steps": list(self.steps),
-            "epochs": list(self.epochs),
             "marks": [list(mark) for mark in self.marks],
             "stride": self._stride,
             "seen": self._seen,
-            "provisional": self._provisional,
             "values": self.values(),
         }
 
@@ -136,5 +126,4 @@ class DriftHistory:
         history.epochs = list(state.get("epochs", [0] * len(rows)))
         history.marks = [(int(step), str(layer), str(event)) for step, layer, event in state.get("marks", ())]
         history._stride, history._seen = state.get("stride", 1), state.get("seen", len(rows))
-        history._provisional = state.get("provisional", False)
         return history

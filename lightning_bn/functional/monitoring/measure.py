@@ -1,58 +1,92 @@
-"""All that one sample measures of all layers, in one table that is copied to the host at once."""
+"""All that one sample knows of all layers: what was measured, in one table that is copied to the host at once."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from lightning_bn.functional.monitoring.batch_window import BatchWindow
-from lightning_bn.functional.monitoring.diagnosis import COLLAPSED_BELOW
+from lightning_bn.functional.monitoring.batch_deviation import BatchWindow
 from lightning_bn.functional.monitoring.health import Health, initial_shares, newly_collapsed
 from lightning_bn.functional.statistics.drift_measures import Measure, of_standardized, standardized
 from lightning_bn.functional.statistics.snapshots import Snapshot
 from lightning_bn.functional.statistics.summary import summary_scalars
 
+_COLLAPSED_BELOW = 0.02
+"""Variance over that of the reference, ``eps`` added to both, that a channel has to fall below to have collapsed."""
+
 
 @dataclass(frozen=True)
-class LayerTable:
-    """Measurements of L layers, float64, shape ``(L,)``, but for the summary.
+class LayerTable(Health):
+    """Measurements of L layers beside their health, each but for the summary of shape ``(L,)``; float64 on the host.
 
     Attributes:
         summary: What :func:`~lightning_bn.functional.statistics.drift_measures.read_summary` reads.
         largest: The largest drift of a layer's channels.
         explosion: Geometric mean over the channels of variance over that of the reference.
         newly_collapsed: Channels whose variance is below ``eps`` and was not at the reference.
-        collapsed: Channels whose variance is below ``eps``.
-        nonfinite: Channels with statistics that are not finite.
-        updates: Updates per training batch; NaN where it is not known.
-        reset: 1 where a layer was reset since the last sample.
-        changed: 1 where any value differs from the last sample's.
         initial_share: Share of initial values in the moving average.
         bias: Mean distance of batch means from the moving average, in standard deviations.
         scatter: Deviation of batch means around that.
-        gap: Mean distance of this process's batches from those of all.
+        gap: Mean distance of this process's batches from those of all; of the process where it is largest.
+        nonfinite_anywhere: Channels with statistics that are not finite, on the process that has most of them.
+        largest_anywhere: ``largest`` of the process where it is largest; infinite where it is not a number.
     """
 
     summary: Tensor
     largest: Tensor
     explosion: Tensor
     newly_collapsed: Tensor
-    collapsed: Tensor
-    nonfinite: Tensor
-    updates: Tensor
-    reset: Tensor
-    changed: Tensor
     initial_share: Tensor
     bias: Tensor
     scatter: Tensor
     gap: Tensor
+    nonfinite_anywhere: Tensor
+    largest_anywhere: Tensor
+
+    def over_ranks(self, max_over_ranks: Callable[[Tensor], Tensor]) -> LayerTable:
+        """Return the same table with what is of all processes."""
+        here = torch.stack((self.gap, self.nonfinite_anywhere, self.largest_anywhere))
+        gap, nonfinite, largest = max_over_ranks(here)
+        return replace(self, gap=gap, nonfinite_anywhere=nonfinite, largest_anywhere=largest)
+
+    def row(self, index: int) -> dict[str, float]:
+        """Return what was measured of one layer, by name."""
+        return {name: float(column[index]) for name, column in vars(self).items() if name != "summary"}
 
     def to_host(self) -> LayerTable:
         """Return the same table on the CPU; waits for the device once."""
-        columns: list[Tensor] = [getattr(self, field.name) for field in fields(self)]
+        columns = [column.to(torch.float64) for column in vars(self).values()]
         return LayerTable(*torch.cat(columns).cpu().split([len(column) for column in columns]))
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What is known of L layers at one sample, on the host.
+
+    Attributes:
+        table: What was measured; updates are NaN where it is not known.
+        names: Of the layers.
+        frozen_by: Who froze each layer's statistics; empty if nobody.
+        training: Whether a layer is in train mode, ``(L,)``.
+        synchronized: Whether a layer normalizes the batches of several processes together, ``(L,)``.
+        idle: Training batches since the last update, ``(L,)``.
+        samples: In a training batch; None if that is not known.
+        judged: How many batches bias, scatter and gap rest on.
+        processes: That train together.
+    """
+
+    table: LayerTable
+    names: tuple[str, ...]
+    frozen_by: tuple[tuple[str, ...], ...]
+    training: Tensor
+    synchronized: Tensor
+    idle: Tensor
+    samples: int | None
+    judged: int
+    processes: int
 
 
 def measure(
@@ -83,18 +117,18 @@ def measure(
         channels = layout.expand(unmeasured)
         shift, ratio = torch.where(channels, 0, shift), torch.where(channels, 1, ratio)
     values = of_standardized(name, shift, ratio, current.weight).abs()
+    largest = layout.max(values)
     return LayerTable(
+        **vars(health),
         summary=torch.stack(summary_scalars(values, shift, ratio, threshold)),
-        largest=layout.max(values),
+        largest=largest,
         explosion=layout.mean(ratio.log()).exp(),
-        newly_collapsed=newly_collapsed(current, reference, momentum, COLLAPSED_BELOW),
-        collapsed=health.collapsed,
-        nonfinite=health.nonfinite,
-        updates=health.updates,
-        reset=health.reset.to(torch.float64),
-        changed=health.changed.to(torch.float64),
+        newly_collapsed=newly_collapsed(current, reference, momentum, _COLLAPSED_BELOW),
         initial_share=initial_shares(current, momentum),
         bias=window.innovations.bias(layout),
         scatter=window.innovations.scatter(layout),
         gap=window.gaps.bias(layout),
+        nonfinite_anywhere=health.nonfinite,
+        # NaN would lose against numbers in a maximum.
+        largest_anywhere=largest.nan_to_num(nan=torch.inf, posinf=torch.inf),
     )

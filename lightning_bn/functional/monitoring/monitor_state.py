@@ -36,17 +36,9 @@ class MonitorState:
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, strings, numbers, lists and dicts only."""
-        return {
-            "format": 1,
-            "reference": self.reference.state_dict(),
-            "measured_from": self.measured_from,
-            "history": self.history.state_dict(),
-            "warming_up": sorted(self.warming_up),
-            "measured_since": dict(self.measured_since),
-            "warning": dict(self.warning),
-            "action": dict(self.action),
-            "told": [list(pair) for pair in sorted(self.told)],
-        }
+        nested = {"reference": self.reference.state_dict(), "history": self.history.state_dict()}
+        sets = {"warming_up": sorted(self.warming_up), "told": [list(pair) for pair in sorted(self.told)]}
+        return {"format": 1, **vars(self), **nested, **sets}
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> MonitorState | None:

@@ -13,20 +13,16 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.functional._batches import num_samples
 from lightning_bn.functional._checks import check_choice
 from lightning_bn.functional._text import quoted
-from lightning_bn.functional.layers.behavior import has_initial_statistics
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.layers.status import LayerStatus, layer_status
-from lightning_bn.functional.monitoring.announcer import Announcer
-from lightning_bn.functional.monitoring.batch_deviation import momenta
-from lightning_bn.functional.monitoring.batch_window import BatchWindow
+from lightning_bn.functional.monitoring.announcer import Announcer, DriftSentences
+from lightning_bn.functional.monitoring.batch_deviation import BatchWindow, momenta
 from lightning_bn.functional.monitoring.cadence import Cadence
-from lightning_bn.functional.monitoring.diagnosis import JUDGED_BY_BATCHES, diagnose, most_of_one_batch
-from lightning_bn.functional.monitoring.drift_in_words import DriftSentences
-from lightning_bn.functional.monitoring.evidence import Evidence
+from lightning_bn.functional.monitoring.diagnosis import FEWEST_BATCHES, JUDGED_BY_BATCHES, diagnose, most_of_one_batch
 from lightning_bn.functional.monitoring.finding_in_words import Finding
 from lightning_bn.functional.monitoring.health import health
 from lightning_bn.functional.monitoring.history import DriftHistory
-from lightning_bn.functional.monitoring.measure import LayerTable, measure
+from lightning_bn.functional.monitoring.measure import Evidence, LayerTable, measure
 from lightning_bn.functional.monitoring.monitor_state import MonitorState
 from lightning_bn.functional.monitoring.sample import Sample
 from lightning_bn.functional.monitoring.settings import REFERENCES
@@ -86,7 +82,7 @@ class MonitorSession:
         self._measured_from = reference
         self._fixed = checkpoint is not None
         self._threshold = warn_above or act_above
-        self._announcer = Announcer(measure, warn_above, act_above)
+        self._announcer = Announcer(warn_above, act_above)
         self.history = DriftHistory() if history is None else history
         self._cadence = Cadence(every_n_steps, step)
         self._mean_over_ranks = mean_over_ranks
@@ -95,12 +91,12 @@ class MonitorSession:
         self.sampled = snapshot_of(layers).where_doubles_are()
         self.reference = self.sampled if checkpoint is None else checkpoint.to(self.sampled.mean.device)
         self.warm_up = WarmUp(layers)
-        self._start_warm_up()
+        self.warm_up.start(self._layers)
         self._window = BatchWindow(self.sampled.mean)
         self._before: Snapshot | None = None
         self._after: Snapshot | None = None
         self._batches = 0
-        self._idle = [0] * len(layers)
+        self._idle = torch.zeros(len(layers), dtype=torch.int64, device="cpu")
         self._replaced = False
         self._samples: int | None = None
         self.training: dict[str, bool] = {}
@@ -129,7 +125,7 @@ class MonitorSession:
             self._measured_from,
             self.history,
             self.warm_up.layers,
-            self.warm_up.measured_since,
+            dict(self.warm_up.measured_since),
             self._announcer.warning.state_dict(),
             self._announcer.action.state_dict(),
             self._announcer.told,
@@ -151,7 +147,7 @@ class MonitorSession:
     def refer_to_now(self) -> None:
         """Measure from the statistics of now from here on."""
         self.reference = self._now()
-        self._start_warm_up()
+        self.warm_up.start(self._layers)
 
     def before_batch(self) -> None:
         """Look at the statistics right before a training batch, where it is judged."""
@@ -174,8 +170,10 @@ class MonitorSession:
             self._samples = num_samples(batch)
         if self._before is not None:
             before, self._before, self._after = self._before, None, self._now()
-            most = most_of_one_batch(self._samples)
-            self._window.add(before, self._after, self._momenta(), most, self._mean_over_ranks)
+            # Of the statistics after the step, not of what this rank saw: where DDP broadcasts rank 0's buffers
+            # before each forward, all ranks began at the same place. Synchronized layers have no gap.
+            everywhere = self._mean_over_ranks(self._after.mean.to(torch.float64)) if self._mean_over_ranks else None
+            self._window.add(before, self._after, self._momenta(), most_of_one_batch(self._samples), everywhere)
         return self._cadence.samples(step)
 
     def recalibrated(self, step: int) -> bool:
@@ -209,9 +207,9 @@ class MonitorSession:
         was_frozen = {name for name, status in self.statuses.items() if status.stats_frozen_by}
         replaced = self.recalibrated(step)
         current = self._after if right_after and self._after is not None else self._now()
-        table, nonfinite, largest = self._measured(current)
+        table = self._measured(current)
         self.warm_up.update(table, step, self.history)
-        findings = self._findings(table, nonfinite, was_frozen, replaced)
+        findings = self._findings(table, was_frozen, replaced)
         self.history.append(step, epoch, tuple(self._layers), table.largest)
         sample = Sample(
             step=step,
@@ -222,59 +220,39 @@ class MonitorSession:
             findings=tuple(findings),
         )
         self.sampled, self._batches = current, 0
-        if self._window.is_full:
+        if self._window.judged >= FEWEST_BATCHES:
             self._window = BatchWindow(current.mean)
-        self.last = self._announcer.announced(sample, largest, self._sentences)
+        self.last = self._announcer.announced(sample, max(table.largest_anywhere.tolist()), self._sentences)
         return self.last
 
-    def _measured(self, current: Snapshot) -> tuple[LayerTable, list[float], float]:
-        """Return the table on the host, and of all processes the most channels not finite and the largest drift."""
+    def _measured(self, current: Snapshot) -> LayerTable:
         found = health(current, self.sampled, self._batches)
         # What starts untrained or is reset by another callback has no drift until it is warm.
         cold = self.warm_up.mask(current.mean.device) | found.reset
         if not self._fixed:
             self.reference = following(self.reference, current, cold)
         unmeasured = cold if self._fixed else None
-        before, after = self.reference, current
-        momentum, threshold = self._momenta(), self._threshold
-        table = measure(self._measure, before, after, momentum, found, self._window, threshold, unmeasured)
-        # Once, whatever is found: every process has to take part. NaN would lose against numbers in a maximum.
-        largest = table.largest.nan_to_num(nan=torch.inf, posinf=torch.inf)
-        over_ranks = torch.stack((table.gap, table.nonfinite, largest))
-        if self._max_over_ranks is not None:
-            over_ranks = self._max_over_ranks(over_ranks)
-        host = replace(table, gap=over_ranks.flatten()).to_host()
-        gap, nonfinite, anywhere = host.gap.view(3, -1)
-        return replace(host, gap=gap), nonfinite.tolist(), max(anywhere.tolist())
+        before, momentum, threshold = self.reference, self._momenta(), self._threshold
+        table = measure(self._measure, before, current, momentum, found, self._window, threshold, unmeasured)
+        # Once, whatever is found: every process has to take part.
+        return (table if self._max_over_ranks is None else table.over_ranks(self._max_over_ranks)).to_host()
 
-    def _findings(
-        self, table: LayerTable, nonfinite: list[float], was_frozen: set[str], replaced: bool
-    ) -> list[Finding]:
-        updates, here = table.updates.tolist(), table.nonfinite.tolist()
-        changed = [bool(one) for one in table.changed.tolist()]
-        for index, count in enumerate(updates):
-            # What is not finite stays so.
-            moved = count != 0 and (changed[index] or here[index])
-            self._idle[index] = 0 if moved else self._idle[index] + self._batches
-        frozen_by = {name: ", ".join(status.stats_frozen_by) for name, status in self.statuses.items()}
+    def _findings(self, table: LayerTable, was_frozen: set[str], replaced: bool) -> list[Finding]:
+        # What is not finite stays so.
+        moved = (table.updates != 0) & ((table.changed > 0) | (table.nonfinite > 0))
+        self._idle = torch.where(moved, 0, self._idle + self._batches)
+        if replaced:
+            table = replace(table, updates=table.updates * torch.nan, changed=table.changed * 0)
         evidence = Evidence(
+            table=table,
             names=tuple(self._layers),
-            training=[self.training.get(name, False) for name in self._layers],
-            frozen_by=[frozen_by[name] if name in was_frozen else "" for name in self._layers],
-            nonfinite=nonfinite,
-            nonfinite_here=here,
-            collapsed=table.newly_collapsed.tolist(),
-            explosion=table.explosion.tolist(),
-            updates=[float("nan")] * len(updates) if replaced else updates,
-            changed=[False] * len(updates) if replaced else changed,
+            frozen_by=tuple(now.stats_frozen_by if name in was_frozen else () for name, now in self.statuses.items()),
+            training=torch.tensor([self.training.get(name, False) for name in self._layers], device="cpu"),
+            synchronized=torch.tensor([processes_of(layer) > 1 for layer in self._layers.values()], device="cpu"),
             idle=self._idle,
             samples=self._samples,
             judged=self._window.judged,
-            bias=table.bias.tolist(),
-            scatter=table.scatter.tolist(),
-            gap=table.gap.tolist(),
             processes=self._processes,
-            synchronized=[processes_of(layer) > 1 for layer in self._layers.values()],
         )
         found = diagnose(evidence, self._announcer.told)
         return [one for one in found if one.layer not in self.warm_up.layers or one.kind not in JUDGED_BY_BATCHES]
@@ -282,9 +260,6 @@ class MonitorSession:
     @property
     def _sentences(self) -> DriftSentences:
         return DriftSentences(self._measure, self._measured_from, self.history, self.warm_up)
-
-    def _start_warm_up(self) -> None:
-        self.warm_up.start(name for name, layer in self._layers.items() if has_initial_statistics(layer))
 
     def _now(self) -> Snapshot:
         # One measure alone asks for the affine weights.

@@ -18,19 +18,22 @@ class Threshold:
     Args:
         limit: What is too much; None for never. NaN is above everything: it is the worst that can be measured.
         in_a_row: How many samples above it are believed.
+
+    Attributes:
+        limit: As above.
     """
 
     def __init__(self, limit: float | None, in_a_row: int = 1) -> None:
-        self._limit = limit
+        self.limit = limit
         self._in_a_row = in_a_row
         self._above, self._triggered = 0, False
 
     def triggers(self, value: float) -> bool:
         """Take one sample; return whether it is the one to act on."""
-        if self._limit is None:
+        if self.limit is None:
             return False
         self._above = self._above + 1 if self.is_above(value) else 0
-        if value < self._limit * _REARMED_BELOW:
+        if value < self.limit * _REARMED_BELOW:
             self._triggered = False
         if self._triggered or self._above < self._in_a_row:
             return False
@@ -39,7 +42,7 @@ class Threshold:
 
     def is_above(self, value: float) -> bool:
         """Return whether a value is above the limit."""
-        return self._limit is not None and not value <= self._limit
+        return self.limit is not None and not value <= self.limit
 
     def state_dict(self) -> dict[str, int]:
         """Return numbers only."""

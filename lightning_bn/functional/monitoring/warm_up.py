@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from functools import lru_cache
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.functional.layers.behavior import has_initial_statistics
+from lightning_bn.functional.monitoring.batch_deviation import on_device
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.measure import LayerTable
 from lightning_bn.functional.statistics.snapshots import Snapshot
@@ -36,13 +38,13 @@ class WarmUp:
         self.layers = self._marked = frozenset(layers)
         self.measured_since = dict(measured_since or {})
 
-    def start(self, layers: Iterable[str]) -> None:
-        """Have more layers warm up; those that do already go on."""
-        self.layers |= set(layers)
+    def start(self, layers: Mapping[str, _BatchNorm]) -> None:
+        """Have those warm up that were never updated, too."""
+        self.layers |= {name for name, layer in layers.items() if has_initial_statistics(layer)}
 
     def mask(self, device: torch.device) -> Tensor:
         """Return which layers are warming up, ``(L,)``."""
-        return _on_device(tuple(name in self.layers for name in self._names), device)
+        return on_device(tuple(name in self.layers for name in self._names), device, torch.bool)
 
     def update(self, table: LayerTable, step: int, history: DriftHistory) -> None:
         """Take the result of a sample: layers that were reset warm up, those that are warm are measured from now on.
@@ -77,10 +79,3 @@ def following(reference: Snapshot, current: Snapshot, which: Tensor) -> Snapshot
         var=torch.where(channels, current.var, reference.var),
         num_batches_tracked=torch.where(which, current.num_batches_tracked, reference.num_batches_tracked),
     )
-
-
-# The same at most samples: copying it would wait for the device.
-@lru_cache(maxsize=32)
-def _on_device(flags: tuple[bool, ...], device: torch.device) -> Tensor:
-    with torch.inference_mode(False):
-        return torch.tensor(flags).to(device)

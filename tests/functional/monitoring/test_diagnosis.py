@@ -3,35 +3,46 @@
 from typing import Any
 
 import pytest
+import torch
 
 from lightning_bn.functional.monitoring.diagnosis import ALTERNATING, FEWEST_BATCHES, LAGGING, RANKS_DIFFER, diagnose
-from lightning_bn.functional.monitoring.evidence import Evidence
+from lightning_bn.functional.monitoring.measure import Evidence, LayerTable
 
 NAMES = ("stem.bn", "body.bn", "head.bn")
 
 
 def evidence(**changed: Any) -> Evidence:
     """Of three healthy layers, but for what is given."""
-    healthy: dict[str, Any] = {
-        "names": NAMES,
-        "training": [True] * 3,
-        "frozen_by": [""] * 3,
+    measured: dict[str, Any] = {
         "nonfinite": [0.0] * 3,
-        "nonfinite_here": [0.0] * 3,
+        "nonfinite_anywhere": [0.0] * 3,
         "collapsed": [0.0] * 3,
+        "newly_collapsed": [0.0] * 3,
         "explosion": [1.0] * 3,
         "updates": [1.0] * 3,
-        "changed": [True] * 3,
-        "idle": [0] * 3,
-        "samples": 32,
-        "judged": FEWEST_BATCHES,
+        "changed": [1.0] * 3,
         "bias": [0.1] * 3,
         "scatter": [0.1] * 3,
         "gap": [0.0] * 3,
-        "processes": 1,
-        "synchronized": [False] * 3,
+        "reset": [0.0] * 3,
+        "summary": [0.0] * 7,
+        "largest": [0.0] * 3,
+        "largest_anywhere": [0.0] * 3,
+        "initial_share": [0.0] * 3,
     }
-    return Evidence(**{**healthy, **changed})
+    known: dict[str, Any] = {
+        "frozen_by": ((),) * 3,
+        "training": [True] * 3,
+        "synchronized": [False] * 3,
+        "idle": [0] * 3,
+        "samples": 32,
+        "judged": FEWEST_BATCHES,
+        "processes": 1,
+    }
+    columns = {name: torch.tensor(changed.pop(name, column), dtype=torch.float64) for name, column in measured.items()}
+    known = {**known, **changed}
+    of_layers = {name: torch.tensor(known.pop(name)) for name in ("training", "synchronized", "idle")}
+    return Evidence(LayerTable(**columns), NAMES, **of_layers, **known)
 
 
 def found(**changed: Any) -> list[tuple[str, str]]:
@@ -46,14 +57,14 @@ def test_a_healthy_model_has_nothing() -> None:
     ("changed", "layer", "kind", "words"),
     [
         (
-            {"nonfinite": [0, 2, 0], "nonfinite_here": [0, 2, 0]},
+            {"nonfinite_anywhere": [0, 2, 0], "nonfinite": [0, 2, 0]},
             "body.bn",
             "not finite",
             ["2 channels", "finite, and a"],
         ),
-        ({"nonfinite": [0, 1, 0]}, "body.bn", "not finite", ["1 channel whose", "not finite on another rank"]),
+        ({"nonfinite_anywhere": [0, 1, 0]}, "body.bn", "not finite", ["1 channel whose", "not finite on another rank"]),
         (
-            {"collapsed": [0, 2, 1]},
+            {"newly_collapsed": [0, 2, 1]},
             "body.bn",
             "collapsed",
             ["(and 1 more layer)", "2 channels whose variance fell below eps"],
@@ -74,13 +85,13 @@ def test_a_healthy_model_has_nothing() -> None:
         ),
         ({"updates": [1, 1, 2]}, "head.bn", "updated twice", ["2 times per batch", "more than once in a forward"]),
         (
-            {"frozen_by": ["", "BatchNormFreezer", ""]},
+            {"frozen_by": [(), ("BatchNormFreezer",), ()]},
             "body.bn",
             "frozen but moves",
             ["frozen by BatchNormFreezer", "train mode"],
         ),
         (
-            {"frozen_by": ["", "me", ""], "updates": [1, 0, 1]},
+            {"frozen_by": [(), ("me",), ()], "updates": [1, 0, 1]},
             "body.bn",
             "frozen but moves",
             ["frozen by me", "written to"],
@@ -107,7 +118,7 @@ def test_each_kind_is_named_in_one_sentence_that_starts_with_the_layer(
 
 
 @pytest.mark.parametrize(
-    ("row", "kind"), [("nonfinite", "not finite"), ("bias", "lagging"), ("scatter", "alternating")]
+    ("row", "kind"), [("nonfinite_anywhere", "not finite"), ("bias", "lagging"), ("scatter", "alternating")]
 )
 def test_one_cause_in_many_layers_is_one_line_with_the_first_of_them(row: str, kind: str) -> None:
     [one] = diagnose(evidence(**{row: [0.0, 5.0, 5.0]}))
@@ -138,7 +149,7 @@ def test_a_layer_is_not_called_stalled_before_enough_batches_passed_it_by() -> N
 def test_a_layer_in_eval_and_a_frozen_one_that_stands_still_are_no_faults() -> None:
     still = {"updates": [1, 0, 1], "idle": [0, 50, 0], "changed": [True, False, True]}
     assert found(**still, training=[True, False, True]) == []
-    assert found(**still, frozen_by=["", "me", ""], training=[True, False, True]) == []
+    assert found(**still, frozen_by=[(), ("me",), ()], training=[True, False, True]) == []
 
 
 def test_what_is_not_known_of_updates_is_no_fault() -> None:
