@@ -15,13 +15,15 @@ AFFINE = ("weight", "bias")
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
-    """The module's own buffers, by name."""
-    return module._buffers
+    """The module's own buffers, by name; a copy where they lie in TorchScript."""
+    own: Any = module._buffers
+    return own if isinstance(own, dict) else dict(own.items())
 
 
 def parameters_of(module: nn.Module) -> dict[str, Any]:
-    """The module's own parameters, by name; also tensors put in the place of one."""
-    return module._parameters
+    """The module's own parameters, by name, also tensors put in the place of one; a copy where TorchScript has them."""
+    own: Any = module._parameters
+    return own if isinstance(own, dict) else dict(own.items())
 
 
 def attributes_of(module: nn.Module) -> dict[str, Any]:
@@ -31,7 +33,7 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
 
 def child_of(module: nn.Module, name: str) -> nn.Module | None:
     """The submodule of that name, None if there is none."""
-    return module._modules.get(name)
+    return dict(module._modules.items()).get(name)
 
 
 def places_of(layer: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any], str]]:

@@ -12,7 +12,8 @@ from lightning_bn.functional.recalibration.result import (
     NoUsableBatchError,
     Recalibration,
     RecalibrationError,
+    WeightsMovedError,
 )
 
 __all__ = ["AllFrozenError", "FailedAloneError", "NoUsableBatchError", "RecalibratedCheckpoint", "Recalibration"]
-__all__ += ["RecalibrationError", "recalibrate", "recalibrate_checkpoint"]
+__all__ += ["RecalibrationError", "WeightsMovedError", "recalibrate", "recalibrate_checkpoint"]

@@ -16,6 +16,7 @@ from lightning_bn.functional.layers.properties import has_running_statistics, is
 from lightning_bn.functional.layers.selection import batch_norm_layers
 from lightning_bn.functional.layers.torch_private import buffers_of
 from lightning_bn.functional.recalibration.one_value_per_channel import single_values_refused
+from lightning_bn.functional.recalibration.weights import preserved_weights
 
 _PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
@@ -31,6 +32,7 @@ def isolated_statistics(model: nn.Module, targets: Collection[_BatchNorm]) -> It
         run_as_written(),
         preserved_rng(),
         preserved_modes(model),
+        preserved_weights(model),
         preserved_buffers(model),
         single_values_refused(always),
     ):

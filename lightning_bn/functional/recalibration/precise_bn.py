@@ -88,8 +88,8 @@ def recalibrate(
         ValueError: If a number is below 1 or not positive, or a layer is synchronized and ``distributed`` is not set.
         RecalibrationError: A ValueError too. AllFrozenError: all selected layers are frozen. NoUsableBatchError: there
             is no batch, or none that can be used, or no selected layer was reached. FailedAloneError: one of these,
-            while other processes could go on. The base class itself: a forward exchanged the running statistics of a
-            layer.
+            while other processes could go on. WeightsMovedError: the forward wrote to trained weights.
+            The base class itself: it exchanged the running statistics of a layer.
         SelectionError: As for ``batch_norm_layers``, or if a selected layer has no running statistics.
         TypeError: If ``batches`` is one tensor, or a batch cannot be fed without ``forward``.
         RuntimeError: Under ``distributed``, if another process failed; a DisagreementError if they would do different

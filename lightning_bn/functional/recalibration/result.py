@@ -26,6 +26,10 @@ class FailedAloneError(RecalibrationError):
     """This process could not recalibrate where others could; none of them did. They have an error too."""
 
 
+class WeightsMovedError(RecalibrationError):
+    """A forward wrote to trained weights; they have been put back."""
+
+
 _WORTH_SAYING = 0.01
 """Jeffreys divergence, a variance ratio of about 1.15: below it nobody's validation changes."""
 

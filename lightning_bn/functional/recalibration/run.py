@@ -80,6 +80,9 @@ class CollectionRun:
             try:
                 with lockstep.forward() if lockstep is not None else nullcontext(), collector.batch():
                     forward(moved)
+            except StopIteration as error:
+                # It would end the loop of whoever called, and so an epoch.
+                raise RuntimeError("an iterator inside the forward of a recalibration ran out of batches") from error
             except OneValuePerChannelError as error:
                 if lockstep is not None:
                     raise
