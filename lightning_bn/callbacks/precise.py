@@ -20,19 +20,29 @@ from lightning_bn.callbacks._lightning.namespaces import (
 )
 from lightning_bn.callbacks._lightning.state import in_training_fit, is_last_epoch, several_loaders
 from lightning_bn.callbacks._ranks import agree_on_ranks, refuse_unequal_validation
+from lightning_bn.callbacks._second_run.drawn_once import refuse_drawn_once
 from lightning_bn.callbacks._second_run.modes import TrainingModes
-from lightning_bn.callbacks._second_run.sources import MIXTURE, Source, batches_for, loader_method, told_when_long
-from lightning_bn.callbacks._second_run.step import Weights, check_step, isolated_step
+from lightning_bn.callbacks._second_run.sources import (
+    MIXTURE,
+    Source,
+    batches_for,
+    check_training_loaders,
+    loader_method,
+    told_when_long,
+)
+from lightning_bn.callbacks._second_run.step import OTHER_STEPS, check_step, isolated_step
 from lightning_bn.functional._checks import check_choice, check_whole
+from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.layers.status import update_status
 from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.population import Estimator
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.stopping import StoppingRule
-from lightning_bn.functional.statistics.snapshots import Snapshot, restore_where_unchanged
+from lightning_bn.functional.statistics.snapshots import Snapshot, restore_where_unchanged, snapshot_of
 
 _LIMITS = ("num_samples", "max_standard_error", "every_n_validations", "start_epoch")
+_PASSED_ON = ("modules", "exclude", "root", "num_batches", "num_samples", "max_standard_error", "estimator")
 _WAYS = ("source", "source_method", "step", "estimator", "restore")
 
 
@@ -85,8 +95,7 @@ class PreciseBatchNorm(BatchNormCallback):
             recalibration if the training loaders cannot be iterated a second time.
         SelectionError: When the fit starts, if the selection means no layer.
 
-    Source: Wu & Johnson (2021), "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3; AdaBN, Li et al.
-    (2016), arXiv 1603.04779, for the target domain.
+    Source: Wu & Johnson (2021), arXiv 2105.07576, section 3; AdaBN, Li et al. (2016), arXiv 1603.04779.
     """
 
     def __init__(
@@ -116,24 +125,14 @@ class PreciseBatchNorm(BatchNormCallback):
             check_choice("estimator", estimator, get_args(Estimator))
         if source == "recent" and num_batches is None:
             raise MisconfigurationException(
-                "PreciseBatchNorm(source='recent', num_batches=None) would keep every batch of training on the device: "
-                "say how many."
+                "PreciseBatchNorm(source='recent', num_batches=None) would keep every batch of training: say how many."
             )
-        self.num_batches = num_batches
-        self.num_samples = num_samples
-        self.max_standard_error = max_standard_error
-        self.every_n_validations = every_n_validations
-        self.start_epoch = start_epoch
-        self.source = source
-        self.source_method = source_method
-        self.step = step
-        self.estimator = estimator
-        self.restore = restore
-        self.modules = modules
-        self.exclude = exclude
-        self.root = root
+        self.num_batches, self.num_samples, self.max_standard_error = num_batches, num_samples, max_standard_error
+        self.every_n_validations, self.start_epoch = every_n_validations, start_epoch
+        self.source, self.source_method, self.step = source, source_method, step
+        self.estimator, self.restore = estimator, restore
+        self.modules, self.exclude, self.root, self.name = modules, exclude, root, name
         self._selection = LayerSelection(modules, exclude, root)
-        self.name = name
         self.last: result.Recalibration | None = None
         self._validations = 0
         self._due = False
@@ -143,7 +142,8 @@ class PreciseBatchNorm(BatchNormCallback):
         self._modes = TrainingModes()
         self._validation_began: float | None = None
         self._said_mixture = False
-        self._weights = Weights()
+        self._said_shared: set[str] = set()
+        self._looked = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -160,14 +160,21 @@ class PreciseBatchNorm(BatchNormCallback):
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_unequal_validation(trainer, self)
         self._modes.see(pl_module)
+        self._looked = False
+        if self.source == "train" and self.source_method is None:
+            limits = (self.num_batches, self.num_samples, self.max_standard_error)
+            check_training_loaders(trainer, bounded=any(limit is not None for limit in limits))
         if not trainer.global_step:
             self._validations, self._done_at_step, self._replaced = 0, -1, None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The module's own hook comes after this one and may replace layers: looked at after the first batch.
+        # The module's own hook comes after this one and may replace layers.
         self._modes.expect_changes()
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if not self._looked:  # after the module's own hooks at the start
+            refuse_drawn_once(pl_module, self.step)
+            self._looked = True
         if self._replaced is not None:
             # Not where averages have taken them along, or where they have just been frozen to start from.
             restore_where_unchanged(pl_module, *self._replaced)
@@ -191,7 +198,7 @@ class PreciseBatchNorm(BatchNormCallback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        # Not on_validation_epoch_start: only here are averaged weights swapped in, whatever the order of callbacks.
+        # Only here are averaged weights swapped in, whatever the order of callbacks.
         if self._due:
             self._due = False
             self._recalibrate(trainer, pl_module)
@@ -249,9 +256,10 @@ class PreciseBatchNorm(BatchNormCallback):
         try:
             self._recalibrate_now(trainer, module)
         except result.AllFrozenError:
-            rank_zero_info(
-                f"PreciseBatchNorm: all {len(self._layout(module))} layers are frozen, nothing to recalibrate"
-            )
+            count = len(self._layout(module))
+            rank_zero_info(f"PreciseBatchNorm: all {count} layers are frozen, nothing to recalibrate")
+        except result.WeightsMovedError as error:
+            raise MisconfigurationException(f"PreciseBatchNorm(step={self.step!r}): {error} {OTHER_STEPS}") from error
         except result.RecalibrationError as error:
             if trainer.world_size > 1 and not isinstance(error, result.NoUsableBatchError):
                 # The other ranks end with an error too: none can go on alone.
@@ -263,26 +271,22 @@ class PreciseBatchNorm(BatchNormCallback):
         with self._modes.in_place(module):
             layers = self._selection.tracked_layers(module)
             with ExitStack() as stack:
-                forward, prepare = stack.enter_context(isolated_step(trainer, module, self.step, self._weights))
-                batches = batches_for(
-                    trainer, module, self.source, self.source_method, self.num_batches, prepare, self._recent
-                )
+                forward, prepare = stack.enter_context(isolated_step(trainer, module, self.step, self._said_shared))
+                source = (self.source, self.source_method, self.num_batches)
+                batches = batches_for(trainer, module, *source, prepare, self._recent)
                 self.last = recalibrate(
                     module,
                     told_when_long(stack.enter_context(closing(batches))),
-                    modules=self.modules,
-                    exclude=self.exclude,
-                    root=self.root,
                     forward=forward,
-                    num_batches=self.num_batches,
-                    num_samples=self.num_samples,
-                    max_standard_error=self.max_standard_error,
-                    estimator=self.estimator,
                     distributed=trainer.world_size > 1,
+                    **{name: getattr(self, name) for name in _PASSED_ON},
                 )
+        written = {name: layers[name] for name in self.last.layers}
+        if not self.last.after.same_bits(snapshot_of(written)):
+            raise RuntimeError(f"PreciseBatchNorm: the statistics of {quoted(list(written))} were written to again.")
         self._done_at_step = trainer.global_step
-        for name in self.last.layers:
-            update_status(layers[name], recalibrated_at=trainer.global_step)
+        for layer in written.values():
+            update_status(layer, recalibrated_at=trainer.global_step)
         if self.restore:
             self._replaced = (self.last.before, self.last.after)
         self._report(trainer, self.last)

@@ -25,8 +25,10 @@ def train_loaders(trainer: Trainer) -> tuple[Any, str]:
 
 @contextmanager
 def combined(loaders: Any, mode: str) -> Iterator[Iterator[Any]]:
-    """Batches of loaders combined as the Trainer combines them; their workers end with the context."""
-    loader = CombinedLoader(loaders, mode)  # type: ignore[arg-type]
+    """Batches of loaders combined as the Trainer combines them, or as they are; workers end with the context."""
+    # By name: each of the two namespaces has a class of its own.
+    is_combined = any(base.__name__ == "CombinedLoader" for base in type(loaders).__mro__)
+    loader = loaders if is_combined else CombinedLoader(loaders, mode)  # type: ignore[arg-type]
     try:
         yield (batch for batch, _, _ in iter(loader))
     finally:

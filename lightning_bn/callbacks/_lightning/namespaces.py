@@ -13,8 +13,8 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
 
-__all__ = ["NOT_THE_MODULES_OWN", "Callback", "LightningModule", "MisconfigurationException", "Trainer"]
-__all__ += ["rank_zero_info", "rank_zero_warn"]
+__all__ = ["NOT_THE_DATASETS_OWN", "NOT_THE_MODULES_OWN", "Callback", "LightningModule", "MisconfigurationException"]
+__all__ += ["Trainer", "rank_zero_info", "rank_zero_warn"]
 
 Trainer: TypeAlias = pl.Trainer
 LightningModule: TypeAlias = pl.LightningModule
@@ -52,5 +52,7 @@ def _of_both_namespaces() -> tuple[type, ...]:
     return kinds
 
 
-NOT_THE_MODULES_OWN = (*_of_both_namespaces(), DataLoader, Dataset, Optimizer, LRScheduler)
+NOT_THE_DATASETS_OWN = (*_of_both_namespaces(), Optimizer, LRScheduler)
+"""What a dataset may refer to and does not hold."""
+NOT_THE_MODULES_OWN = (*NOT_THE_DATASETS_OWN, DataLoader, Dataset)
 """What a module may refer to and does not hold."""

@@ -37,10 +37,10 @@ def several_loaders(trainer: Trainer) -> bool:
     return combined is not None and len(combined.flattened) > 1
 
 
-def schedules(trainer: Trainer) -> list[Any]:
-    """What a step could turn on optimizers and schedulers: hyperparameters by group, and the schedulers."""
+def schedules(trainer: Trainer) -> list[dict[str, Any]]:
+    """What a step could turn on optimizers and schedulers: hyperparameters by group, and the schedulers' attributes."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
-    return [*groups, *(config.scheduler for config in trainer.lr_scheduler_configs)]
+    return [*groups, *(vars(config.scheduler) for config in trainer.lr_scheduler_configs)]
 
 
 _SHARDING = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}

@@ -10,33 +10,20 @@ from pytorch_lightning.loggers.logger import DummyLogger
 
 from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer
 
+_SAYING = ("log_metrics", "log_hyperparams", "log_graph", "log_image", "save", "finalize", "after_save_checkpoint")
 
-class _SilentLogger(DummyLogger):
-    """Drops what it is given and says of itself what the logger says in whose place it stands."""
 
-    def __init__(self, logger: Any) -> None:
-        super().__init__()
-        self._logger = logger
-
-    @property
-    def save_dir(self) -> Any:
-        return self._logger.save_dir
-
-    @property
-    def log_dir(self) -> Any:
-        return self._logger.log_dir
-
-    @property
-    def root_dir(self) -> Any:
-        return self._logger.root_dir
-
-    @property
-    def name(self) -> Any:
-        return self._logger.name
-
-    @property
-    def version(self) -> Any:
-        return self._logger.version
+def _silent(logger: Any) -> Any:
+    """Return a logger of the same class that says of itself what this one does, and drops what it is given."""
+    nothing = dict.fromkeys(_SAYING, lambda self, *args, **kwargs: None)
+    namespace = {
+        **nothing,
+        "experiment": property(lambda self: DummyLogger().experiment),
+        "__reduce__": lambda self: (_silent, (logger,)),
+    }
+    silent: Any = object.__new__(type(type(logger).__name__, (type(logger),), namespace))
+    silent.__dict__.update(vars(logger))
+    return silent
 
 
 @contextmanager
@@ -44,7 +31,7 @@ def training_stage(trainer: Trainer) -> Iterator[None]:
     """The Trainer says that it is training, what is logged goes nowhere, and nobody stops it for good."""
     stage, loggers, should_stop = trainer.state.stage, trainer.loggers, trainer.should_stop
     trainer.training = True
-    trainer.loggers = [_SilentLogger(logger) for logger in loggers]
+    trainer.loggers = [_silent(logger) for logger in loggers]
     try:
         yield
     finally:

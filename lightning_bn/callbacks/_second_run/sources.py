@@ -4,17 +4,25 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import AbstractContextManager
+from itertools import islice
 from typing import Any, Literal, TypeAlias
 
-from lightning_bn.callbacks._lightning.loaders import combined
+from torch.utils.data import DataLoader
+
+from lightning_bn.callbacks._lightning.loaders import combined, train_loaders
 from lightning_bn.callbacks._lightning.namespaces import (
+    NOT_THE_DATASETS_OWN,
     LightningModule,
     MisconfigurationException,
     Trainer,
     rank_zero_info,
+    rank_zero_warn,
 )
 from lightning_bn.callbacks._lightning.state import datamodule_of
-from lightning_bn.callbacks._second_run.loaders import second_pass
+from lightning_bn.callbacks._second_run.copies import copied
+from lightning_bn.callbacks._second_run.drawn_once import CHOICES, below, refuse_shared
+from lightning_bn.callbacks._second_run.loading import can_fork, loaded_apart
 from lightning_bn.functional.recalibration.isolation import preserved_rng
 
 Source: TypeAlias = Literal["train", "recent"]
@@ -25,6 +33,7 @@ MIXTURE = (
     "of them was normalized with: where they differ, recalibrate on each one's own data (source_method) before it is "
     "evaluated."
 )
+TRAINING = "train_dataloader"
 
 
 def batches_for(
@@ -38,7 +47,8 @@ def batches_for(
 ) -> Generator[Any, None, None]:
     """Yield the batches to recalibrate from, ready for the step; nothing is loaded before the first is asked for.
 
-    A loader that fails does so where other ranks hear of it.
+    Loaders are iterated in a copy of this process, so that the running epoch goes on as if nothing had happened. Where
+    it cannot be forked, copies of them are iterated here. A loader that fails does so where other ranks hear of it.
 
     Args:
         trainer: Of the run.
@@ -52,15 +62,58 @@ def batches_for(
     Raises:
         MisconfigurationException: If a loader cannot be iterated a second time, or there is no such method.
     """
-    if source_method is not None:
-        with preserved_rng(), combined(loader_method(trainer, module, source_method)(), "min_size") as batches:
-            yield from map(prepare, batches)
-    elif source == "recent":
+    if source_method is None and source == "recent":
         # Prepared when training used them.
         yield from tuple(recent)
+        return
+    forked, path, epoch = can_fork(), source_method or TRAINING, float("inf")
+    if source_method is not None:
+        method, mode = loader_method(trainer, module, source_method), "min_size"
     else:
-        with second_pass(trainer, most) as batches:
-            yield from map(prepare, batches)
+        loaders, mode = train_loaders(trainer)
+        method, epoch = lambda: loaders, trainer.num_training_batches
+    if not forked:
+        rank_zero_warn(
+            f"PreciseBatchNorm: this process cannot be forked, so that copies of the loaders and of their data are "
+            f"iterated in it; random state that lies elsewhere moves. {CHOICES}"
+        )
+
+    def opened() -> AbstractContextManager[Iterator[Any]]:
+        refuse_shared(found := method(), path)
+        return combined(_begun_anew(found if forked else copied(found, NOT_THE_DATASETS_OWN)), mode)
+
+    limit = min(float("inf") if most is None else most, epoch)
+    with preserved_rng(), loaded_apart(opened) if forked else opened() as batches:
+        yield from map(prepare, islice(batches, None if limit == float("inf") else int(limit)))
+
+
+def check_training_loaders(trainer: Trainer, *, bounded: bool) -> None:
+    """Raise where a second pass over the training loaders cannot be had.
+
+    Raises:
+        MisconfigurationException: If below a loader lies something that can be drawn from only once, or the pass would
+            not end: it is not bounded, and nobody says how long an epoch is.
+    """
+    if trainer.num_training_batches == float("inf") and not bounded:
+        raise MisconfigurationException(
+            "PreciseBatchNorm(num_batches=None): the training loader does not say how long it is, and a pass over one "
+            "that never ends would not end either. Set num_batches or num_samples."
+        )
+    refuse_shared(train_loaders(trainer)[0], TRAINING)
+
+
+_others: list[Any] = []
+"""Iterators of the process that this one is a copy of: never ended here, where they would end its workers."""
+
+
+def _begun_anew(loaders: Any) -> Any:
+    """Return loaders that start from the beginning; they are copies, or this process is."""
+    for _, loader in below(loaders, TRAINING, NOT_THE_DATASETS_OWN):
+        if isinstance(loader, DataLoader):
+            _others.append(loader.__dict__.get("_iterator"))
+            # Workers that live on and pinned memory are the other process's. A loader refuses such changes by name.
+            loader.__dict__.update(_iterator=None, pin_memory=False)
+    return loaders
 
 
 def told_when_long(batches: Iterable[Any]) -> Iterator[Any]:

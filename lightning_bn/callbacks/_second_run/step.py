@@ -3,53 +3,68 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator
+import random
+import sys
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import Parameter
 from typing import Any
 
+import numpy as np
+import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
 
 from lightning_bn.callbacks._lightning.namespaces import (
     NOT_THE_MODULES_OWN,
     LightningModule,
     MisconfigurationException,
     Trainer,
+    rank_zero_info,
 )
 from lightning_bn.callbacks._lightning.state import schedules
 from lightning_bn.callbacks._lightning.training_step import in_step_context, prepare_batch, training_stage
-from lightning_bn.callbacks._second_run.object_state import preserved_object_state
+from lightning_bn.callbacks._second_run.copies import on_copies
+from lightning_bn.callbacks._second_run.drawn_once import INTERNAL, LOCKS, held_by, refuse_drawn_once
 from lightning_bn.functional._batches import default_forward
-from lightning_bn.functional._bits import same_bits
+from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.exchange import Entries, exchanged
 from lightning_bn.functional.layers.torch_private import attributes_of, buffers_of, parameters_of
 
-_MOST_BYTES = 1 << 26
-"""Of a tensor or array that a module keeps as an attribute: larger ones are data, which a step does not write to."""
-
 _SILENT = dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None)
 
+OTHER_STEPS = "Choose step='forward', 'predict_step' or a method of your own that runs the network on a batch."
+_CONTAINERS = (list, dict, set, deque, Tensor)
+_GENERATORS = (random.Random, torch.Generator, np.random.Generator, np.random.RandomState)
 Step = Callable[[Any, Any], Any]
 
 
 @contextmanager
 def isolated_step(
-    trainer: Trainer, module: LightningModule, step: str, weights: Weights
+    trainer: Trainer, module: LightningModule, step: str, said: set[str]
 ) -> Iterator[tuple[Step, Callable[[Any], Any]]]:
     """Yield the step as ``forward(model, batch)`` and the function that prepares a batch for it.
 
-    Inside, ``log`` and ``log_dict`` are silent, the Trainer says that it is training and its loggers write nothing;
-    afterwards torchmetrics' states and the modules' own attributes (counters, lists that steps append to) are as they
-    were, and so are weights that the step moves itself. Left to the caller: gradients, modes, buffers and random
-    number generators.
+    Inside, ``log`` and ``log_dict`` are silent, the Trainer says that it is training and its loggers write nothing.
+    What modules, their classes, optimizers' groups and schedulers hold (metrics' states, counters, lists that steps
+    append to) are copies, which are dropped. Left to the caller: weights, gradients, modes, buffers and random number
+    generators.
+
+    Args:
+        trainer: Of the run.
+        module: Whose step.
+        step: The name of its method.
+        said: Paths of what cannot be copied, of which it was said that it is shared; those found are added.
+
+    Raises:
+        MisconfigurationException: If the module holds something that can be drawn from only once.
     """
+    refuse_drawn_once(module, step)
     with ExitStack() as stack:
         stack.enter_context(training_stage(trainer))
         stack.enter_context(exchanged("PreciseBatchNorm", [Entries("", module, attributes=_SILENT)]))
-        stack.enter_context(preserved_attributes(module))
-        stack.enter_context(preserved_object_state(schedules(trainer), leave=(Optimizer, nn.Parameter)))
-        stack.enter_context(weights.preserved(module))
+        shared = stack.enter_context(attributes_on_copies(module, schedules(trainer)))
+        _say_shared(module, step, shared, said)
         run = _step_function(module, step)
         batch_idx = -1
 
@@ -57,9 +72,7 @@ def isolated_step(
             nonlocal batch_idx
             batch_idx += 1
             try:
-                output = in_step_context(trainer, lambda prepared: run(prepared, batch_idx), batch)
-                weights.after_batch(step)
-                return output
+                return in_step_context(trainer, lambda prepared: run(prepared, batch_idx), batch)
             except Exception as error:
                 if hasattr(error, "add_note"):  # Python 3.11
                     error.add_note(
@@ -72,53 +85,61 @@ def isolated_step(
         yield forward, lambda batch: prepare_batch(trainer, module, batch)
 
 
-class Weights:
-    """Weights that a step moves itself: those that are trained are refused, a teacher's are put back.
+@contextmanager
+def attributes_on_copies(module: nn.Module, others: Sequence[dict[str, Any]] = ()) -> Iterator[list[Any]]:
+    """Inside, modules, their classes and ``others`` hold copies; weights, buffers and submodules are themselves.
 
-    Looked for in the first batch of the first pass, with copies of all weights that live as long as that batch.
+    Yields what could not be copied.
 
-    Attributes:
-        teachers: Names of weights that are not trained and that the step moves.
+    Args:
+        module: Whose attributes and those of its submodules.
+        others: Further dictionaries.
     """
+    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
+    known = [*module.modules(), *module.parameters(), *module.buffers()]
+    known += [home(part) for part in parts for home in (attributes_of, parameters_of, buffers_of)]
+    homes = [*map(attributes_of, parts), *others]
+    with _surroundings_on_copies(parts, known), on_copies(homes, known, NOT_THE_MODULES_OWN, INTERNAL) as shared:
+        yield shared
 
-    def __init__(self) -> None:
-        self.teachers: set[str] | None = None
-        self._kept: list[tuple[str, nn.Parameter, Tensor]] = []
 
-    @contextmanager
-    def preserved(self, module: LightningModule) -> Iterator[None]:
-        """Put back, at the end of one pass, what the step moved in it."""
-        self._kept = [
-            (name, weight, weight.detach().clone())
-            for name, weight in module.named_parameters()
-            if self.teachers is None or name in self.teachers
-        ]
+@contextmanager
+def _surroundings_on_copies(modules: Sequence[nn.Module], known: Sequence[Any]) -> Iterator[None]:
+    """Inside, containers that the modules' own classes hold, and generators beside these classes, are copies."""
+    kinds = dict.fromkeys(kind for part in modules for kind in type(part).__mro__ if not _is_library(kind))
+    beside = dict.fromkeys(sys.modules[kind.__module__] for kind in kinds if kind.__module__ in sys.modules)
+    held = [
+        (owner, name, value)
+        for owners, wanted in ((kinds, _CONTAINERS), (beside, _GENERATORS))
+        for owner in owners
+        for name, value in list(vars(owner).items())
+        if isinstance(value, wanted) and not name.startswith("__")
+    ]
+    home = {str(index): value for index, (_, _, value) in enumerate(held)}
+    with on_copies([home], known, NOT_THE_MODULES_OWN):
+        for index, (owner, name, _) in enumerate(held):
+            setattr(owner, name, home[str(index)])
         try:
             yield
         finally:
-            for _, weight, kept in self._kept:
-                if not same_bits(weight, kept):
-                    weight.data.copy_(kept)
-            self._kept = []
+            for owner, name, value in held:
+                setattr(owner, name, value)
 
-    def after_batch(self, step: str) -> None:
-        """Find out, after the first batch, which weights the step moves.
 
-        Raises:
-            MisconfigurationException: If one of them is trained; it has been put back.
-        """
-        if self.teachers is not None:
-            return
-        moved = [entry for entry in self._kept if not same_bits(entry[1], entry[2])]
-        trained = [name for name, weight, _ in moved if weight.requires_grad]
-        if trained:
-            raise MisconfigurationException(
-                f"PreciseBatchNorm(step={step!r}): {step} writes to the trained weight {trained[0]!r} itself, which "
-                f"would change the training. Choose step='forward', 'predict_step' or a method of your own that only "
-                f"runs the network on a batch."
-            )
-        self.teachers = {name for name, _, _ in moved}
-        self._kept = moved
+def _say_shared(module: nn.Module, step: str, shared: Sequence[Any], said: set[str]) -> None:
+    # What decodes JSON keeps nothing.
+    ids = {id(value) for value in shared if not isinstance(value, LOCKS) and type(value).__module__ != "_json"}
+    paths = [path for path, value in held_by(module) if id(value) in ids and path not in said] if ids else []
+    said.update(paths)
+    if paths:
+        rank_zero_info(
+            f"PreciseBatchNorm: {quoted(paths)} cannot be copied: what {step} does with it in a recalibration is done. "
+            f"If that matters, choose step='forward' or a method of your own that does not use it."
+        )
+
+
+def _is_library(kind: type) -> bool:
+    return kind.__module__.partition(".")[0] in ("torch", "torchmetrics", "pytorch_lightning", "lightning", "builtins")
 
 
 def check_step(module: LightningModule, step: str) -> None:
@@ -155,29 +176,3 @@ def _step_function(module: LightningModule, step: str) -> Callable[[Any, int], A
     positional = sum(kind in (Parameter.POSITIONAL_ONLY, Parameter.POSITIONAL_OR_KEYWORD) for kind in kinds)
     takes_index = positional > 1 or Parameter.VAR_POSITIONAL in kinds
     return lambda batch, batch_idx: method(batch, batch_idx) if takes_index else method(batch)
-
-
-@contextmanager
-def preserved_attributes(module: LightningModule) -> Iterator[None]:
-    """What the module and its submodules keep is afterwards as it was, metrics included; besides weights, buffers."""
-    internal = set(attributes_of(nn.Module()))
-    own = [
-        {name: value for name, value in attributes_of(submodule).items() if name not in internal}
-        for submodule in module.modules()
-    ]
-    with ExitStack() as stack:
-        for submodule, attributes in zip(module.modules(), own, strict=True):
-            stack.callback(_put_attributes, submodule, attributes, internal)
-        # Modules, parameters and buffers are seen to elsewhere; above all, statistics are written meanwhile.
-        known = [*module.modules(), *module.parameters(), *module.buffers()]
-        homes = (attributes_of, parameters_of, buffers_of)
-        known += [home(part) for part in module.modules() for home in homes]
-        stack.enter_context(preserved_object_state(own, leave=NOT_THE_MODULES_OWN, most_bytes=_MOST_BYTES, known=known))
-        yield
-
-
-def _put_attributes(module: nn.Module, attributes: dict[str, Any], internal: set[str]) -> None:
-    now = attributes_of(module)
-    for name in [name for name in now if name not in internal and name not in attributes]:
-        del now[name]
-    now.update(attributes)

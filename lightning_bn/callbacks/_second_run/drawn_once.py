@@ -1,0 +1,202 @@
+"""What can be drawn from only once, such as iterators, queues and files: found below an object, by its path."""
+
+from __future__ import annotations
+
+import concurrent.futures
+import functools
+import io
+import multiprocessing.connection
+import multiprocessing.process
+import multiprocessing.queues
+import queue
+import socket
+import subprocess
+import threading
+import types
+from collections import deque
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from torch.utils.data.dataloader import _BaseDataLoaderIter
+
+from lightning_bn.callbacks._lightning.namespaces import (
+    NOT_THE_DATASETS_OWN,
+    NOT_THE_MODULES_OWN,
+    LightningModule,
+    MisconfigurationException,
+    rank_zero_warn,
+)
+from lightning_bn.functional.layers.torch_private import attributes_of
+
+CHOICES = (
+    "Choose source='recent' (the last batches that training used, for every loader) or "
+    "source_method='datamodule.name' or 'module.name' (a method that returns another loader)."
+)
+INTERNAL = frozenset(attributes_of(nn.Module()))
+"""What every module has."""
+_ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, torch.dtype, torch.device, Tensor)
+_IN_MEMORY = (io.BytesIO, io.StringIO)
+_SHARED = (
+    queue.Queue,
+    queue.SimpleQueue,
+    multiprocessing.queues.Queue,
+    multiprocessing.queues.SimpleQueue,
+    multiprocessing.connection.Connection,
+    socket.socket,
+    subprocess.Popen,
+)
+LOCKS = (
+    threading.Condition,
+    threading.Event,
+    threading.Semaphore,
+    threading.Barrier,
+    type(threading.Lock()),
+    type(threading.RLock()),
+)
+_RUNNING = (threading.Thread, multiprocessing.process.BaseProcess, concurrent.futures.Executor)
+_TOLD = (
+    "logging",
+    "tensorboard",
+    "torch.utils.tensorboard",
+    "wandb",
+    "mlflow",
+    "comet_ml",
+    "neptune",
+    "clearml",
+    "aim",
+)
+"""Packages of what is told something, and not drawn from."""
+_MOST = 100_000
+"""Objects that are looked at below one: what has more is data."""
+
+
+def is_shared(value: Any) -> bool:
+    """Whether a copy of this process has the same file, queue or pipe behind it, and what it takes is gone here."""
+    if isinstance(value, io.IOBase):
+        return not isinstance(value, _IN_MEMORY) and not value.closed and value.readable()
+    return isinstance(value, _SHARED)
+
+
+def is_service(value: Any) -> bool:
+    """Whether it runs, or stands for something that does: it has whatever it holds for itself, and cannot be copied."""
+    module = type(value).__module__
+    return isinstance(value, (*_RUNNING, *LOCKS, *_SHARED)) or any(
+        module == name or module.startswith(f"{name}.") for name in _TOLD
+    )
+
+
+def is_iterator(value: Any) -> bool:
+    """Whether it is a generator or another iterator of Python's own, or one of a DataLoader."""
+    own = hasattr(type(value), "__next__") and type(value).__module__ in ("builtins", "itertools")
+    return own or isinstance(value, _BaseDataLoaderIter)
+
+
+def held_by(module: nn.Module) -> Iterator[tuple[str, Any]]:
+    """Yield every object that modules hold beside submodules, weights and buffers, and its path."""
+    for prefix, part in module.named_modules():
+        for name, value in attributes_of(part).items():
+            if name not in INTERNAL:
+                yield from below(value, f"self.{prefix}{'.' if prefix else ''}{name}", NOT_THE_MODULES_OWN)
+
+
+def refuse_drawn_once(module: LightningModule, step: str) -> None:
+    """Raise if ``training_step`` could draw from something a second time: an iterator, queue or file of the module's.
+
+    Other steps are chosen by the user, who knows what they do.
+
+    Raises:
+        MisconfigurationException: With the path of the attribute.
+    """
+    for path, value in held_by(module) if step == "training_step" else ():
+        if is_shared(value) or is_iterator(value):
+            raise MisconfigurationException(
+                f"PreciseBatchNorm(step={step!r}): {path} ({type(value).__name__}) can be drawn from only once, and "
+                f"{step} would take from it in a recalibration what training then misses. Choose step='forward' or "
+                f"a method of your own that runs the network on a batch and does not use it."
+            )
+
+
+def refuse_shared(loaders: Any, path: str) -> None:
+    """Raise if something below loaders would be read by a copy of this process at this one's expense.
+
+    Raises:
+        MisconfigurationException: With the path of the attribute.
+    """
+    for where, value in below(loaders, path, NOT_THE_DATASETS_OWN):
+        if is_shared(value) or isinstance(value, _BaseDataLoaderIter):
+            of = "" if where == path else f" below a {type(loaders).__name__}"
+            raise MisconfigurationException(
+                f"PreciseBatchNorm: {where} ({type(value).__name__}){of} can be drawn from only once, "
+                f"so that a second pass would take batches from training. {CHOICES}"
+            )
+
+
+def below(root: Any, path: str, leave: tuple[type, ...] = ()) -> Iterator[tuple[str, Any]]:
+    """Yield every object that is reachable from ``root``, and its path; nothing is changed.
+
+    Followed are attributes and slots, containers, bound methods, partials, closures and the variables of generators.
+
+    Args:
+        root: Where to begin.
+        path: What it is called.
+        leave: Instances of these are not looked at, nor are modules. Services are, and not what they hold.
+    """
+    leave = (*_ATOMS, nn.Module, *leave)
+    seen: dict[int, Any] = {}
+    stack = [(path, root)]
+    while stack:
+        where, value = stack.pop()
+        if id(value) in seen or isinstance(value, leave):
+            continue
+        seen[id(value)] = value
+        if len(seen) > _MOST:
+            rank_zero_warn(
+                f"PreciseBatchNorm looked at the first {_MOST:,} objects below {path} for files, queues and iterators "
+                f"that a second run would take from, and not at the rest."
+            )
+            return
+        yield where, value
+        if is_service(value):
+            continue
+        stack.extend(_members(where, value))
+
+
+def _members(path: str, value: Any) -> Iterator[tuple[str, Any]]:
+    if isinstance(value, dict):
+        yield from ((f"{path}[{key!r}]", held) for key, held in value.items())
+    elif isinstance(value, list | tuple | set | frozenset | deque):
+        yield from ((f"{path}[{index}]", held) for index, held in enumerate(value))
+    elif isinstance(value, types.MethodType):
+        yield from ((path, value.__self__), (path, value.__func__))
+    elif isinstance(value, functools.partial):
+        yield from ((path, held) for held in (value.func, value.args, value.keywords))
+    elif isinstance(value, types.FunctionType):
+        cells = zip(value.__code__.co_freevars, value.__closure__ or (), strict=True)
+        yield from ((f"{path}:{name}", held) for name, cell in cells for held in _held(cell))
+        yield from ((path, held) for held in (value.__defaults__, value.__kwdefaults__))
+    elif isinstance(value, types.GeneratorType) and value.gi_frame is not None:
+        yield from ((f"{path}:{name}", held) for name, held in value.gi_frame.f_locals.items())
+    attributes = getattr(value, "__dict__", None)
+    if isinstance(attributes, dict):
+        # A loader's own, which it begins anew.
+        own = ("_iterator",) if isinstance(value, DataLoader) else ()
+        yield from ((f"{path}.{name}", held) for name, held in attributes.items() if name not in own)
+    for kind in filter(_is_python, type(value).__mro__):
+        for name, slot in vars(kind).items():
+            if isinstance(slot, types.MemberDescriptorType) and hasattr(value, name):
+                yield f"{path}.{name}", getattr(value, name)
+
+
+def _is_python(kind: type) -> bool:
+    """Whether a class was made by a class statement: slots of C types are no business of ours."""
+    return bool(kind.__flags__ & (1 << 9))  # Py_TPFLAGS_HEAPTYPE
+
+
+def _held(cell: types.CellType) -> Iterator[Any]:
+    try:
+        yield cell.cell_contents
+    except ValueError:  # still empty
+        return

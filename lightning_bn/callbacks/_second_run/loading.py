@@ -1,0 +1,141 @@
+"""Batches loaded by a process of its own: what loading does to datasets, samplers and generators stays there."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import signal
+import sys
+import traceback
+from collections.abc import Callable, Generator, Iterator
+from contextlib import AbstractContextManager, contextmanager, suppress
+from multiprocessing.connection import Connection
+from multiprocessing.reduction import ForkingPickler
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from lightning_bn.callbacks._lightning.namespaces import MisconfigurationException
+from lightning_bn.callbacks._second_run.drawn_once import CHOICES
+
+_AHEAD = 2
+"""Batches that are loaded before they are asked for."""
+_PATIENCE = 10.0
+"""Seconds in which the process and its workers may end by themselves."""
+
+Opened = Callable[[], AbstractContextManager[Iterator[Any]]]
+
+
+def can_fork() -> bool:
+    """Whether this process may have a copy of itself load the batches: not on Windows and macOS, not in a daemon."""
+    forks = "fork" in multiprocessing.get_all_start_methods() and sys.platform != "darwin"
+    return forks and not multiprocessing.current_process().daemon
+
+
+@contextmanager
+def loaded_apart(opened: Opened) -> Iterator[Generator[Any, None, None]]:
+    """Yield the batches that ``opened`` gives in a forked copy of this process; this one never touches the loaders.
+
+    Args:
+        opened: Called in the other process: a context that gives an iterator of batches.
+
+    Raises:
+        MisconfigurationException: If batches cannot be handed from one process to another, or the process dies.
+    """
+    fork = multiprocessing.get_context("fork")
+    here, there = fork.Pipe()
+    process = fork.Process(target=_serve, args=(opened, here, there), daemon=False)
+    process.start()
+    there.close()
+    try:
+        yield _received(here, process)
+    finally:
+        # The process sees the end of the pipe, and ends with its workers.
+        here.close()
+        process.join(_PATIENCE)
+        if process.is_alive():
+            process.kill()
+            process.join()
+        process.close()
+
+
+def _received(connection: Connection, process: Any) -> Generator[Any, None, None]:
+    try:
+        for _ in range(_AHEAD):
+            connection.send_bytes(b"")
+        while True:
+            kind, value = pickle.loads(connection.recv_bytes())
+            if kind == "end":
+                return
+            if kind != "batch":
+                raise value
+            connection.send_bytes(b"")
+            yield value
+    except (EOFError, ConnectionError) as error:
+        process.join(_PATIENCE)
+        raise MisconfigurationException(
+            f"PreciseBatchNorm: the process that loaded the batches ended with exit code {process.exitcode} (a "
+            f"negative one is a signal: -7 means that shared memory is full, -9 often that memory is). {CHOICES}"
+        ) from error
+
+
+def _serve(opened: Opened, other: Connection, connection: Connection) -> None:
+    """Answer each message with a batch, in the forked process, until there is none left or nobody listens."""
+    other.close()
+    _be_quiet()
+    with suppress(EOFError, ConnectionError):
+        try:
+            with opened() as batches:
+                while True:
+                    connection.recv_bytes()
+                    batch = next(batches, _END)
+                    if batch is _END:
+                        break
+                    connection.send_bytes(_packed(batch))
+            connection.send_bytes(pickle.dumps(("end", None)))
+        except (EOFError, ConnectionError):
+            raise
+        except BaseException as error:
+            connection.send_bytes(_packed_error(error))
+        while True:
+            # What was handed over in shared memory is fetched from this process: it stays until nobody listens.
+            connection.recv_bytes()
+
+
+_END = object()
+
+
+def _packed(batch: Any) -> Any:
+    # What workers put into shared memory is handed on; nothing else is put there, which may be small.
+    shared = any(isinstance(value, Tensor) and value.is_shared() for value in tree_leaves(batch))
+    dumps: Callable[[Any], Any] = ForkingPickler.dumps if shared else pickle.dumps
+    try:
+        return dumps(("batch", batch))
+    except Exception as error:
+        raise MisconfigurationException(
+            f"PreciseBatchNorm: the second pass over the training loaders runs in a process of its own, and its "
+            f"batches cannot be handed over ({type(error).__name__}: {error}). {CHOICES}"
+        ) from error
+
+
+def _packed_error(error: BaseException) -> bytes:
+    if hasattr(error, "add_note"):  # Python 3.11
+        trace = "".join(traceback.format_exception(error))
+        error.add_note(f"Raised in the process that loads the batches of a recalibration:\n{trace}{CHOICES}")
+    try:
+        packed = pickle.dumps(("error", error))
+        pickle.loads(packed)
+    except Exception:
+        return pickle.dumps(("error", RuntimeError(f"{type(error).__name__}: {error}")))
+    return packed
+
+
+def _be_quiet() -> None:
+    """Leave signals to the process that this one is a copy of, and use one thread, as workers do."""
+    for number in signal.valid_signals():
+        if callable(signal.getsignal(number)):
+            signal.signal(number, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    torch.set_num_threads(1)
