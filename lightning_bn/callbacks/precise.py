@@ -184,7 +184,7 @@ class PreciseBatchNorm(BatchNormCallback):
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         self._modes.see(pl_module)
-        if self.source == "recent" and self.source_method is None:
+        if self.source == "recent" and self.source_method is None and batch is not None:
             self._recent.append(batch)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

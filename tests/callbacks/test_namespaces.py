@@ -1,6 +1,8 @@
 """All callbacks, in both of Lightning's namespaces: alone and in lists, in Trainers and in both LightningCLIs."""
 
 import importlib
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -235,3 +237,13 @@ def test_help_shows_what_each_argument_is_for(name, capsys):
     shown = capsys.readouterr().out
     assert "Which BatchNorm layers" in shown
     assert "--trainer.callbacks.root" in shown or "root ROOT" in shown
+
+
+@pytest.mark.processes
+@pytest.mark.parametrize("namespace", ["pytorch_lightning", "lightning.pytorch"])
+def test_import_leaves_the_logger_of_the_users_lightning(namespace):
+    code = (
+        f"import {namespace}; from lightning_utilities.core import rank_zero; before = rank_zero.log; "
+        f"import lightning_bn; lightning_bn.PreciseBatchNorm; assert rank_zero.log is before, rank_zero.log"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

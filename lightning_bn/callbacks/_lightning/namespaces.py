@@ -6,12 +6,15 @@ from importlib.util import find_spec
 from typing import TYPE_CHECKING, TypeAlias
 
 import pytorch_lightning as pl
+from lightning_utilities.core import rank_zero
 from pytorch_lightning.loggers.logger import Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.utilities.rank_zero import rank_zero_info, rank_zero_warn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 from torch.utils.data import DataLoader, Dataset
+
+from lightning_bn.callbacks._lightning import LOG
 
 __all__ = ["NOT_THE_DATASETS_OWN", "NOT_THE_MODULES_OWN", "Callback", "LightningModule", "MisconfigurationException"]
 __all__ += ["Trainer", "rank_zero_info", "rank_zero_warn"]
@@ -51,6 +54,10 @@ def _of_both_namespaces() -> tuple[type, ...]:
         kinds += (LightningTrainer, LightningDataModule, LightningCallback, LightningLogger)
     return kinds
 
+
+if LOG is not None:
+    # The last of the two namespaces that is imported names the logger of both; an import of ours changes nothing.
+    rank_zero.log = LOG
 
 NOT_THE_DATASETS_OWN = (*_of_both_namespaces(), Optimizer, LRScheduler)
 """What a dataset may refer to and does not hold."""

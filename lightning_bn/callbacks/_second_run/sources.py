@@ -84,7 +84,9 @@ def batches_for(
 
     limit = min(float("inf") if most is None else most, epoch)
     with preserved_rng(), loaded_apart(opened) if forked else opened() as batches:
-        yield from map(prepare, islice(batches, None if limit == float("inf") else int(limit)))
+        wanted = islice(batches, None if limit == float("inf") else int(limit))
+        # The Trainer skips batches that are None, and says so.
+        yield from (prepare(batch) for batch in wanted if batch is not None)
 
 
 def check_training_loaders(trainer: Trainer, *, bounded: bool) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._bits import Flat, is_plain, same_bits
@@ -56,13 +56,15 @@ def preserved_rng() -> Iterator[None]:
 
 @contextmanager
 def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back at the end all buffers of ``model``: the same objects with the same bits (sparse ones: the objects).
+    """Put back at the end all buffers of ``model``: the same objects with the same form and bits.
+
+    Of sparse ones the objects; a buffer that was resized gets memory of its own.
 
     Costs a copy of them for the duration.
     """
     found = [(buffers_of(module), dict(buffers_of(module))) for module in model.modules()]
     real = [buffer for buffer in model.buffers() if not is_lazy(buffer) and is_plain(buffer)]
-    values = Flat(real)
+    values, forms = Flat(real), [_form(buffer) for buffer in real]
     try:
         yield
     finally:
@@ -70,11 +72,18 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
             for now, buffers in found:
                 now.clear()
                 now.update(buffers)
-            if not values.same_bits(real):
-                for buffer, kept in zip(real, values.parts(), strict=True):
+            reformed = {id(buffer) for buffer, form in zip(real, forms, strict=True) if _form(buffer) != form}
+            if reformed or not values.same_bits(real):
+                for buffer, (shape, stride), kept in zip(real, forms, values.parts(), strict=True):
+                    if id(buffer) in reformed:
+                        buffer.data = torch.empty_strided(shape, stride, dtype=kept.dtype, device=kept.device)
                     # Only what changed is written: a write bumps the version that others watch.
                     if not same_bits(buffer.reshape(-1), kept):
                         buffer.copy_(kept.view_as(buffer))
+
+
+def _form(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
+    return tensor.shape, tensor.stride()
 
 
 @contextmanager

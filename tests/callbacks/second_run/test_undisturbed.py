@@ -20,6 +20,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
@@ -509,3 +510,30 @@ def test_search_that_ends_early_says_so(monkeypatch):
 
     with pytest.warns(UserWarning, match=r"first 3 objects below self\.many"):
         trajectory(Many, data, PreciseBatchNorm(num_batches=2), **SETTINGS)
+
+
+# Batches
+
+
+@pytest.mark.parametrize("source", ["train", "recent"])
+@pytest.mark.filterwarnings("ignore:.*train_dataloader yielded None")
+def test_batches_that_are_none_are_left_out_as_the_trainer_does(source):
+    def loaders() -> dict[str, Any]:
+        batches = list(train_loader(shuffle=False))
+        return {**data(), "train_dataloaders": DataLoader([batches[0], None, *batches[1:3]], batch_size=None)}
+
+    precise = PreciseBatchNorm(num_batches=4, source=source)
+    quiet(callbacks=[precise], num_sanity_val_steps=0, max_epochs=1).fit(Classifier(), **loaders())
+    assert precise.last is not None
+    assert precise.last.num_batches == 3
+
+
+def test_source_method_may_return_loaders_that_are_combined():
+    class Combined(Classifier):
+        def target_dataloader(self) -> Any:
+            return CombinedLoader([train_loader()], "sequential")
+
+    precise = PreciseBatchNorm(num_batches=2, source_method="module.target_dataloader")
+    quiet(callbacks=[precise], **SETTINGS).fit(Combined(), **data())
+    assert precise.last is not None
+    assert precise.last.num_batches == 2

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import nn
 
+from lightning_bn.functional import WeightsMovedError, recalibrate, take_snapshot
 from lightning_bn.functional.recalibration.isolation import (
     preserved_buffers,
     preserved_modes,
@@ -206,3 +207,58 @@ def test_dynamo_is_not_loaded_where_nothing_is_compiled():
     )
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+@pytest.mark.parametrize("change", ["resized", "data", "transposed"])
+def test_buffer_that_changes_its_form_is_as_it_was(change):
+    class Observer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("seen", torch.arange(6.0).reshape(2, 3))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            if change == "resized":
+                self.seen.resize_(0)
+            else:
+                self.seen.data = torch.zeros(5) if change == "data" else self.seen.data.t().contiguous().t()
+            return x
+
+    model = nn.Sequential(Observer(), nn.BatchNorm1d(2))
+    seen = model[0].seen
+    recalibrate(model, [torch.randn(4, 2)])
+    assert model[0].seen is seen
+    assert seen.stride() == (3, 1)
+    assert torch.equal(seen, torch.arange(6.0).reshape(2, 3))
+
+
+def test_weights_and_gradients_that_a_forward_moves_are_as_they_were():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2), nn.Linear(2, 2).requires_grad_(False))
+    model[0].weight.grad = torch.ones(2, 2)
+    gradient, teacher = model[0].weight.grad, model[2].weight.clone()
+
+    def forward(model: nn.Module, x: torch.Tensor) -> None:
+        with torch.enable_grad():
+            model(x).sum().backward()
+        model[2].weight.data.mul_(2)
+
+    recalibrate(model, [torch.randn(4, 2)], forward=forward)
+    assert model[0].weight.grad is gradient
+    assert torch.equal(gradient, torch.ones(2, 2))
+    assert model[0].bias.grad is None
+    assert torch.equal(model[2].weight, teacher)
+
+
+def test_trained_weight_that_a_forward_moves_is_an_error_and_nothing_is_changed():
+    model = nn.Sequential(nn.Linear(2, 2), nn.BatchNorm1d(2))
+    before = take_snapshot(model)
+    weight, kept = model[0].weight, model[0].weight.detach().clone()
+
+    def forward(model: nn.Module, x: torch.Tensor) -> None:
+        model(x)
+        model[0].weight.data.mul_(2)
+
+    with pytest.raises(WeightsMovedError, match=r"trained weight '0\.weight'"):
+        recalibrate(model, [torch.randn(4, 2)], forward=forward)
+    assert model[0].weight is weight
+    assert torch.equal(weight, kept)
+    assert take_snapshot(model).same_bits(before)
