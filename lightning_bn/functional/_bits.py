@@ -56,5 +56,7 @@ def same_bits(a: Tensor, b: Tensor) -> bool:
     """Whether two tensors of one dtype hold the same bits, NaN and signed zeros included."""
     if a.dtype != b.dtype or a.shape != b.shape:
         return False
-    bits_a, bits_b = (t.detach().to(a.device).contiguous().view(-1).view(torch.uint8) for t in (a, b))
+    # As whole numbers of the same width, which compare faster than bytes.
+    whole = {1: torch.uint8, 2: torch.int16, 4: torch.int32}.get(a.element_size(), torch.int64)
+    bits_a, bits_b = (t.detach().to(a.device).contiguous().view(-1).view(whole) for t in (a, b))
     return torch.equal(bits_a, bits_b)

@@ -63,7 +63,8 @@ def recalibrate(
     Args:
         model: Any module.
         batches: What to feed, for instance a DataLoader. 10^3 to 10^4 samples are near-optimal; batches may be larger
-            than in training.
+            than in training. It is iterated as it is: while a training draws from a loader, pass another one, with a
+            generator and a dataset of its own.
         modules: As for :func:`~lightning_bn.functional.batch_norm_layers`.
         exclude: As for ``batch_norm_layers``.
         root: As for ``batch_norm_layers``.
