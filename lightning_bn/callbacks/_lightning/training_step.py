@@ -16,11 +16,7 @@ _SAYING = ("log_metrics", "log_hyperparams", "log_graph", "log_image", "save", "
 def _silent(logger: Any) -> Any:
     """Return a logger of the same class that says of itself what this one does, and drops what it is given."""
     nothing = dict.fromkeys(_SAYING, lambda self, *args, **kwargs: None)
-    namespace = {
-        **nothing,
-        "experiment": property(lambda self: DummyLogger().experiment),
-        "__reduce__": lambda self: (_silent, (logger,)),
-    }
+    namespace = {**nothing, "experiment": property(lambda self: DummyLogger().experiment)}
     silent: Any = object.__new__(type(type(logger).__name__, (type(logger),), namespace))
     silent.__dict__.update(vars(logger))
     return silent

@@ -45,8 +45,8 @@ def on_copies(
     """
     skipped = frozenset(skip)
     found = [{key: value for key, value in home.items() if key not in skipped} for home in homes]
-    copier = _Copier(known, leave)
-    copies = copier.copied([{key: held for key, held in own.items() if type(held) not in _ATOMS} for own in found])
+    held = [{key: value for key, value in own.items() if type(value) not in _ATOMS} for own in found]
+    copier, copies = _copies(held, list(known), leave)
     for home, copy in zip(homes, copies, strict=True):
         home.update(copy)
     try:
@@ -58,6 +58,30 @@ def on_copies(
             for key in [key for key in home if key not in own and key not in skipped]:
                 del home[key]
             home.update(own)
+
+
+def _copies(held: list[dict[str, Any]], known: list[Any], leave: tuple[type, ...]) -> tuple[_Copier, Any]:
+    copier = _Copier(known, leave)
+    try:
+        return copier, copier.copied(held)
+    except Exception:
+        copier.release()
+    # Somebody's own way of being copied fails: what has it is used as it is.
+    failing = [value for own in held for value in own.values() if not _can_be_copied(value, known, leave)]
+    copier = _Copier([*known, *failing], leave)
+    copier.uncopied += failing
+    return copier, copier.copied(held)
+
+
+def _can_be_copied(value: Any, known: list[Any], leave: tuple[type, ...]) -> bool:
+    copier = _Copier(known, leave)
+    try:
+        copier.copied(value)
+    except Exception:
+        return False
+    finally:
+        copier.release()
+    return True
 
 
 def copied(value: Any, leave: tuple[type, ...] = ()) -> Any:

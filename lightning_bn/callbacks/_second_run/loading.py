@@ -8,7 +8,7 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Generator, Iterator
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import AbstractContextManager, closing, contextmanager, suppress
 from multiprocessing.connection import Connection
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
@@ -20,8 +20,6 @@ from torch.utils._pytree import tree_leaves
 from lightning_bn.callbacks._lightning.namespaces import MisconfigurationException
 from lightning_bn.callbacks._second_run.drawn_once import CHOICES
 
-_AHEAD = 2
-"""Batches that are loaded before they are asked for."""
 _PATIENCE = 10.0
 """Seconds in which the process and its workers may end by themselves."""
 
@@ -62,49 +60,45 @@ def loaded_apart(opened: Opened) -> Iterator[Generator[Any, None, None]]:
 
 
 def _received(connection: Connection, process: Any) -> Generator[Any, None, None]:
-    try:
-        for _ in range(_AHEAD):
+    kind = ""
+    while kind != "end":
+        try:
+            # One more is loaded while this one is used.
             connection.send_bytes(b"")
-        while True:
             kind, value = pickle.loads(connection.recv_bytes())
-            if kind == "end":
-                return
-            if kind != "batch":
-                raise value
-            connection.send_bytes(b"")
+        except (EOFError, ConnectionError) as error:
+            process.join(_PATIENCE)
+            raise MisconfigurationException(
+                f"PreciseBatchNorm: the process that loaded the batches ended with exit code {process.exitcode} (a "
+                f"negative one is a signal: -7 means that shared memory is full, -9 often that memory is). {CHOICES}"
+            ) from error
+        if kind == "error":
+            raise value
+        if kind == "batch":
             yield value
-    except (EOFError, ConnectionError) as error:
-        process.join(_PATIENCE)
-        raise MisconfigurationException(
-            f"PreciseBatchNorm: the process that loaded the batches ended with exit code {process.exitcode} (a "
-            f"negative one is a signal: -7 means that shared memory is full, -9 often that memory is). {CHOICES}"
-        ) from error
 
 
 def _serve(opened: Opened, other: Connection, connection: Connection) -> None:
-    """Answer each message with a batch, in the forked process, until there is none left or nobody listens."""
+    """Answer each message with a batch, in the forked process, until nobody listens any more."""
     other.close()
     _be_quiet()
-    with suppress(EOFError, ConnectionError):
-        try:
-            with opened() as batches:
-                while True:
-                    connection.recv_bytes()
-                    batch = next(batches, _END)
-                    if batch is _END:
-                        break
-                    connection.send_bytes(_packed(batch))
-            connection.send_bytes(pickle.dumps(("end", None)))
-        except (EOFError, ConnectionError):
-            raise
-        except BaseException as error:
-            connection.send_bytes(_packed_error(error))
-        while True:
-            # What was handed over in shared memory is fetched from this process: it stays until nobody listens.
+    with suppress(EOFError, ConnectionError), closing(_replies(opened)) as replies:
+        for reply in replies:
             connection.recv_bytes()
+            connection.send_bytes(reply)
+        # What was handed over in shared memory is fetched from this process: it stays.
+        connection.recv_bytes()
 
 
-_END = object()
+def _replies(opened: Opened) -> Generator[Any, None, None]:
+    """Yield what is sent: batches, and at last that there are no more, or an error, whatever its kind."""
+    try:
+        with opened() as batches:
+            for batch in batches:
+                yield _packed(batch)
+        yield pickle.dumps(("end", None))
+    except Exception as error:
+        yield _packed_error(error)
 
 
 def _packed(batch: Any) -> Any:

@@ -117,9 +117,9 @@ def _surroundings_on_copies(modules: Sequence[nn.Module], known: Sequence[Any]) 
     ]
     home = {str(index): value for index, (_, _, value) in enumerate(held)}
     with on_copies([home], known, NOT_THE_MODULES_OWN):
-        for index, (owner, name, _) in enumerate(held):
-            setattr(owner, name, home[str(index)])
         try:
+            for index, (owner, name, _) in enumerate(held):
+                setattr(owner, name, home[str(index)])
             yield
         finally:
             for owner, name, value in held:
@@ -127,13 +127,14 @@ def _surroundings_on_copies(modules: Sequence[nn.Module], known: Sequence[Any]) 
 
 
 def _say_shared(module: nn.Module, step: str, shared: Sequence[Any], said: set[str]) -> None:
-    # What decodes JSON keeps nothing.
-    ids = {id(value) for value in shared if not isinstance(value, LOCKS) and type(value).__module__ != "_json"}
+    # Neither locks nor what decodes JSON or writes a log has anything to lose.
+    harmless = [value for value in shared if type(value).__module__ in ("_json", "logging") or isinstance(value, LOCKS)]
+    ids = {id(value) for value in shared} - {id(value) for value in harmless}
     paths = [path for path, value in held_by(module) if id(value) in ids and path not in said] if ids else []
     said.update(paths)
     if paths:
         rank_zero_info(
-            f"PreciseBatchNorm: {quoted(paths)} cannot be copied: what {step} does with it in a recalibration is done. "
+            f"PreciseBatchNorm: {quoted(paths)} cannot be copied: what {step} does with it in a recalibration stays. "
             f"If that matters, choose step='forward' or a method of your own that does not use it."
         )
 

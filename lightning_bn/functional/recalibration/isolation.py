@@ -74,16 +74,16 @@ def preserved_buffers(model: nn.Module) -> Iterator[None]:
                 now.update(buffers)
             reformed = {id(buffer) for buffer, form in zip(real, forms, strict=True) if _form(buffer) != form}
             if reformed or not values.same_bits(real):
-                for buffer, (shape, stride), kept in zip(real, forms, values.parts(), strict=True):
+                for buffer, (shape, stride, dtype), kept in zip(real, forms, values.parts(), strict=True):
                     if id(buffer) in reformed:
-                        buffer.data = torch.empty_strided(shape, stride, dtype=kept.dtype, device=kept.device)
+                        buffer.data = torch.empty_strided(shape, stride, dtype=dtype, device=kept.device)
                     # Only what changed is written: a write bumps the version that others watch.
                     if not same_bits(buffer.reshape(-1), kept):
                         buffer.copy_(kept.view_as(buffer))
 
 
-def _form(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...]]:
-    return tensor.shape, tensor.stride()
+def _form(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
+    return tensor.shape, tensor.stride(), tensor.dtype
 
 
 @contextmanager

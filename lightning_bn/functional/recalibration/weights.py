@@ -33,7 +33,7 @@ def preserved_weights(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for weight, values, gradient in kept:
-            if weight.shape != values.shape or weight.stride() != values.stride():
+            if (weight.shape, weight.stride(), weight.dtype) != (values.shape, values.stride(), values.dtype):
                 moved.add(id(weight))
                 weight.data = values
             elif not same_bits(weight, values):

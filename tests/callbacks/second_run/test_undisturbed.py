@@ -537,3 +537,84 @@ def test_source_method_may_return_loaders_that_are_combined():
     quiet(callbacks=[precise], **SETTINGS).fit(Combined(), **data())
     assert precise.last is not None
     assert precise.last.num_batches == 2
+
+
+# Failures, and what is odd about copies
+
+
+@pytest.mark.parametrize("error", [EOFError, ConnectionResetError, KeyError, StopAsyncIteration])
+def test_error_of_a_dataset_is_its_own_whatever_its_kind(error):
+    class Fails(Augmented):
+        def __getitem__(self, index: int) -> Any:
+            if multiprocessing.parent_process() is not None:
+                raise error("sample")
+            return super().__getitem__(index)
+
+    with pytest.raises(error, match="sample"):
+        quiet(callbacks=[PreciseBatchNorm()], **SETTINGS).fit(Classifier(), train_loader(Fails(None)), val_loader())
+
+
+class Delegates:
+    """Hands on whatever it has not, so that an empty one asks itself for ever."""
+
+    def __init__(self) -> None:
+        self.inner: list[int] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.inner, name)
+
+
+class Unpicklable:
+    """Can be pickled and not read again."""
+
+    def __init__(self) -> None:
+        self.lines: list[int] = []
+
+    def __setstate__(self, state: Any) -> None:
+        raise TypeError("not without a connection")
+
+
+def deep() -> Any:
+    chain: Any = []
+    for _ in range(5000):
+        chain = [chain]
+    return chain
+
+
+@pytest.mark.parametrize("make", [Delegates, Unpicklable, deep])
+def test_object_whose_own_way_of_being_copied_fails_is_used_as_it_is_and_said(make):
+    class Holds(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.odd, self.count = make(), 0
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            self.count += 1
+            return super().training_step(batch, batch_idx) * (1 + self.count % 3)
+
+    with said() as lines:
+        assert assert_same_fit(Holds).count == 8
+    assert any("self.odd" in line and "cannot be copied" in line for line in lines)
+
+
+def test_pythons_loggers_are_not_worth_a_sentence():
+    class Holds(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.own_log = logging.getLogger("somebody")
+
+    with said() as lines:
+        assert_same_fit(Holds)
+    assert not any("cannot be copied" in line for line in lines)
+
+
+def test_module_with_torchscript_in_it_is_recalibrated():
+    class Scripted(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.scripted = torch.jit.script(nn.Linear(6, 2))
+
+        def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+            return super().training_step(batch, batch_idx) + self.scripted(batch[0].flatten(1)[:, :6]).mean()
+
+    assert_same_fit(Scripted)

@@ -209,7 +209,7 @@ def test_dynamo_is_not_loaded_where_nothing_is_compiled():
     assert done.stdout.strip() == "False"
 
 
-@pytest.mark.parametrize("change", ["resized", "data", "transposed"])
+@pytest.mark.parametrize("change", ["resized", "data", "transposed", "dtype"])
 def test_buffer_that_changes_its_form_is_as_it_was(change):
     class Observer(nn.Module):
         def __init__(self) -> None:
@@ -219,6 +219,8 @@ def test_buffer_that_changes_its_form_is_as_it_was(change):
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             if change == "resized":
                 self.seen.resize_(0)
+            elif change == "dtype":
+                self.seen.data = self.seen.data.double()
             else:
                 self.seen.data = torch.zeros(5) if change == "data" else self.seen.data.t().contiguous().t()
             return x
