@@ -147,8 +147,7 @@ class PreciseBatchNorm(BatchNormCallback):
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
-        # Behind WeightAveraging, whose on_train_end puts the average in the place of the weights.
-        put_before_checkpoints(trainer, self)
+        put_before_checkpoints(trainer, self)  # and so behind WeightAveraging, whose on_train_end swaps weights
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         check_step(pl_module, self.step)
@@ -161,18 +160,17 @@ class PreciseBatchNorm(BatchNormCallback):
         refuse_unequal_validation(trainer, self)
         self._modes.see(pl_module)
         self._looked = False
-        if self.source == "train" and self.source_method is None:
+        if in_training_fit(trainer) and self.source == "train" and self.source_method is None:
             limits = (self.num_batches, self.num_samples, self.max_standard_error)
             check_training_loaders(trainer, bounded=any(limit is not None for limit in limits))
         if not trainer.global_step:
             self._validations, self._done_at_step, self._replaced = 0, -1, None
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The module's own hook comes after this one and may replace layers.
-        self._modes.expect_changes()
+        self._modes.expect_changes()  # the module's own hook comes after this one and may replace layers
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if not self._looked:  # after the module's own hooks at the start
+        if in_training_fit(trainer) and not self._looked:  # after the module's own hooks at the start
             refuse_drawn_once(pl_module, self.step)
             self._looked = True
         if self._replaced is not None:
@@ -217,12 +215,14 @@ class PreciseBatchNorm(BatchNormCallback):
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Checkpoints are saved behind this hook; without validation nothing else comes before them. The weights that
         # a checkpoint holds are the averaged ones, where there are any.
-        if not trainer.enable_validation and is_last_epoch(trainer) and trainer.current_epoch >= self.start_epoch:
+        last = in_training_fit(trainer) and not trainer.enable_validation and is_last_epoch(trainer)
+        if last and trainer.current_epoch >= self.start_epoch:
             with averages_in_place(trainer, pl_module):
                 self._recalibrate(trainer, pl_module)
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._done_at_step != trainer.global_step and trainer.current_epoch >= self.start_epoch:
+        late = self._done_at_step != trainer.global_step and trainer.current_epoch >= self.start_epoch
+        if late and in_training_fit(trainer):
             self._recalibrate(trainer, pl_module)
         self._forget()
 

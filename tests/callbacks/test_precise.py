@@ -325,6 +325,7 @@ def test_it_does_nothing_in_a_barebones_fit():
     trainer = pl.Trainer(accelerator="cpu", max_epochs=1, barebones=True, callbacks=[callback])
     trainer.fit(module, **data())
     assert callback.done == []
+    assert callback.last is None
 
 
 def test_validating_on_its_own_changes_nothing():

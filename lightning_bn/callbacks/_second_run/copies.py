@@ -16,7 +16,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data.dataloader import _BaseDataLoaderIter
 
-from lightning_bn.callbacks._second_run.drawn_once import is_service
+from lightning_bn.callbacks._lightning.namespaces import MisconfigurationException
+from lightning_bn.callbacks._second_run.drawn_once import CHOICES, is_service
 from lightning_bn.functional._bits import is_plain
 
 _ATOMS = frozenset((type(None), bool, int, float, complex, str, bytes))
@@ -85,8 +86,20 @@ def _can_be_copied(value: Any, known: list[Any], leave: tuple[type, ...]) -> boo
 
 
 def copied(value: Any, leave: tuple[type, ...] = ()) -> Any:
-    """Return a copy, as deep as it goes, of everything but modules and instances of ``leave``."""
-    return _Copier((), (*leave, nn.Module)).copied(value)
+    """Return a copy, as deep as it goes, of everything but modules and instances of ``leave``.
+
+    Raises:
+        MisconfigurationException: If there is an iterator in it that cannot be copied: it would be drawn from.
+    """
+    copier = _Copier((), (*leave, nn.Module))
+    copy = copier.copied(value)
+    copier.release()
+    drawn = [type(held).__name__ for held in copier.uncopied if hasattr(type(held), "__next__")]
+    if drawn:
+        raise MisconfigurationException(
+            f"PreciseBatchNorm: the loaders hold a {drawn[0]}, which has no copy. {CHOICES}"
+        )
+    return copy
 
 
 class _Itself:

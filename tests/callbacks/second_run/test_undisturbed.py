@@ -618,3 +618,25 @@ def test_module_with_torchscript_in_it_is_recalibrated():
             return super().training_step(batch, batch_idx) + self.scripted(batch[0].flatten(1)[:, :6]).mean()
 
     assert_same_fit(Scripted)
+
+
+@pytest.mark.filterwarnings("ignore:PreciseBatchNorm. this process cannot be forked")
+def test_where_no_process_can_be_forked_an_iterator_without_a_copy_is_refused(monkeypatch):
+    monkeypatch.setattr(sources, "can_fork", lambda: False)
+    loader = DataLoader(Stream(n for n in range(999)), batch_size=8)
+    trainer = quiet(callbacks=[PreciseBatchNorm(num_batches=2)], limit_train_batches=6, **SETTINGS)
+    with pytest.raises(MisconfigurationException, match=r"generator, which has no copy.*source='recent'"):
+        trainer.fit(Classifier(), loader, val_loader())
+
+
+@pytest.mark.filterwarnings("ignore:You defined a `validation_step`")
+def test_fit_in_which_nothing_is_recalibrated_is_refused_nothing():
+    class Draws(Classifier):
+        def __init__(self) -> None:
+            super().__init__()
+            self.numbers = itertools.count()
+
+    settings = {"accelerator": "cpu", "max_epochs": 1, "limit_train_batches": 2}
+    trainer = pl.Trainer(callbacks=[PreciseBatchNorm(num_batches=None)], barebones=True, **settings)
+    trainer.fit(Draws(), DataLoader(Stream(n for n in range(999)), batch_size=8))
+    assert trainer.global_step == 2
