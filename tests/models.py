@@ -225,3 +225,67 @@ def bits(tensor: Tensor) -> bytes:
 def state_bits(module: nn.Module) -> dict[str, bytes]:
     """The bytes of everything in a state dict."""
     return {name: bits(value) for name, value in module.state_dict().items()}
+
+
+class GhostBatchNorm2d(nn.BatchNorm2d):
+    """Splits of a batch normalized each by itself, with statistics of their own in one buffer."""
+
+    def __init__(self, channels: int, splits: int) -> None:
+        super().__init__(channels)
+        self.splits = splits
+        self.register_buffer("running_mean", torch.zeros(channels * splits))
+        self.register_buffer("running_var", torch.ones(channels * splits))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            mean, var = (stat[: self.num_features] for stat in (self.running_mean, self.running_var))  # type: ignore
+            return nn.functional.batch_norm(x, mean, var, self.weight, self.bias, False, 0.0, self.eps)
+        weight, bias = self.weight.repeat(self.splits), self.bias.repeat(self.splits)
+        folded = x.view(-1, self.num_features * self.splits, *x.shape[2:])
+        mean, var, momentum = self.running_mean, self.running_var, self.momentum
+        return nn.functional.batch_norm(folded, mean, var, weight, bias, True, momentum, self.eps).view(x.shape)  # type: ignore
+
+
+class SplitBatchNorm2d(nn.BatchNorm2d):
+    """The first half of a batch is normalized here, the others in a layer of their own, as for adversarial examples."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.aux = nn.BatchNorm2d(channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not self.training:
+            return super().forward(x)
+        clean, other = x.chunk(2)
+        return torch.cat((super().forward(clean), self.aux(other)))
+
+
+class ChunkedBatchNorm2d(nn.BatchNorm2d):
+    """A batch in chunks through one set of statistics."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([super(ChunkedBatchNorm2d, self).forward(part) for part in x.chunk(2)])
+
+
+class BatchRenorm2d(nn.BatchNorm2d):
+    """Written by hand, without torch's function: reads its running statistics while it trains (arXiv 1702.03275)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x.detach(), (0, 2, 3), correction=1)
+        shift = ((mean - self.running_mean) / (self.running_var + self.eps).sqrt()).clamp(-3, 3)  # type: ignore
+        scale = ((var + self.eps) / (self.running_var + self.eps)).sqrt().clamp(1 / 3, 3)  # type: ignore
+        self.corrections = torch.stack((scale, shift))
+        self.running_mean += self.momentum * (mean - self.running_mean)  # type: ignore
+        self.running_var += self.momentum * (var - self.running_var)  # type: ignore
+        normalized = (x - mean[:, None, None]) / (var[:, None, None] + self.eps).sqrt()
+        return normalized * scale[:, None, None] + shift[:, None, None]
+
+
+class HalfByHand(nn.BatchNorm2d):
+    """Written by hand, with statistics of the first half of a batch."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        var, mean = torch.var_mean(x[: len(x) // 2].detach(), (0, 2, 3))
+        self.running_mean.lerp_(mean, self.momentum)  # type: ignore
+        self.running_var.lerp_(var, self.momentum)  # type: ignore
+        return (x - mean[:, None, None]) / (var[:, None, None] + self.eps).sqrt()

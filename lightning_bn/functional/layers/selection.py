@@ -56,7 +56,16 @@ class LayerSelection:
                 f"Leave it out with exclude, or construct it with track_running_stats=True."
             )
         refuse_lazy(layers)
-        return {name: layer for name, layer in layers.items() if name not in set(without)}
+        tracked = {name: layer for name, layer in layers.items() if name not in set(without)}
+        for name, layer in tracked.items():
+            size = layer.running_mean.numel()  # type: ignore[union-attr]
+            if size != layer.num_features:
+                raise SelectionError(
+                    f"{type(layer).__name__} {name!r} holds running statistics of {size} values for its "
+                    f"{layer.num_features} channels, so that nobody but the layer knows what they mean. Leave it out "
+                    f"with exclude."
+                )
+        return tracked
 
     def patterns(self) -> list[Pattern]:
         """Its ``modules``, each as a predicate on names."""
@@ -114,7 +123,8 @@ def tracked_layers(
 
     Raises:
         SelectionError: As for :func:`batch_norm_layers`; if a layer selected by ``modules`` has no running statistics;
-            if no selected layer has any; or if a lazy layer is still uninitialized.
+            if no selected layer has any, or one has other than one value per channel; or if a lazy layer is still
+            uninitialized.
     """
     return LayerSelection(modules, exclude, root).tracked_layers(model)
 

@@ -28,7 +28,7 @@ def across_processes(
     Raises:
         RuntimeError: On the processes that did not fail, if another one did.
     """
-    nothing = torch.zeros(len(layout) * 2 + 8 * layout.channels, dtype=torch.float64, device=device)
+    nothing = torch.zeros(len(layout) * 3 + 8 * layout.channels, dtype=torch.float64, device=device)
     samples = counts.samples or 0, counts.samples is None
     head = (gathered is None, counts.batches, counts.skipped, *samples, counts.ended_early)
     head_tensor = torch.tensor(head, dtype=torch.float64, device=device)
@@ -42,18 +42,18 @@ def across_processes(
             f"recalibration failed on {failed} of {dist.get_world_size()} processes, whose own error says "
             f"why. Nothing was changed on this one."
         )
-    uses, nonfinite, rows = flat[len(head) :].split((len(layout), len(layout), 8 * layout.channels))
+    uses, nonfinite, empty, rows = flat[len(head) :].split((*[len(layout)] * 3, 8 * layout.channels))
     count, sums, squares, mean_error, var_error, *averages, unknown = rows.view(8, -1)
     mean = sums / count.clamp(min=1)
     moments = Moments(count, mean, (squares - count * mean.square()).clamp(min=0))
     errors = torch.where(unknown > 0, torch.inf, torch.stack((mean_error, var_error)))
     eps_of = layout.constant(eps, flat.device)
-    pooled = Population(layout, moments, errors, torch.stack(averages), eps_of, uses, nonfinite)
+    pooled = Population(layout, moments, errors, torch.stack(averages), eps_of, uses, nonfinite, empty)
     return pooled, Counts(batches, skipped, None if uncounted else total, ended_early)
 
 
 def _packed(gathered: Population) -> Tensor:
-    """Everything that is summed up, in one tensor: uses and non-finite forwards of each layer, then a row for each sum.
+    """Everything that is summed up: uses, non-finite and empty forwards of each layer, then a row for each sum.
 
     The rows are count, sum, squares, errors of mean and variance, averages, and where no error is known.
     """
@@ -64,4 +64,4 @@ def _packed(gathered: Population) -> Tensor:
     rows = torch.cat(
         (sums, gathered.errors.nan_to_num(nan=0.0, posinf=0.0), gathered.averages, unknown.to(count)[None])
     )
-    return torch.cat((gathered.uses, gathered.nonfinite, rows.flatten()))
+    return torch.cat((gathered.uses, gathered.nonfinite, gathered.empty, rows.flatten()))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -13,9 +12,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional.layers.exchange import exchanged
 from lightning_bn.functional.layers.properties import processes_of
-from lightning_bn.functional.recalibration.arena import UNWRITTEN, Arena, not_written
+from lightning_bn.functional.recalibration.arena import Arena
 from lightning_bn.functional.recalibration.population import Population
-from lightning_bn.functional.recalibration.standard_error import ErrorSums, relative_errors
+from lightning_bn.functional.recalibration.standard_error import ErrorSums
 from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.sample_moments import Moments, merge
 
@@ -42,19 +41,16 @@ class Collector:
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
-        self.arena = Arena(layers)
+        self.arena = Arena(layers, self.merge)
         device, dtype, layout = self.arena.device, self.arena.dtype, ChannelLayout.of(layers)
         # A layer whose tracking was switched off writes nothing; its own values are taken, whoever it normalizes with.
         sharing = tuple(processes_of(layer) if layer.track_running_stats else 1 for layer in layers.values())
         self._together = layout.constant(sharing, device, dtype)
-        # A batch of no samples writes nothing, but where others of a group have some.
-        self._least = torch.tensor([1 if processes == 1 else 0 for processes in sharing], device=device)
-        self._firsts = torch.tensor([part.start for part in layout.slices.values()], device=device)
-        self._unwritten = none = torch.zeros(len(layout), device=device, dtype=torch.int64)
+        none = torch.zeros(len(layout), device=device, dtype=torch.int64)
         zeros = torch.zeros(layout.channels, device=device, dtype=dtype)
         both, eps = torch.stack((zeros, zeros)), tuple(layer.eps for layer in layers.values())
         self._population = Population(
-            layout, Moments(zeros, zeros, zeros), both, both, layout.constant(eps, device, dtype), none, none
+            layout, Moments(zeros, zeros, zeros), both, both, layout.constant(eps, device, dtype), none, none, none
         )
         self._error_sums = ErrorSums.none(zeros)
         self._batch: Moments | None = None
@@ -63,9 +59,10 @@ class Collector:
     def batch(self) -> Iterator[None]:
         """Merge at the end what the forwards of one batch leave, or drop it after an exception."""
         before, self._batch = self._population, None
-        self.arena.clear()
+        self.arena.begin_batch()
         try:
             yield
+            self.arena.end_batch()
         except BaseException:
             # Layers used twice had merged a part of it already.
             self._population = before
@@ -80,10 +77,9 @@ class Collector:
         """Return the batch with what lies in the arena, and clear that; layers not finite are left out."""
         known, layout = self._population, self._population.layout
         mean, var = self.arena.read()
-        counts = torch.tensor(self.arena.counts, dtype=mean.dtype, device=mean.device)
+        counts = torch.tensor([forward.count for forward in self.arena.forwards], dtype=mean.dtype, device=mean.device)
         bad = layout.sum((~torch.isfinite(mean + var)).to(counts.dtype)) > 0
-        called = counts >= self._least
-        self._unwritten = self._unwritten + (called & (var[self._firsts] == UNWRITTEN))
+        called = counts >= 0
         used = called & ~bad
         taken = layout.expand(used)
         count = torch.where(taken, layout.expand(counts), 0)
@@ -104,10 +100,7 @@ class Collector:
 
     def largest_standard_error(self) -> float:
         """Over all channels of all layers reached so far; infinite before the second batch."""
-        moments = self._population.moments
-        errors = relative_errors(moments, self._errors(), self._population.eps)
-        largest = float(torch.where(moments.count > 0, errors, -1).max())
-        return largest if largest >= 0 else math.inf
+        return replace(self._population, errors=self._errors()).standard_error()
 
     def _errors(self) -> Tensor:
         """Squared deviations, for which processes of one group have but one sample."""
@@ -117,12 +110,11 @@ class Collector:
         """Return what was gathered of all layers so far, flat and in their order.
 
         Raises:
-            RecalibrationError: If a layer was called but its statistics were written elsewhere.
+            RecalibrationError: If a forward of the user's own wrote other statistics than those of its input.
         """
-        counts = self._population.by_layer(self._unwritten)
-        if any(counts.values()):
-            raise not_written(*(name for name, count in counts.items() if count))
-        return replace(self._population, errors=self._errors())
+        self.arena.refuse_others()
+        empty = torch.tensor([forward.empty for forward in self.arena.forwards], device=self.arena.device)
+        return replace(self._population, errors=self._errors(), empty=empty)
 
 
 @contextmanager
@@ -133,5 +125,5 @@ def collecting(layers: Mapping[str, _BatchNorm]) -> Iterator[Collector]:
         ValueError: If a layer has no running statistics.
     """
     collector = Collector(layers)
-    with exchanged("recalibrate", collector.arena.entries(collector.merge)):
+    with exchanged("recalibrate", collector.arena.entries()):
         yield collector

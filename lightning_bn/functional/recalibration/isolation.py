@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import pickle
 import random
 import sys
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,7 +25,9 @@ _PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @contextmanager
-def isolated_statistics(model: nn.Module, targets: Collection[_BatchNorm]) -> Iterator[None]:
+def isolated_statistics(
+    model: nn.Module, targets: Collection[_BatchNorm], *, containers_in_eval: bool = False
+) -> Iterator[None]:
     """Run forwards that collect the statistics of ``targets``; all else is afterwards as it was, whatever happens."""
     # Layers without statistics normalize with the batch in every mode.
     always = {name: layer for name, layer in batch_norm_layers(model).items() if not has_running_statistics(layer)}
@@ -36,22 +41,36 @@ def isolated_statistics(model: nn.Module, targets: Collection[_BatchNorm]) -> It
         preserved_buffers(model),
         single_values_refused(always),
     ):
-        set_modes_for_statistics(model, targets)
+        set_modes_for_statistics(model, targets, containers_in_eval=containers_in_eval)
         yield
 
 
 @contextmanager
 def preserved_rng() -> Iterator[None]:
     """Put back at the end: Python's, numpy's (where loaded) and torch's generators, CUDA's included."""
-    numpy = sys.modules.get("numpy")
     with ExitStack() as at_the_end:
-        at_the_end.callback(random.setstate, random.getstate())
-        if numpy is not None:
-            at_the_end.callback(numpy.random.set_state, numpy.random.get_state())
-        at_the_end.callback(torch.set_rng_state, torch.get_rng_state())
-        if torch.cuda.is_initialized():
-            at_the_end.callback(torch.cuda.set_rng_state_all, torch.cuda.get_rng_state_all())
+        for set_state, state in _generators():
+            at_the_end.callback(set_state, state)
         yield
+
+
+def generator_states() -> bytes:
+    """The states of all these generators, to be compared: whoever draws a number changes them."""
+    return pickle.dumps([state.numpy() if isinstance(state, Tensor) else state for _, state in _generators()])
+
+
+def _generators() -> list[tuple[Callable[[Any], Any], Any]]:
+    """What sets the state of each generator, and its state."""
+    found: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
+    if (numpy := sys.modules.get("numpy")) is not None:
+        found.append((numpy.random.set_state, numpy.random.get_state()))
+    found.append((torch.set_rng_state, torch.get_rng_state()))
+    if torch.cuda.is_initialized():
+        found += [
+            (partial(torch.cuda.set_rng_state, device=i), torch.cuda.get_rng_state(i))
+            for i in range(torch.cuda.device_count())
+        ]
+    return found
 
 
 @contextmanager
@@ -101,18 +120,26 @@ def run_as_written() -> AbstractContextManager[None]:
     return torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else nullcontext()
 
 
-def set_modes_for_statistics(model: nn.Module, targets: Collection[_BatchNorm]) -> None:
+def set_modes_for_statistics(
+    model: nn.Module, targets: Collection[_BatchNorm], *, containers_in_eval: bool = False
+) -> None:
     """Set the modes in which a forward collects the statistics of ``targets`` and moves nothing else.
 
     Targets go to train mode and everything that may act on its mode to eval: other BatchNorm layers, all leaf modules
     (dropout off, spectral norm and codebooks still) and torch's own composite layers (attention has its dropout
-    inside). Containers keep their flag, since models branch on it: a detector returns losses only in training.
+    inside). Containers keep their flag, since models branch on it: a detector returns losses only in training; with
+    ``containers_in_eval`` they go to eval too.
     """
     chosen = {id(layer) for layer in targets}
     for module in model.modules():
         if id(module) in chosen:
             module.training = True
-        elif isinstance(module, _BatchNorm) or not [*module.children()] or _is_composite_layer(type(module)):
+        elif (
+            containers_in_eval
+            or isinstance(module, _BatchNorm)
+            or not [*module.children()]
+            or _is_composite_layer(type(module))
+        ):
             module.training = False
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
@@ -28,6 +29,7 @@ class Population:
         eps: Of the layers, ``(C,)``.
         uses: Forwards with finite statistics, ``(L,)``.
         nonfinite: Forwards left out because a statistic was not finite, ``(L,)``.
+        empty: Forwards of no value, ``(L,)``.
     """
 
     layout: ChannelLayout
@@ -37,6 +39,7 @@ class Population:
     eps: Tensor
     uses: Tensor
     nonfinite: Tensor
+    empty: Tensor
 
     def by_layer(self, counts: Tensor) -> dict[str, int]:
         """Return counts of layers, ``(L,)``, by name."""
@@ -47,15 +50,14 @@ class Population:
         counts = self.layout.mean(self.moments.count).tolist() if len(self.layout) else []
         return [name for name, count in zip(self.layout.names, counts, strict=True) if count > 1]
 
-    def statistics(self, estimator: Estimator) -> dict[str, tuple[Tensor, Tensor]]:
-        """Return mean and variance to be stored, by layer: pooled and unbiased, or means over batches."""
-        mean, var = self.moments.mean, variance(self.moments)
+    def statistics(self, estimator: Estimator) -> Tensor:
+        """Return mean and variance to be stored, ``(2, C)``: pooled and unbiased, or means over batches."""
         if estimator == "mean_of_batches":
-            mean, var = self.averages / self.layout.expand(self.uses.clamp(min=1)).to(self.averages)
-        means, variances = self.layout.split(mean), self.layout.split(var)
-        return {name: (means[name], variances[name]) for name in self.layout.names}
+            return self.averages / self.layout.expand(self.uses.clamp(min=1)).to(self.averages)
+        return torch.stack((self.moments.mean, variance(self.moments)))
 
     def standard_error(self) -> float:
-        """Return the largest relative standard error of any channel that was reached."""
+        """Return the largest relative standard error of any channel that was reached; infinite for no batch or one."""
         errors = relative_errors(self.moments, self.errors, self.eps)
-        return float(torch.where(self.moments.count > 1, errors, 0).max())
+        largest = float(torch.where(self.moments.count > 1, errors, -1).max())
+        return largest if largest >= 0 else math.inf

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._batches import default_forward, model_device
-from lightning_bn.functional._checks import check_choice
+from lightning_bn.functional._checks import check_choice, check_positive
 from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.distributed.agreement import agree, layer_facts, tell_failure
 from lightning_bn.functional.distributed.lockstep import Lockstep
@@ -24,11 +24,12 @@ from lightning_bn.functional.layers.status import is_frozen
 from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.across_processes import across_processes
 from lightning_bn.functional.recalibration.collector import collecting
-from lightning_bn.functional.recalibration.isolation import isolated_statistics
+from lightning_bn.functional.recalibration.isolation import generator_states, isolated_statistics
 from lightning_bn.functional.recalibration.population import Estimator, Population
 from lightning_bn.functional.recalibration.result import Recalibration
 from lightning_bn.functional.recalibration.run import CollectionRun
 from lightning_bn.functional.recalibration.stopping import StoppingRule
+from lightning_bn.functional.recalibration.writing import blended, unheld_by, write
 from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.snapshots import snapshot_of
 
@@ -45,6 +46,8 @@ def recalibrate(
     num_samples: int | None = None,
     max_standard_error: float | None = None,
     estimator: Estimator = "pooled",
+    prior: float | None = None,
+    containers_in_eval: bool | None = None,
     distributed: bool = False,
 ) -> Recalibration:
     """Replace running statistics by those of the population that ``batches`` are drawn from, with the weights of now.
@@ -57,8 +60,9 @@ def recalibrate(
 
     Rewritten are the selected layers except those that were frozen through this package and those in eval inside a
     model in training; where the whole model is in eval, all selected ones. For the pass other leaf modules are in eval
-    (no dropout) and containers keep their mode. A forward in eval mode inside the pass, a teacher's, reads the running
-    statistics as they were and adds nothing.
+    (no dropout) and containers keep their mode. Of a forward inside the pass counts what training would take for an
+    update: not one in eval mode, a teacher's, nor one for which the forward has switched off ``track_running_stats`` or
+    set ``momentum`` to 0, or that runs with other buffers (``torch.func.functional_call``).
 
     Args:
         model: Any module.
@@ -78,6 +82,13 @@ def recalibrate(
         estimator: ``"pooled"``: one mean and variance of all values. ``"mean_of_batches"``: means of the batches' own
             means and unbiased variances, as ``momentum=None`` and other tools have it; it misses the variance between
             batches.
+        prior: How many samples what the layers hold is worth: both means and both variances are averaged, weighted by
+            it and by the samples of ``batches``. For a target domain of few samples (16 is a good value, Schneider et
+            al. 2020); None for none.
+        containers_in_eval: Whether modules with submodules are in eval for the pass as well, which turns off dropout
+            and stochastic depth that they call as functions, and also what else a model does in training alone, such
+            as a detector's losses. None: they keep their mode, and the result says so where a forward
+            draws random numbers.
         distributed: Whether all processes of the default process group take part, each with batches of its own: the
             statistics are then merged and the same on all of them. Every process has to call this. With SyncBatchNorm
             layers, whose forwards wait for each other, all run as many batches as the one that has the fewest.
@@ -86,18 +97,22 @@ def recalibrate(
         What was done; printed, it is one sentence.
 
     Raises:
-        ValueError: If a number is below 1 or not positive, or a layer is synchronized and ``distributed`` is not set.
+        ValueError: If a number is out of range, if a layer is synchronized and ``distributed`` is not set, or with
+            ``prior`` if samples cannot be counted.
         RecalibrationError: A ValueError too. AllFrozenError: all selected layers are frozen. NoUsableBatchError: there
             is no batch, or none that can be used, or no selected layer was reached. FailedAloneError: one of these,
             while other processes could go on. WeightsMovedError: the forward wrote to trained weights.
-            The base class itself: it exchanged the running statistics of a layer.
-        SelectionError: As for ``batch_norm_layers``, or if a selected layer has no running statistics.
+            The base class itself: a layer's statistics cannot be read, because the forward exchanged its buffers or it
+            normalizes with others than those of its input.
+        SelectionError: As for ``batch_norm_layers``, or if a selected layer has no running statistics, or some of
+            another size than its channels.
         TypeError: If ``batches`` is one tensor, or a batch cannot be fed without ``forward``.
         RuntimeError: Under ``distributed``, if another process failed; a DisagreementError if they would do different
             things.
 
     Source: Wu & Johnson (2021), "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 3; Ioffe & Szegedy
-    (2015), arXiv 1502.03167, algorithm 2. Pooling follows Chan, Golub & LeVeque (1979).
+    (2015), arXiv 1502.03167, algorithm 2. Pooling follows Chan, Golub & LeVeque (1979); ``prior`` Schneider et al.
+    (2020), arXiv 2006.16971, section 3.
 
     Example:
         >>> data = torch.arange(12.0).reshape(6, 2)
@@ -119,21 +134,34 @@ def recalibrate(
     with _failure_told(device) if distributed else nullcontext():
         rule = StoppingRule(num_batches, num_samples, max_standard_error, processes)
         _check(batches, estimator)
+        check_positive("prior", prior, none="to forget what the layers hold")
         selected = LayerSelection(modules, exclude, root).tracked_layers(model)
         targets = _targets_of(model, selected, distributed=distributed)
         layout = ChannelLayout.of(targets)
         synchronized = [name for name, layer in targets.items() if is_synchronized(layer)]
     if distributed:
         kinds = {f"layer {name!r} is synchronized": True for name in synchronized}
-        agree({**layer_facts(layout), **kinds, "estimator": estimator, "num_samples": num_samples}, device)
+        agree(
+            {**layer_facts(layout), **kinds, "estimator": estimator, "num_samples": num_samples, "prior": prior}, device
+        )
     lockstep = Lockstep(device) if synchronized and distributed else None
     run, step = CollectionRun(rule, device, lockstep), forward or default_forward
     # DDP's own forward exchanges buffers, for which a process with fewer batches would not come.
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
     gathered: Population | None = None
+    drew = False
+
+    def run_batch(batch: Any) -> None:
+        nonlocal drew
+        watched = containers_in_eval is None and not drew
+        states = generator_states() if watched else b""
+        step(inner, batch)
+        drew = drew or (watched and generator_states() != states)
+
+    isolated = isolated_statistics(inner, targets.values(), containers_in_eval=bool(containers_in_eval))
     try:
-        with isolated_statistics(inner, targets.values()), collecting(targets) as collector:
-            run.feed(batches, lambda batch: step(inner, batch), collector)
+        with isolated, collecting(targets) as collector:
+            run.feed(batches, run_batch, collector)
             gathered = collector.population()
     finally:
         # Also after a failure here, which the other processes are waiting to hear of.
@@ -142,16 +170,23 @@ def recalibrate(
             eps = tuple(layer.eps for layer in targets.values())
             gathered, counts = across_processes(gathered, layout, eps, counts, device)
     reached = {name: targets[name] for name in gathered.reached()}
-    uses, nonfinite = gathered.by_layer(gathered.uses), gathered.by_layer(gathered.nonfinite)
+    uses, nonfinite, empty = (gathered.by_layer(each) for each in (gathered.uses, gathered.nonfinite, gathered.empty))
     if not reached:
-        why = _why_none(nonfinite, counts.batches) if counts.batches else run.why_nothing()
+        why = _why_none(nonfinite, empty, counts.batches) if counts.batches else run.why_nothing()
         raise result.NoUsableBatchError(why)
-    before = snapshot_of(reached)
-    _write(reached, gathered, estimator)
+    statistics = gathered.statistics(estimator)
+    if prior is not None:
+        statistics = blended(statistics, targets, prior, counts.samples, distributed=distributed)
+    unheld = {name: words for name, words in unheld_by(statistics, targets, layout).items() if name in reached}
+    written = {name: layer for name, layer in reached.items() if name not in unheld}
+    if not written:
+        raise result.NoUsableBatchError(f"nothing was changed: {result.unheld_in_words(unheld)}")
+    before = snapshot_of(written)
+    write(written, layout.split(statistics))
     return Recalibration(
-        layers=tuple(reached),
+        layers=tuple(written),
         before=before,
-        after=snapshot_of(reached),
+        after=snapshot_of(written),
         num_batches=counts.batches,
         num_samples=counts.samples,
         requested_batches=num_batches,
@@ -160,7 +195,10 @@ def recalibrate(
         processes=processes,
         ended_early=counts.ended_early,
         nonfinite={name: count for name, count in nonfinite.items() if count},
-        unreached=tuple(name for name in layout.names if not uses[name] and not nonfinite[name]),
+        unreached=tuple(name for name in layout.names if not uses[name] and not nonfinite[name] and not empty[name]),
+        empty=tuple(name for name in layout.names if empty[name] and not uses[name] and not nonfinite[name]),
+        unheld=unheld,
+        drew_random_numbers=drew,
         frozen=tuple(name for name in selected if name not in targets),
         seconds=time.monotonic() - started,
     )
@@ -209,23 +247,18 @@ def _targets_of(model: nn.Module, selected: Mapping[str, _BatchNorm], *, distrib
     return targets
 
 
-def _why_none(nonfinite: Mapping[str, int], batches: int) -> str:
+def _why_none(nonfinite: Mapping[str, int], empty: Mapping[str, int], batches: int) -> str:
+    nothing = f"no statistics could be collected from {counted(batches, 'batch', 'batches')}"
     bad = [name for name, count in nonfinite.items() if count]
     if bad:
         return (
-            f"no statistics could be collected from {counted(batches, 'batch', 'batches')}: the input of {quoted(bad)} "
-            f"was never finite. Nothing was changed; look for inf or NaN in the data or the weights."
+            f"{nothing}: mean or variance of the input of {quoted(bad)} was never finite. "
+            f"Nothing was changed; look for inf or NaN in the data or the weights."
         )
+    if any(empty.values()):
+        of = quoted([name for name, count in empty.items() if count])
+        return f"{nothing}: those given to {of} were empty. Nothing was changed; feed batches with samples."
     return (
         f"none of the {len(nonfinite)} selected BatchNorm layers was reached by the forward in {batches} batches: "
         f"{quoted(list(nonfinite))}. Nothing was changed; pass a forward= that runs them."
     )
-
-
-def _write(layers: Mapping[str, _BatchNorm], gathered: Population, estimator: Estimator) -> None:
-    statistics = gathered.statistics(estimator)
-    with torch.no_grad():
-        for name, layer in layers.items():
-            for buffer, values in zip((layer.running_mean, layer.running_var), statistics[name], strict=True):
-                if buffer is not None:
-                    buffer.copy_(values)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from lightning_bn.functional._text import counted, quoted
@@ -30,6 +31,12 @@ class WeightsMovedError(RecalibrationError):
     """A forward wrote to trained weights; they have been put back."""
 
 
+_MOST_NAMED = 3
+_DREW = (
+    "the forward drew random numbers although dropout layers were in eval: where a module calls dropout or stochastic "
+    "depth as a function, these are in the statistics and not in evaluation, and containers_in_eval=True turns them "
+    "off; where it augments or samples, containers_in_eval=False says that all is well"
+)
 _WORTH_SAYING = 0.01
 """Jeffreys divergence, a variance ratio of about 1.15: below it nobody's validation changes."""
 
@@ -47,11 +54,16 @@ class Recalibration:
         requested_batches: Batches that each process was asked for; None for all there are.
         skipped_batches: Batches left out because a layer saw one value per channel.
         standard_error: Largest relative standard error of any channel: of its mean in standard deviations or of its
-            variance in variances, estimated from how far batches lie apart; infinite for a single batch.
+            variance in variances, estimated from how far batches lie apart; infinite for a single batch. Of the batches
+            used: where others were left out as not finite, nobody knows how far off these are, and the sentence is
+            silent.
         processes: How many took part.
         ended_early: Processes whose data ended before what was asked for.
         nonfinite: By layer, forwards left out because a batch statistic was not finite.
         unreached: Layers that no forward reached; left as they were.
+        empty: Layers that were given only empty batches; left as they were.
+        unheld: By layer, the statistic that its dtype cannot hold, in words; left as they were.
+        drew_random_numbers: Whether a forward did, where ``containers_in_eval`` was not given.
         frozen: Selected layers left alone because they are frozen, or in eval inside a model in training.
         seconds: How long it took.
     """
@@ -68,6 +80,9 @@ class Recalibration:
     ended_early: int
     nonfinite: dict[str, int]
     unreached: tuple[str, ...]
+    empty: tuple[str, ...]
+    unheld: dict[str, str]
+    drew_random_numbers: bool
     frozen: tuple[str, ...]
     seconds: float
 
@@ -91,7 +106,8 @@ class Recalibration:
     def __str__(self) -> str:
         amount = f"{self.num_batches:,} batches" if self.num_samples is None else f"{self.num_samples:,} samples"
         ranks = f" on {self.processes} ranks" if self.processes > 1 else ""
-        error = f", standard error {self.standard_error:.2g}" if math.isfinite(self.standard_error) else ""
+        said_error = math.isfinite(self.standard_error) and not self.nonfinite
+        error = f", standard error {self.standard_error:.2g}" if said_error else ""
         layers = counted(len(self.layers), "BatchNorm layer")
         said = [f"{layers} recalibrated from {amount}{ranks} in {self.seconds:.2g} s{error}"]
         if self.ended_early and self.requested_batches is not None:
@@ -111,4 +127,17 @@ class Recalibration:
             said.append(f"non-finite batches left out at {quoted(list(self.nonfinite))}")
         if self.unreached:
             said.append(f"not reached and left as they were: {quoted(self.unreached)}")
+        if self.empty:
+            said.append(f"given only empty batches and left as they were: {quoted(self.empty)}")
+        if self.unheld:
+            said.append(unheld_in_words(self.unheld))
+        if self.drew_random_numbers:
+            said.append(_DREW)
         return "; ".join(said)
+
+
+def unheld_in_words(unheld: Mapping[str, str]) -> str:
+    """Say which statistics could not be written, and what to do."""
+    which = ", ".join(f"{name!r} ({words})" for name, words in list(unheld.items())[:_MOST_NAMED])
+    more = f" and {len(unheld) - _MOST_NAMED} more" if len(unheld) > _MOST_NAMED else ""
+    return f"left as they were, their dtype cannot hold what was found: {which}{more}; keep BatchNorm in float32"
