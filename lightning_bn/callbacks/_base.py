@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from lightning_bn.callbacks._lightning.callback_list import same_kind_beside
 from lightning_bn.callbacks._lightning.namespaces import Callback, LightningModule, MisconfigurationException, Trainer
-from lightning_bn.callbacks._lightning.state import refuse_sharded
+from lightning_bn.callbacks._lightning.state import refuse_strategy
 from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.statistics.channels import ChannelLayout
 
@@ -28,7 +28,7 @@ class BatchNormCallback(Callback):
         return f"{type(self).__name__}[{self.name}]" if self.name else type(self).__name__
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
-        refuse_sharded(trainer, self)
+        refuse_strategy(trainer, self)
         if any(other.state_key == self.state_key for other in same_kind_beside(trainer, self)):
             raise MisconfigurationException(
                 f"two {type(self).__name__}s have the name {self.name!r}: give each its own name=, so that their "

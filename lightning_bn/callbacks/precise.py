@@ -9,7 +9,8 @@ from contextlib import ExitStack, closing
 from typing import Any, get_args
 
 from lightning_bn.callbacks._base import BatchNormCallback
-from lightning_bn.callbacks._lightning.averages import averaged_copies, averages_in_place
+from lightning_bn.callbacks._last_file import LastFile
+from lightning_bn.callbacks._lightning.averages import averaged_copies
 from lightning_bn.callbacks._lightning.callback_list import put_before_checkpoints
 from lightning_bn.callbacks._lightning.namespaces import (
     LightningModule,
@@ -18,32 +19,33 @@ from lightning_bn.callbacks._lightning.namespaces import (
     rank_zero_info,
     rank_zero_warn,
 )
-from lightning_bn.callbacks._lightning.state import in_training_fit, is_last_epoch, several_loaders
+from lightning_bn.callbacks._lightning.state import in_training_fit
 from lightning_bn.callbacks._ranks import agree_on_ranks, refuse_unequal_validation
+from lightning_bn.callbacks._replaced import ReplacedAverage
 from lightning_bn.callbacks._second_run.drawn_once import refuse_drawn_once
 from lightning_bn.callbacks._second_run.modes import TrainingModes
 from lightning_bn.callbacks._second_run.sources import (
-    MIXTURE,
+    NO_SOURCE,
     Source,
     batches_for,
     check_training_loaders,
     loader_method,
-    told_when_long,
 )
 from lightning_bn.callbacks._second_run.step import OTHER_STEPS, check_step, isolated_step
 from lightning_bn.functional._checks import check_choice, check_whole
-from lightning_bn.functional._text import quoted
+from lightning_bn.functional._text import counted, quoted
+from lightning_bn.functional.layers.patterns import SelectionError
 from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.layers.status import update_status
 from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.population import Estimator
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.stopping import StoppingRule
-from lightning_bn.functional.statistics.snapshots import Snapshot, restore_where_unchanged, snapshot_of
+from lightning_bn.functional.statistics.snapshots import snapshot_of
 
-_LIMITS = ("num_samples", "max_standard_error", "every_n_validations", "start_epoch")
+_WAYS = ("source", "source_method", "step", "restore", "containers_in_eval", "estimator")
 _PASSED_ON = ("modules", "exclude", "root", "num_batches", "num_samples", "max_standard_error", "estimator")
-_WAYS = ("source", "source_method", "step", "estimator", "restore")
+_TIMES = ("num_samples", "max_standard_error", "every_n_validations", "start_epoch")
 
 
 class PreciseBatchNorm(BatchNormCallback):
@@ -55,9 +57,9 @@ class PreciseBatchNorm(BatchNormCallback):
     hold them. Frozen layers are left alone. Training is not disturbed: batch order, losses and weights are
     bit-identical to a run without it, because training in train mode does not read running statistics.
 
-    Without validation it runs at the end of the last epoch, and at the end of training if weights have changed since.
-    On several ranks each runs its own batches, and the statistics are merged. In ``trainer.validate`` and
-    ``trainer.test`` it runs only with a ``source_method``.
+    Whatever ends the fit, it runs before the files that are saved then, and if none is, at the end of training. On
+    several ranks each runs its own batches, and the statistics are merged. In ``trainer.validate`` and ``trainer.test``
+    it runs only with a ``source_method``.
 
     What it logs under ``bn/precise_`` is what :meth:`Recalibration.metrics` says, and after validation ``share``, its
     share of that time.
@@ -80,6 +82,7 @@ class PreciseBatchNorm(BatchNormCallback):
         estimator: As for :func:`~lightning_bn.functional.recalibrate`.
         restore: Whether to bring the moving average back at the next training batch, after the checkpoints that hold
             the precise statistics have been saved.
+        containers_in_eval: As for ``recalibrate``; with True a step that asks for ``self.training`` finds False.
         modules: Which BatchNorm layers, as for :func:`~lightning_bn.functional.batch_norm_layers`; None for all.
         exclude: Which of them not.
         root: Put before every path, for instance ``"model"`` where the network is in ``self.model``.
@@ -111,6 +114,7 @@ class PreciseBatchNorm(BatchNormCallback):
         step: str = "training_step",
         estimator: Estimator = "pooled",
         restore: bool = False,
+        containers_in_eval: bool | None = None,
         modules: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         root: str = "",
@@ -118,7 +122,7 @@ class PreciseBatchNorm(BatchNormCallback):
     ) -> None:
         super().__init__()
         with self._checked():
-            StoppingRule(num_batches, num_samples, max_standard_error)
+            self._rule = StoppingRule(num_batches, num_samples, max_standard_error)
             check_whole("every_n_validations", every_n_validations, 1)
             check_whole("start_epoch", start_epoch, 0)
             check_choice("source", source, get_args(Source))
@@ -130,20 +134,18 @@ class PreciseBatchNorm(BatchNormCallback):
         self.num_batches, self.num_samples, self.max_standard_error = num_batches, num_samples, max_standard_error
         self.every_n_validations, self.start_epoch = every_n_validations, start_epoch
         self.source, self.source_method, self.step = source, source_method, step
-        self.estimator, self.restore = estimator, restore
+        self.estimator, self.restore, self.containers_in_eval = estimator, restore, containers_in_eval
         self.modules, self.exclude, self.root, self.name = modules, exclude, root, name
         self._selection = LayerSelection(modules, exclude, root)
         self.last: result.Recalibration | None = None
-        self._validations = 0
-        self._due = False
-        self._done_at_step = -1
+        self._validations, self._done_at_step = 0, -1
+        self._due = self._looked = self._precise = False
         self._recent: deque[Any] = deque(maxlen=num_batches or 0)
-        self._replaced: tuple[Snapshot, Snapshot] | None = None
+        self._replaced = ReplacedAverage()
         self._modes = TrainingModes()
         self._validation_began: float | None = None
-        self._said_mixture = False
-        self._said_shared: set[str] = set()
-        self._looked = False
+        self._said: set[str] = set()
+        self._last_file = LastFile(self._is_late, self._recalibrate)
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -153,18 +155,20 @@ class PreciseBatchNorm(BatchNormCallback):
         check_step(pl_module, self.step)
         if self.source_method is not None:
             loader_method(trainer, pl_module, self.source_method)
-        settings = {name: getattr(self, name) for name in (*_LIMITS, *_WAYS)}
+        settings = {name: getattr(self, name) for name in (*_TIMES, *_WAYS)}
         agree_on_ranks(trainer, "recalibrate", lambda: self._layout(pl_module), settings)
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         refuse_unequal_validation(trainer, self)
         self._modes.see(pl_module)
+        self._last_file.begin(trainer)
         self._looked = False
         if in_training_fit(trainer) and self.source == "train" and self.source_method is None:
-            limits = (self.num_batches, self.num_samples, self.max_standard_error)
-            check_training_loaders(trainer, bounded=any(limit is not None for limit in limits))
+            check_training_loaders(trainer, self._rule)
         if not trainer.global_step:
-            self._validations, self._done_at_step, self._replaced = 0, -1, None
+            self._validations, self._done_at_step = 0, -1
+            self._replaced.forget()
+        self._precise = self._done_at_step == trainer.global_step
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._modes.expect_changes()  # the module's own hook comes after this one and may replace layers
@@ -173,10 +177,8 @@ class PreciseBatchNorm(BatchNormCallback):
         if in_training_fit(trainer) and not self._looked:  # after the module's own hooks at the start
             refuse_drawn_once(pl_module, self.step)
             self._looked = True
-        if self._replaced is not None:
-            # Not where averages have taken them along, or where they have just been frozen to start from.
-            restore_where_unchanged(pl_module, *self._replaced)
-            self._replaced = None
+        self._replaced.bring_back(pl_module)
+        self._precise = False
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -191,7 +193,7 @@ class PreciseBatchNorm(BatchNormCallback):
             self._due = self._on_demand(trainer, pl_module)
         elif trainer.current_epoch >= self.start_epoch:
             self._validations += 1
-            self._due = self._validations % self.every_n_validations == 0
+            self._due = self._validations % self.every_n_validations == 0 and not self._precise
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -212,34 +214,27 @@ class PreciseBatchNorm(BatchNormCallback):
 
     on_test_batch_start = on_validation_batch_start
 
-    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Checkpoints are saved behind this hook; without validation nothing else comes before them. The weights that
-        # a checkpoint holds are the averaged ones, where there are any.
-        last = in_training_fit(trainer) and not trainer.enable_validation and is_last_epoch(trainer)
-        if last and trainer.current_epoch >= self.start_epoch:
-            with averages_in_place(trainer, pl_module):
-                self._recalibrate(trainer, pl_module)
-
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        late = self._done_at_step != trainer.global_step and trainer.current_epoch >= self.start_epoch
-        if late and in_training_fit(trainer):
+        if self._is_late(trainer):
             self._recalibrate(trainer, pl_module)
         self._forget()
+        self._last_file.end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._forget()
 
     def state_dict(self) -> dict[str, Any]:
-        replaced = None if self._replaced is None else [snapshot.state_dict() for snapshot in self._replaced]
         counts = {"validations": self._validations, "done_at_step": self._done_at_step}
-        return {"format": 1, **counts, "replaced": replaced}
+        return {"format": 1, **counts, "replaced": self._replaced.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validations = state_dict.get("validations", 0)
         self._done_at_step = state_dict.get("done_at_step", -1)
-        if state_dict.get("replaced") is not None:
-            before, after = (Snapshot.from_state_dict(state) for state in state_dict["replaced"])
-            self._replaced = (before, after)
+        self._replaced.load_state_dict(state_dict.get("replaced"))
+
+    def _is_late(self, trainer: Trainer) -> bool:
+        """Whether the layers do not hold statistics of the weights of now, in an epoch in which they should."""
+        return in_training_fit(trainer) and trainer.current_epoch >= self.start_epoch and not self._precise
 
     def _forget(self) -> None:
         self._modes.forget()
@@ -247,54 +242,60 @@ class PreciseBatchNorm(BatchNormCallback):
 
     def _on_demand(self, trainer: Trainer, module: LightningModule) -> bool:
         """Whether a run outside of training is to be preceded by a recalibration: only from a source of its own."""
-        if self.source_method is None or trainer.sanity_checking:
-            return False
-        check_step(module, self.step)
-        return True
+        if self.source_method is None and not trainer.sanity_checking:
+            rank_zero_info(f"PreciseBatchNorm: {NO_SOURCE}")
+        elif not trainer.sanity_checking:
+            check_step(module, self.step)
+        return self.source_method is not None and not trainer.sanity_checking
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule) -> None:
         try:
             self._recalibrate_now(trainer, module)
         except result.AllFrozenError:
-            count = len(self._layout(module))
-            rank_zero_info(f"PreciseBatchNorm: all {count} layers are frozen, nothing to recalibrate")
+            layers = counted(len(self._layout(module)), "selected layer")
+            rank_zero_info(f"PreciseBatchNorm: {layers}, every one frozen: nothing to recalibrate")
+        except SelectionError as error:
+            # Right when the fit began: a layer was taken out of the model since.
+            if not in_training_fit(trainer):
+                raise
+            rank_zero_warn(f"PreciseBatchNorm: {error}")
         except result.WeightsMovedError as error:
             raise MisconfigurationException(f"PreciseBatchNorm(step={self.step!r}): {error} {OTHER_STEPS}") from error
         except result.RecalibrationError as error:
             if trainer.world_size > 1 and not isinstance(error, result.NoUsableBatchError):
                 # The other ranks end with an error too: none can go on alone.
                 raise
-            # A run that diverged, or whose step hides a layer, goes on as it would have without this callback.
+            # A run that diverged, or whose step hides a layer, goes on without.
             rank_zero_warn(f"PreciseBatchNorm: {error}")
 
     def _recalibrate_now(self, trainer: Trainer, module: LightningModule) -> None:
         with self._modes.in_place(module):
             layers = self._selection.tracked_layers(module)
             with ExitStack() as stack:
-                forward, prepare = stack.enter_context(isolated_step(trainer, module, self.step, self._said_shared))
-                source = (self.source, self.source_method, self.num_batches)
+                forward, prepare = stack.enter_context(isolated_step(trainer, module, self.step, self._said))
+                source = (self.source, self.source_method, self._rule)
                 batches = batches_for(trainer, module, *source, prepare, self._recent)
                 self.last = recalibrate(
                     module,
-                    told_when_long(stack.enter_context(closing(batches))),
+                    stack.enter_context(closing(batches)),
                     forward=forward,
                     distributed=trainer.world_size > 1,
+                    containers_in_eval=False if "draws" in self._said else self.containers_in_eval,
                     **{name: getattr(self, name) for name in _PASSED_ON},
                 )
         written = {name: layers[name] for name in self.last.layers}
         if not self.last.after.same_bits(snapshot_of(written)):
             raise RuntimeError(f"PreciseBatchNorm: the statistics of {quoted(list(written))} were written to again.")
-        self._done_at_step = trainer.global_step
+        self._done_at_step, self._precise = trainer.global_step, True
         for layer in written.values():
             update_status(layer, recalibrated_at=trainer.global_step)
         if self.restore:
-            self._replaced = (self.last.before, self.last.after)
+            self._replaced.remember(self.last)
         self._report(trainer, self.last)
 
     def _report(self, trainer: Trainer, done: result.Recalibration) -> None:
-        averaged = ", averaged weights" if any(updated for _, updated in averaged_copies(trainer)) else ""
+        averaged = ", averaged weights" * any(updated for _, updated in averaged_copies(trainer))
         rank_zero_info(f"PreciseBatchNorm: epoch {trainer.current_epoch}{averaged}, {done}")
-        if not self._said_mixture and self.source_method is None and several_loaders(trainer):
-            self._said_mixture = True
-            rank_zero_info(f"PreciseBatchNorm: {MIXTURE}")
+        if done.drew_random_numbers:
+            self._said.add("draws")
         self._log_curves(trainer, {f"bn/precise_{name}": value for name, value in done.metrics().items()})

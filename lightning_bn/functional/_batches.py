@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -40,6 +40,14 @@ def num_samples(batch: Any) -> int | None:
         return batch.shape[0] if batch.dim() else None
     values = batch.values() if isinstance(batch, Mapping) else batch if isinstance(batch, list | tuple) else ()
     return next((count for value in values if (count := num_samples(value)) is not None), None)
+
+
+def batches_in(batches: Iterable[Any]) -> Iterator[Any]:
+    """The batches of a loader; of Lightning's CombinedLoader, which gives each with two numbers, without these."""
+    # By name: nothing of Lightning is known here, and each of its two namespaces has a class of its own.
+    if any(base.__name__ == "CombinedLoader" for base in type(batches).__mro__):
+        return (batch for batch, _, _ in batches)
+    return iter(batches)
 
 
 def default_forward(model: nn.Module, batch: Any) -> Any:

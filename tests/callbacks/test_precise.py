@@ -1,7 +1,9 @@
 """PreciseBatchNorm: validation and checkpoints hold population statistics, and training does not notice."""
 
 import copy
+import itertools
 import logging
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,10 +12,11 @@ import pytorch_lightning as pl
 import schedulefree
 import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
 from torch.nn import functional as F
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_bn import BatchNormFreezer, PreciseBatchNorm
 from lightning_bn.functional import SelectionError, freeze_batch_norm, is_frozen, layer_status
@@ -976,3 +979,115 @@ def test_resumed_run_brings_the_moving_average_back(tmp_path, interval):
 def test_arguments_out_of_range_are_refused_at_once(arguments, named):
     with pytest.raises(MisconfigurationException, match=named):
         PreciseBatchNorm(**arguments)
+
+
+class Endless(IterableDataset[Any]):
+    def __iter__(self) -> Iterator[Any]:
+        return itertools.cycle(samples())
+
+
+def endless() -> Any:
+    return DataLoader(Endless(), batch_size=4)
+
+
+def short() -> Any:
+    return train_loader()
+
+
+@pytest.mark.parametrize(
+    "loader", [endless, lambda: [short(), endless()], lambda: CombinedLoader({"a": endless()}, "max_size")]
+)
+def test_endless_loader_of_a_source_method_is_refused_without_a_limit(loader: Callable[[], Any]) -> None:
+    class WithTarget(Classifier):
+        def target_dataloader(self) -> Any:
+            return loader()
+
+    with pytest.raises(MisconfigurationException, match=r"module\.target_dataloader returns does not say"):
+        fit(WithTarget(), PreciseBatchNorm(num_batches=None, source_method="module.target_dataloader"))
+
+
+def test_endless_loader_of_a_source_method_is_used_as_far_as_the_limit_goes():
+    class WithTarget(Classifier):
+        def target_dataloader(self) -> Any:
+            return endless()
+
+    callback = PreciseBatchNorm(num_batches=None, num_samples=12, source_method="module.target_dataloader")
+    fit(WithTarget(), callback)
+    assert callback.last.num_samples == 12
+
+
+@pytest.mark.parametrize("verb", ["validate", "test"])
+def test_evaluation_without_a_source_method_says_that_nothing_is_recalibrated(verb, caplog):
+    class WithTest(Classifier):
+        test_step = Classifier.validation_step
+
+    with caplog.at_level(logging.INFO):
+        getattr(quiet(callbacks=[PreciseBatchNorm()]), verb)(WithTest(), val_loader(), verbose=False)
+    assert caplog.text.count("without a source_method; what is evaluated are the statistics that the layers hold") == 1
+
+
+def test_sanity_check_says_nothing(caplog):
+    with caplog.at_level(logging.INFO):
+        fit(Classifier(), PreciseBatchNorm(num_batches=1), num_sanity_val_steps=2, max_epochs=1)
+    assert "source_method" not in caplog.text
+
+
+@pytest.mark.parametrize("modules", [None, "net.bn"])
+def test_layer_taken_out_of_the_model_in_mid_fit_ends_nothing(modules):
+    class Shrinks(Classifier):
+        def on_train_epoch_start(self) -> None:
+            if self.current_epoch == 1:
+                self.net.bn = nn.Identity()
+
+    callback = PreciseBatchNorm(num_batches=2, modules=modules, restore=True)
+    if modules:
+        with pytest.warns(UserWarning, match=r"'net\.bn'"):
+            fit(Shrinks(), callback, max_epochs=3)
+    else:
+        fit(Shrinks(), callback, max_epochs=3)
+        assert callback.last.layers == ("net.features.1", "net.head.1")
+
+
+def test_step_that_drops_as_a_function_is_told_of_once_and_can_be_mended(caplog):
+    class Drops(Classifier):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            return super().training_step((F.dropout(batch[0], 0.5, self.training), batch[1]), batch_idx)
+
+    with caplog.at_level(logging.INFO):
+        fit(Drops(), PreciseBatchNorm(num_batches=2), max_epochs=3)
+        assert caplog.text.count("drew random numbers") == 1
+        fit(Drops(), PreciseBatchNorm(num_batches=2, containers_in_eval=True))
+        fit(Drops(), PreciseBatchNorm(num_batches=2, containers_in_eval=False))
+    assert caplog.text.count("drew random numbers") == 1
+
+
+def test_only_layers_that_see_several_loaders_are_told_apart(caplog):
+    """Two loaders: a shared layer sees both, and each head its own."""
+
+    class Shared(pl.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.a, self.b = nn.BatchNorm2d(3), nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            near, far = batch["near"][0], batch["far"][0] + 30
+            return self.a(self.stem(near)).mean() + self.b(self.stem(far)).square().mean()
+
+        def validation_step(self, batch: Any, batch_idx: int) -> None:
+            self.a(self.stem(batch[0]))
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.SGD(self.parameters(), lr=0.01)
+
+    loaders = {"train_dataloaders": {"near": short(), "far": short()}, "val_dataloaders": val_loader()}
+    callback = PreciseBatchNorm(num_batches=3)
+    with caplog.at_level(logging.INFO):
+        fit(Shared(), callback, loaders=loaders, max_epochs=1)
+    assert list(callback.last.uses_apart) == ["stem"]
+    caplog.clear()
+    module = Shared()
+    freezer = BatchNormFreezer("stem")
+    with caplog.at_level(logging.INFO):
+        fit(fill_statistics(module), freezer, callback, loaders=loaders, max_epochs=1)
+    assert callback.last.uses_apart == {}
+    assert "several loaders" not in caplog.text

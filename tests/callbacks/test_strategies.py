@@ -12,8 +12,8 @@ import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
 from lightning_bn import BatchNormFreezer, BatchNormMonitor, PreciseBatchNorm
-from tests.callbacks.fits import Classifier, quiet
-from tests.models import bits
+from tests.callbacks.fits import Classifier, quiet, train_loader, val_loader
+from tests.models import bits, fill_statistics
 from tests.ranks import ROOT
 
 CALLBACKS = [lambda: BatchNormFreezer(["net"]), BatchNormMonitor, PreciseBatchNorm]
@@ -55,6 +55,21 @@ def test_whole_models_are_not_refused(build: Any) -> None:
         trainer.callbacks = [callback]
         trainer._accelerator_connector.strategy = strategy
         callback.setup(trainer, Classifier(), "fit")
+
+
+class Grouped(pl.strategies.SingleDeviceStrategy):
+    """Several processes that do not communicate through torch.distributed, as on other hardware."""
+
+    def __init__(self) -> None:
+        super().__init__("cpu")
+        self.world_size = 2
+
+
+@pytest.mark.parametrize("build", CALLBACKS)
+def test_several_processes_without_a_process_group_are_refused_when_a_run_is_set_up(build: Any) -> None:
+    trainer = quiet(callbacks=[build()], strategy=Grouped())
+    with pytest.raises(MisconfigurationException, match=r"does not support Grouped with 2 processes: .*process group"):
+        trainer.fit(fill_statistics(Classifier()), train_loader(), val_loader())
 
 
 def test_spawned_processes_bring_back_what_was_frozen_and_what_was_recalibrated(tmp_path: Path) -> None:

@@ -23,12 +23,29 @@ def train_loaders(trainer: Trainer) -> tuple[Any, str]:
     return combined.iterables, combined._mode
 
 
+def all_have_lengths(loaders: Any) -> bool:
+    """Whether every loader in a collection of them says how many batches it has."""
+    flat = loaders.flattened if _is_combined(loaders) else CombinedLoader(loaders).flattened
+    return all(_has_length(loader) for loader in flat)
+
+
+def _has_length(loader: Any) -> bool:
+    try:
+        len(loader)
+    except (TypeError, NotImplementedError):
+        return False
+    return True
+
+
+def _is_combined(loaders: Any) -> bool:
+    # By name: each of the two namespaces has a class of its own.
+    return any(base.__name__ == "CombinedLoader" for base in type(loaders).__mro__)
+
+
 @contextmanager
 def combined(loaders: Any, mode: str) -> Iterator[Iterator[Any]]:
     """Batches of loaders combined as the Trainer combines them, or as they are; workers end with the context."""
-    # By name: each of the two namespaces has a class of its own.
-    is_combined = any(base.__name__ == "CombinedLoader" for base in type(loaders).__mro__)
-    loader = loaders if is_combined else CombinedLoader(loaders, mode)  # type: ignore[arg-type]
+    loader = loaders if _is_combined(loaders) else CombinedLoader(loaders, mode)  # type: ignore[arg-type]
     try:
         yield (batch for batch, _, _ in iter(loader))
     finally:

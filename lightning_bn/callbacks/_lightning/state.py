@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch.distributed as dist
+
 from lightning_bn.callbacks._lightning.namespaces import Callback, MisconfigurationException, Trainer
 
 
@@ -18,23 +20,22 @@ def has_validation_batches(trainer: Trainer) -> bool:
     return trainer.enable_validation and sum(trainer.num_val_batches) > 0
 
 
-def is_last_epoch(trainer: Trainer) -> bool:
-    """Whether training ends with this epoch, as far as that is known at its end."""
+def was_interrupted(trainer: Trainer) -> bool:
+    """Whether an exception has ended the run, which callbacks are told of next."""
+    return str(getattr(trainer.state.status, "value", trainer.state.status)) == "interrupted"
+
+
+def is_over(trainer: Trainer) -> bool:
+    """Whether no further batch will be trained on, as far as that is known."""
     most = trainer.max_epochs
-    epochs_are_over = most is not None and 0 <= most <= trainer.current_epoch + 1
+    epochs_are_over = most is not None and 0 <= most <= trainer.current_epoch + 1 and trainer.is_last_batch
     steps_are_over = 0 <= trainer.max_steps <= trainer.global_step
-    return epochs_are_over or steps_are_over or trainer.should_stop
+    return epochs_are_over or steps_are_over or (trainer.should_stop and trainer.fit_loop._can_stop_early)
 
 
 def datamodule_of(trainer: Trainer) -> Any:
     """The datamodule, None without one."""
     return trainer.datamodule  # type: ignore[attr-defined]
-
-
-def several_loaders(trainer: Trainer) -> bool:
-    """Whether training batches are combined from more than one loader."""
-    combined = trainer.fit_loop._combined_loader
-    return combined is not None and len(combined.flattened) > 1
 
 
 def schedules(trainer: Trainer) -> list[dict[str, Any]]:
@@ -46,17 +47,23 @@ def schedules(trainer: Trainer) -> list[dict[str, Any]]:
 _SHARDING = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 
 
-def refuse_sharded(trainer: Trainer, callback: Callback) -> None:
-    """Raise where a strategy keeps pieces of the model on each rank.
+def refuse_strategy(trainer: Trainer, callback: Callback) -> None:
+    """Raise where a strategy keeps pieces of the model on each rank, or its ranks cannot be asked.
 
     Raises:
         MisconfigurationException: With the strategy's name, the reason and the way out.
     """
+    name, this = type(trainer.strategy).__name__, type(callback).__name__
     # By name: each of the two namespaces has classes of its own.
     sharding = [base.__name__ for base in type(trainer.strategy).__mro__ if base.__name__ in _SHARDING]
     if sharding:
         raise MisconfigurationException(
-            f"{type(callback).__name__} does not support {sharding[0]}: each rank holds pieces of the parameters "
-            f"there, where this package reads, freezes and compares whole weights, and runs the module without its "
-            f"wrapper. Use strategy='ddp', or leave the callback out."
+            f"{this} does not support {sharding[0]}: each rank holds pieces of the parameters there, where this "
+            f"package reads, freezes and compares whole weights, and runs the module without its wrapper. Use "
+            f"strategy='ddp', or leave the callback out."
+        )
+    if trainer.world_size > 1 and not (dist.is_available() and dist.is_initialized()):
+        raise MisconfigurationException(
+            f"{this} does not support {name} with {trainer.world_size} processes: it has no torch.distributed process "
+            f"group, through which ranks agree. Use strategy='ddp' or one device, or leave the callback out."
         )

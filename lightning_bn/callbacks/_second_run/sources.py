@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias
 
 from torch.utils.data import DataLoader
 
-from lightning_bn.callbacks._lightning.loaders import combined, train_loaders
+from lightning_bn.callbacks._lightning.loaders import all_have_lengths, combined, train_loaders
 from lightning_bn.callbacks._lightning.namespaces import (
     NOT_THE_DATASETS_OWN,
     LightningModule,
@@ -24,14 +24,18 @@ from lightning_bn.callbacks._second_run.copies import copied
 from lightning_bn.callbacks._second_run.drawn_once import CHOICES, below, refuse_shared
 from lightning_bn.callbacks._second_run.loading import can_fork, loaded_apart
 from lightning_bn.functional.recalibration.isolation import preserved_rng
+from lightning_bn.functional.recalibration.stopping import StoppingRule
 
 Source: TypeAlias = Literal["train", "recent"]
 LONG = 3.0
 """Seconds after which a pass says that it is under way."""
-MIXTURE = (
-    "the training batches come from several loaders. Pooled statistics describe their mixture, which is not what each "
-    "of them was normalized with: where they differ, recalibrate on each one's own data (source_method) before it is "
-    "evaluated."
+_ENDLESS = (
+    "PreciseBatchNorm(num_batches=None): {} does not say how long it is, and a pass over a loader that never ends "
+    "would not end either. Set num_batches or num_samples."
+)
+NO_SOURCE = (
+    "outside of a fit there is nothing to recalibrate from without a source_method; what is evaluated are the "
+    "statistics that the layers hold"
 )
 TRAINING = "train_dataloader"
 
@@ -41,7 +45,7 @@ def batches_for(
     module: LightningModule,
     source: Source,
     source_method: str | None,
-    most: int | None,
+    rule: StoppingRule,
     prepare: Callable[[Any], Any],
     recent: Iterable[Any],
 ) -> Generator[Any, None, None]:
@@ -55,7 +59,7 @@ def batches_for(
         module: Of the run.
         source: Where batches come from; not used with ``source_method``.
         source_method: The method that returns another loader; None for none.
-        most: How many batches of the training loaders are wanted at most.
+        rule: What ends the pass.
         prepare: Makes a batch of a loader ready.
         recent: The last batches that training used.
 
@@ -80,27 +84,26 @@ def batches_for(
 
     def opened() -> AbstractContextManager[Iterator[Any]]:
         refuse_shared(found := method(), path)
+        if source_method is not None and not rule.bounded and not all_have_lengths(found):
+            raise MisconfigurationException(_ENDLESS.format(f"what {path} returns"))
         return combined(_begun_anew(found if forked else copied(found, NOT_THE_DATASETS_OWN)), mode)
 
-    limit = min(float("inf") if most is None else most, epoch)
+    limit = min(float("inf") if rule.num_batches is None else rule.num_batches, epoch)
     with preserved_rng(), loaded_apart(opened) if forked else opened() as batches:
         wanted = islice(batches, None if limit == float("inf") else int(limit))
         # The Trainer skips batches that are None, and says so.
-        yield from (prepare(batch) for batch in wanted if batch is not None)
+        yield from _told_when_long(prepare(batch) for batch in wanted if batch is not None)
 
 
-def check_training_loaders(trainer: Trainer, *, bounded: bool) -> None:
+def check_training_loaders(trainer: Trainer, rule: StoppingRule) -> None:
     """Raise where a second pass over the training loaders cannot be had.
 
     Raises:
         MisconfigurationException: If below a loader lies something that can be drawn from only once, or the pass would
             not end: it is not bounded, and nobody says how long an epoch is.
     """
-    if trainer.num_training_batches == float("inf") and not bounded:
-        raise MisconfigurationException(
-            "PreciseBatchNorm(num_batches=None): the training loader does not say how long it is, and a pass over one "
-            "that never ends would not end either. Set num_batches or num_samples."
-        )
+    if trainer.num_training_batches == float("inf") and not rule.bounded:
+        raise MisconfigurationException(_ENDLESS.format("the training loader"))
     refuse_shared(train_loaders(trainer)[0], TRAINING)
 
 
@@ -118,7 +121,7 @@ def _begun_anew(loaders: Any) -> Any:
     return loaders
 
 
-def told_when_long(batches: Iterable[Any]) -> Iterator[Any]:
+def _told_when_long(batches: Iterable[Any]) -> Iterator[Any]:
     """Yield the batches; say so if they take longer than somebody who watches a progress bar stand still expects.
 
     The Trainer's progress bar has no public place for what happens inside a hook.

@@ -28,7 +28,7 @@ def across_processes(
     Raises:
         RuntimeError: On the processes that did not fail, if another one did.
     """
-    nothing = torch.zeros(len(layout) * 3 + 8 * layout.channels, dtype=torch.float64, device=device)
+    nothing = torch.zeros(len(layout) * 3 + 10 * layout.channels, dtype=torch.float64, device=device)
     samples = counts.samples or 0, counts.samples is None
     head = (gathered is None, counts.batches, counts.skipped, *samples, counts.ended_early)
     head_tensor = torch.tensor(head, dtype=torch.float64, device=device)
@@ -42,26 +42,33 @@ def across_processes(
             f"recalibration failed on {failed} of {dist.get_world_size()} processes, whose own error says "
             f"why. Nothing was changed on this one."
         )
-    uses, nonfinite, empty, rows = flat[len(head) :].split((*[len(layout)] * 3, 8 * layout.channels))
-    count, sums, squares, mean_error, var_error, *averages, unknown = rows.view(8, -1)
+    uses, nonfinite, empty, rows = flat[len(head) :].split((*[len(layout)] * 3, 10 * layout.channels))
+    count, sums, squares, mean_error, var_error, *others, unknown = rows.view(10, -1)
     mean = sums / count.clamp(min=1)
     moments = Moments(count, mean, (squares - count * mean.square()).clamp(min=0))
     errors = torch.where(unknown > 0, torch.inf, torch.stack((mean_error, var_error)))
     eps_of = layout.constant(eps, flat.device)
-    pooled = Population(layout, moments, errors, torch.stack(averages), eps_of, uses, nonfinite, empty)
+    averages, apart = torch.stack(others).split(2)
+    pooled = Population(layout, moments, errors, averages, apart, eps_of, uses, nonfinite, empty)
     return pooled, Counts(batches, skipped, None if uncounted else total, ended_early)
 
 
 def _packed(gathered: Population) -> Tensor:
     """Everything that is summed up: uses, non-finite and empty forwards of each layer, then a row for each sum.
 
-    The rows are count, sum, squares, errors of mean and variance, averages, and where no error is known.
+    The rows are count, sum, squares, errors of mean and variance, averages, uses apart, and where no error is known.
     """
     count, mean, m2 = gathered.moments
     # A single batch has no deviation to add, and leaves the error unknown.
     unknown = (count > 0) & ~gathered.errors[0].isfinite()
     sums = torch.stack((count, count * mean, m2 + count * mean.square()))
     rows = torch.cat(
-        (sums, gathered.errors.nan_to_num(nan=0.0, posinf=0.0), gathered.averages, unknown.to(count)[None])
+        (
+            sums,
+            gathered.errors.nan_to_num(nan=0.0, posinf=0.0),
+            gathered.averages,
+            gathered.apart,
+            unknown.to(count)[None],
+        )
     )
     return torch.cat((gathered.uses, gathered.nonfinite, gathered.empty, rows.flatten()))

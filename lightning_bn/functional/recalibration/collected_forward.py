@@ -48,8 +48,8 @@ class CollectedForward:
     def __init__(self, name: str, layer: _BatchNorm, written: Tensor, merge: Callable[[], Any]) -> None:
         self.count, self.empty = NOT_CALLED, 0
         self.name, self._layer, self._written, self._merge = name, layer, written, merge
-        self._forward, self._buffers, self._attributes = layer.forward, buffers_of(layer), attributes_of(layer)
-        self._own = dict(self._buffers)
+        self._forward, self._held, self._attributes = layer.forward, buffers_of(layer), attributes_of(layer)
+        self._own = dict(self._held)
         self._alone = processes_of(layer) == 1
         function = getattr(self._forward, "__func__", None)
         self._torchs = function in _TORCHS_FORWARDS
@@ -89,7 +89,7 @@ class CollectedForward:
             return self._forward(*args, **kwargs)
         if self._torchs:
             self._given(batch)
-        self._buffers.update(self._inside)
+        self._held.update(self._inside)
         if not self._by_hand:
             attributes["momentum"] = 1.0
         try:
@@ -97,7 +97,7 @@ class CollectedForward:
             if not self._holds(self._inside):
                 raise not_written(self.name)
         finally:
-            self._buffers.update(self._own)
+            self._held.update(self._own)
             attributes["momentum"] = momentum
         return output
 
@@ -119,7 +119,7 @@ class CollectedForward:
         return self._differs is not None and bool(self._differs)
 
     def _holds(self, buffers: Mapping[str, Tensor | None]) -> bool:
-        return all(self._buffers.get(key) is buffers[key] for key in ("running_mean", "running_var"))
+        return all(self._held.get(key) is buffers[key] for key in ("running_mean", "running_var"))
 
     def _given(self, batch: Tensor) -> None:
         """Make room for the statistics of a batch that are computed next."""

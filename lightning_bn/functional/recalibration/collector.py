@@ -49,9 +49,8 @@ class Collector:
         none = torch.zeros(len(layout), device=device, dtype=torch.int64)
         zeros = torch.zeros(layout.channels, device=device, dtype=dtype)
         both, eps = torch.stack((zeros, zeros)), tuple(layer.eps for layer in layers.values())
-        self._population = Population(
-            layout, Moments(zeros, zeros, zeros), both, both, layout.constant(eps, device, dtype), none, none, none
-        )
+        nothing, eps_of = Moments(zeros, zeros, zeros), layout.constant(eps, device, dtype)
+        self._population = Population(layout, nothing, both, both, both, eps_of, none, none, none)
         self._error_sums = ErrorSums.none(zeros)
         self._batch: Moments | None = None
 
@@ -87,12 +86,18 @@ class Collector:
         # With N values in the batches of P processes the sum of squares is var (N - 1): of which this process has
         # var (n - 1 / P) for its n, so that the shares add up without anybody knowing N.
         use = Moments(count, mean, var * (count - 1 / self._together))
+        apart = known.apart
+        if self._batch is not None:
+            # In units of the input, with its sign: what a layer is given twice by chance averages out.
+            twice = (count > 0) & (self._batch.count > 0)
+            apart = apart + torch.where(twice, torch.stack((mean - self._batch.mean, torch.ones_like(mean))), 0)
         self._batch = use if self._batch is None else merge(self._batch, use)
         # Replaced, not written to: a batch that fails goes back to the old one.
         self._population = replace(
             known,
             averages=known.averages + torch.stack((mean, var)),
             uses=known.uses + used,
+            apart=apart,
             nonfinite=known.nonfinite + (called & bad),
         )
         self.arena.clear()

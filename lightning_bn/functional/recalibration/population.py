@@ -13,6 +13,9 @@ from lightning_bn.functional.recalibration.standard_error import relative_errors
 from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.sample_moments import Moments, variance
 
+APART = 1.0
+"""Standard deviations of a use between the means of two uses, from which on they are two inputs."""
+
 Estimator: TypeAlias = Literal["pooled", "mean_of_batches"]
 
 
@@ -26,6 +29,8 @@ class Population:
         errors: Squared deviations of the mean and of the variance, see :meth:`~.standard_error.ErrorSums.squared`;
             ``(2, C)``.
         averages: Sums over uses of batch mean and unbiased batch variance, ``(2, C)``.
+        apart: Sums of how far the mean of one use lay from that of those before it in the same batch, and how many
+            they are, ``(2, C)``.
         eps: Of the layers, ``(C,)``.
         uses: Forwards with finite statistics, ``(L,)``.
         nonfinite: Forwards left out because a statistic was not finite, ``(L,)``.
@@ -36,6 +41,7 @@ class Population:
     moments: Moments
     errors: Tensor
     averages: Tensor
+    apart: Tensor
     eps: Tensor
     uses: Tensor
     nonfinite: Tensor
@@ -55,6 +61,17 @@ class Population:
         if estimator == "mean_of_batches":
             return self.averages / self.layout.expand(self.uses.clamp(min=1)).to(self.averages)
         return torch.stack((self.moments.mean, variance(self.moments)))
+
+    def uses_apart(self) -> dict[str, float]:
+        """Return by layer how many standard deviations of a use the uses of a batch lie apart, in the furthest channel.
+
+        Only where that is more than :data:`APART`: below it one set of statistics serves all uses.
+        """
+        sums, times = self.apart
+        within = self.averages[1] / self.layout.expand(self.uses.clamp(min=1)).to(self.averages)
+        scale = (within + self.eps).sqrt()
+        furthest = self.layout.max((sums / times.clamp(min=1) / scale).abs()).tolist()
+        return {name: far for name, far in zip(self.layout.names, furthest, strict=True) if far > APART}
 
     def standard_error(self) -> float:
         """Return the largest relative standard error of any channel that was reached; infinite for no batch or one."""

@@ -199,6 +199,7 @@ def recalibrate(
         empty=tuple(name for name in layout.names if empty[name] and not uses[name] and not nonfinite[name]),
         unheld=unheld,
         drew_random_numbers=drew,
+        uses_apart=gathered.uses_apart(),
         frozen=tuple(name for name in selected if name not in targets),
         seconds=time.monotonic() - started,
     )

@@ -64,6 +64,8 @@ class Recalibration:
         empty: Layers that were given only empty batches; left as they were.
         unheld: By layer, the statistic that its dtype cannot hold, in words; left as they were.
         drew_random_numbers: Whether a forward did, where ``containers_in_eval`` was not given.
+        uses_apart: By layer that a forward uses several times, how many standard deviations of one use their means
+            lie apart, in the furthest channel; where that is more than 1.
         frozen: Selected layers left alone because they are frozen, or in eval inside a model in training.
         seconds: How long it took.
     """
@@ -83,6 +85,7 @@ class Recalibration:
     empty: tuple[str, ...]
     unheld: dict[str, str]
     drew_random_numbers: bool
+    uses_apart: dict[str, float]
     frozen: tuple[str, ...]
     seconds: float
 
@@ -131,6 +134,12 @@ class Recalibration:
             said.append(f"given only empty batches and left as they were: {quoted(self.empty)}")
         if self.unheld:
             said.append(unheld_in_words(self.unheld))
+        if self.uses_apart:
+            worst_use = max(self.uses_apart, key=self.uses_apart.__getitem__)
+            said.append(
+                f"used several times in a forward by inputs whose means lie up to {self.uses_apart[worst_use]:.1f} "
+                f"sigma apart, which one set of statistics does not describe: {quoted(list(self.uses_apart))}"
+            )
         if self.drew_random_numbers:
             said.append(_DREW)
         return "; ".join(said)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_bn.functional._batches import describe_batch, num_samples, to_device
+from lightning_bn.functional._batches import batches_in, describe_batch, num_samples, to_device
 from lightning_bn.functional.distributed.lockstep import Lockstep
 from lightning_bn.functional.recalibration.collector import Collector
 from lightning_bn.functional.recalibration.one_value_per_channel import OneValuePerChannelError
@@ -66,7 +66,7 @@ class CollectionRun:
         Raises:
             RuntimeError: If another process in the lockstep failed.
         """
-        iterator, lockstep, rule = iter(batches), self._lockstep, self._rule
+        iterator, lockstep, rule = batches_in(batches), self._lockstep, self._rule
         while True:
             precise = rule.precise_enough(self.counts.batches, collector.largest_standard_error)
             batch = _END if precise and lockstep is None else self._next(iterator)

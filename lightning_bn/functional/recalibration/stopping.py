@@ -37,6 +37,11 @@ class StoppingRule:
         check_whole("num_samples", self.num_samples, 1, none="for all there are")
         check_positive("max_standard_error", self.max_standard_error, none="for no limit")
 
+    @property
+    def bounded(self) -> bool:
+        """Whether it ends data that never end."""
+        return any(limit is not None for limit in (self.num_batches, self.num_samples, self.max_standard_error))
+
     def enough(self, batches: int, samples: int) -> bool:
         """Whether this process has taken as many batches as it may, or used its share of the samples."""
         taken = samples * self.processes
