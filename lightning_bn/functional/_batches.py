@@ -56,20 +56,20 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
     Raises:
         TypeError: If the batch is none of these, or the model's forward does not take the keys of the dict.
     """
-    if isinstance(batch, Tensor):
-        return model(batch)
-    if isinstance(batch, list | tuple) and batch and isinstance(batch[0], Tensor):
-        return model(batch[0])
-    if isinstance(batch, Mapping):
+    keys: Mapping[str, Any] = batch if isinstance(batch, Mapping) else {}
+    values = [batch] if isinstance(batch, Tensor) else list(batch[:1]) if isinstance(batch, list | tuple) else []
+    if isinstance(batch, Mapping) or (values and isinstance(values[0], Tensor)):
         try:
-            # Of a compiled model, that of the module inside.
-            inspect.signature(getattr(model, "_orig_mod", model).forward).bind(**batch)
+            # Of a compiled model, that of the module inside; TorchScript has none.
+            if not isinstance(model, torch.jit.ScriptModule):
+                inspect.signature(getattr(model, "_orig_mod", model).forward).bind(*values, **keys)
         except TypeError as error:
+            given = f"the keys {sorted(map(str, batch))} of the batch" if isinstance(batch, Mapping) else "one tensor"
             raise TypeError(
-                f"{type(model).__name__}.forward cannot be called with the keys {sorted(map(str, batch))} of the "
-                f"batch ({error}): pass forward=lambda model, batch: ... that feeds it."
+                f"{type(model).__name__}.forward cannot be called with {given} ({error}): pass "
+                f"forward=lambda model, batch: ... that feeds it."
             ) from error
-        return model(**batch)
+        return model(*values, **keys)
     raise TypeError(
         f"a batch is {describe_batch(batch)}; without forward= the model can be fed a tensor, a tuple or list that "
         f"starts with one, or a dict of keywords: pass forward=lambda model, batch: ... that feeds it."

@@ -12,6 +12,34 @@ from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 from lightning_bn.functional._batches import default_forward, model_device, num_samples, to_device
 
+
+class TwoInputs(nn.Module):
+    def forward(self, left: Tensor, right: Tensor) -> Tensor:
+        return left + right
+
+
+class Keywords(nn.Module):
+    def forward(self, *, image: Tensor) -> Tensor:
+        return image
+
+
+@pytest.mark.parametrize("model", [TwoInputs(), Keywords(), nn.Bilinear(2, 2, 1)])
+@pytest.mark.parametrize("batch", [torch.ones(2), (torch.ones(2), torch.ones(2))])
+def test_model_of_other_inputs_than_one_tensor_is_told_of_forward(model, batch):
+    with pytest.raises(TypeError, match=rf"{type(model).__name__}.*one tensor.*pass forward="):
+        default_forward(model, batch)
+
+
+def test_error_of_the_models_own_is_not_changed():
+    with pytest.raises(RuntimeError, match="shape"):
+        default_forward(nn.Linear(3, 1), torch.ones(2, 2))
+
+
+def test_scripted_model_has_no_signature_and_is_called():
+    scripted = torch.jit.trace(nn.Linear(2, 1), torch.ones(1, 2))
+    assert default_forward(scripted, torch.ones(4, 2)).shape == (4, 1)
+
+
 META = torch.device("meta")  # the second device that every machine has
 
 
