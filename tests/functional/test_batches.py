@@ -35,6 +35,7 @@ def test_error_of_the_models_own_is_not_changed():
         default_forward(nn.Linear(3, 1), torch.ones(2, 2))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_scripted_model_has_no_signature_and_is_called():
     scripted = torch.jit.trace(nn.Linear(2, 1), torch.ones(1, 2))
     assert default_forward(scripted, torch.ones(4, 2)).shape == (4, 1)
