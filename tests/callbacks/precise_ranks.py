@@ -150,6 +150,7 @@ SCENARIOS: dict[str, Scenario] = {
     ),
     "synchronized in part, without": (RankClassifier, list, {"plugins": ReferenceSync(("net.bn",))}, {}),
     "synchronized in part": (RankClassifier, lambda: [precise()], {"plugins": ReferenceSync(("net.bn",))}, {}),
+    "ends in mid-epoch": (RankClassifier, lambda: [precise()], {"max_epochs": -1, "max_steps": 6}, {}),
     "no validation": (RankClassifier, lambda: [precise()], {"limit_val_batches": 0}, {}),
 }
 FAILURES: dict[str, Scenario] = {

@@ -52,6 +52,15 @@ def network(build: Callable[[], nn.Module] = SmallResNet, dtype: torch.dtype | N
     return model if dtype is None else model.to(dtype)
 
 
+def drifted() -> nn.Module:
+    """Its statistics differ between ranks, as moving averages do; the weights are the same."""
+    model, rank = network(), dist.get_rank() if dist.is_initialized() else 0
+    for name, buffer in model.named_buffers():
+        if name.endswith(("running_mean", "running_var")):
+            buffer.add_(rank)
+    return model
+
+
 def shard(rank: int, sizes: tuple[int, ...], **kwargs: Any) -> list[Tensor]:
     """Batches of the rank's own; each rank's values lie elsewhere."""
     kwargs = {"dtype": torch.float64, **kwargs}
@@ -122,6 +131,7 @@ RIGHT: dict[str, tuple[Callable[[], nn.Module], Shards, dict[str, Any]]] = {
     "num_samples": (network, long, {"num_samples": 96}),
     "num_batches": (network, unequal, {"num_batches": 2}),
     "max_standard_error": (lambda: network(SharedNorm), long, {"max_standard_error": 0.02}),
+    "prior": (drifted, unequal, {"prior": 16}),
     "one batch each": (lambda: network(SharedNorm), single, {}),
 }
 

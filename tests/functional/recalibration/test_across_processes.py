@@ -43,7 +43,8 @@ def run(model: nn.Module, batch: Any) -> Any:
     return model(**batch) if isinstance(batch, dict) else model(batch)
 
 
-POOLED = [name for name in RIGHT if name not in ("mean of batches", "num_samples", "num_batches", "max_standard_error")]
+_OTHERWISE = ("mean of batches", "num_samples", "num_batches", "max_standard_error", "prior")
+POOLED = [name for name in RIGHT if name not in _OTHERWISE]
 TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-5, torch.bfloat16: 2**-7}
 """By the dtype in which torch computes the statistics of a batch."""
 
@@ -69,7 +70,7 @@ def test_statistics_are_those_of_all_batches_of_all_ranks_in_float64(ranks: Resu
         assert_statistics_of(layer, inputs[name], TOLERANCE[layer.running_mean.dtype])
 
 
-@pytest.mark.parametrize("scenario", [*POOLED, "mean of batches"])
+@pytest.mark.parametrize("scenario", [*POOLED, "mean of batches", "prior"])
 def test_they_are_what_one_process_makes_of_all_batches(ranks: Results, scenario: str) -> None:
     build, _, options = RIGHT[scenario]
     model = build()
@@ -127,7 +128,8 @@ def test_layers_that_are_not_selected_are_left_on_every_rank(ranks: Results) -> 
 @pytest.mark.parametrize("scenario", RIGHT)
 def test_one_collective_agrees_and_one_merges_whatever_the_number_of_layers(ranks: Results, scenario: str) -> None:
     for rank in ranks:
-        assert rank[scenario]["collectives"] == ["all_reduce", "all_reduce"]
+        # With a prior, what rank 0 holds is everybody's.
+        assert rank[scenario]["collectives"] == ["all_reduce", "all_reduce"] + ["broadcast"] * (scenario == "prior")
 
 
 def test_samples_asked_for_are_those_of_all_ranks_together(ranks: Results) -> None:
