@@ -43,12 +43,13 @@ FLOOR = "lightning_bn.functional"
 
 #: The rooms of the ground floor, and those that each of them must not import.
 ROOMS = {
-    "layers": ("statistics", "distributed", "freezing", "recalibration", "monitoring"),
-    "statistics": ("distributed", "freezing", "recalibration", "monitoring"),
-    "distributed": ("freezing", "recalibration", "monitoring"),
-    "freezing": ("recalibration", "monitoring"),
-    "recalibration": ("freezing", "monitoring"),
-    "monitoring": ("freezing", "recalibration"),
+    "layers": ("statistics", "distributed", "freezing", "recalibration", "monitoring", "tasks"),
+    "statistics": ("distributed", "freezing", "recalibration", "monitoring", "tasks"),
+    "distributed": ("freezing", "recalibration", "monitoring", "tasks"),
+    "freezing": ("recalibration", "monitoring", "tasks"),
+    "recalibration": ("freezing", "monitoring", "tasks"),
+    "monitoring": ("freezing", "recalibration", "tasks"),
+    "tasks": ("freezing", "recalibration", "monitoring"),
 }
 
 

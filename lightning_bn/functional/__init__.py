@@ -3,13 +3,14 @@
 Each room lists what is public in it; all of it is imported from here.
 """
 
-from lightning_bn.functional import distributed, freezing, layers, monitoring, recalibration, statistics
+from lightning_bn.functional import distributed, freezing, layers, monitoring, recalibration, statistics, tasks
 from lightning_bn.functional.distributed import *
 from lightning_bn.functional.freezing import *
 from lightning_bn.functional.layers import *
 from lightning_bn.functional.monitoring import *
 from lightning_bn.functional.recalibration import *
 from lightning_bn.functional.statistics import *
+from lightning_bn.functional.tasks import *
 
 __all__: list[str] = []
 __all__ += distributed.__all__
@@ -18,3 +19,4 @@ __all__ += layers.__all__
 __all__ += monitoring.__all__
 __all__ += recalibration.__all__
 __all__ += statistics.__all__
+__all__ += tasks.__all__

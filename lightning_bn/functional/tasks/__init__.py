@@ -1,0 +1,10 @@
+"""A set of running statistics for each task of a network, in layers that stay what they are.
+
+Switched by contexts, compared with each other, saved beside the model's own state.
+"""
+
+from lightning_bn.functional._tasks import task
+from lightning_bn.functional.tasks.bank import TaskStatistics, task_statistics
+from lightning_bn.functional.tasks.drift import TaskDrift, task_drift
+
+__all__ = ["TaskDrift", "TaskStatistics", "task", "task_drift", "task_statistics"]

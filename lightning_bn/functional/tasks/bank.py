@@ -1,0 +1,302 @@
+"""A set of running statistics for each task, in the place of the layers' own while the task runs."""
+
+from __future__ import annotations
+
+import difflib
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, TypeAlias, get_args
+
+import torch
+from torch import nn
+
+from lightning_bn.functional._checks import check_choice
+from lightning_bn.functional._text import quoted
+from lightning_bn.functional.layers.patterns import Patterns
+from lightning_bn.functional.layers.selection import LayerSelection
+from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of, write_snapshot
+from lightning_bn.functional.tasks.mixture import mixture_of
+from lightning_bn.functional.tasks.placed_sets import PlacedSets
+from lightning_bn.functional.tasks.saved_sets import sets_in, state_of
+from lightning_bn.functional.tasks.task_sets import Beginning, Buffers, checked_tasks
+
+Start: TypeAlias = Literal["cumulative", "shared"]
+
+
+def task_statistics(
+    model: nn.Module,
+    tasks: Sequence[str],
+    modules: Patterns = None,
+    *,
+    exclude: Patterns = None,
+    root: str = "",
+    default: str | None = None,
+    start: Start = "cumulative",
+) -> TaskStatistics:
+    """Give each task running statistics of its own, in layers that stay the layers they are.
+
+    Inside ``with bank.task(name):`` the selected layers hold the tensors of that task: other objects, never other
+    values in the same ones, so that a step that serves several tasks has the gradients of separate networks. The
+    default task owns the layers' own tensors. Outside of a context these are in place, and ``model.state_dict()`` holds
+    them wherever it is taken, under the same keys.
+
+    Args:
+        model: Any module.
+        tasks: Their names.
+        modules: As for :func:`~lightning_bn.functional.batch_norm_layers`; None for every layer with running
+            statistics.
+        exclude: As for ``batch_norm_layers``.
+        root: As for ``batch_norm_layers``.
+        default: The task that owns the layers' own tensors; None for the first.
+        start: How the statistics of the other tasks begin, from the default's values: ``"cumulative"`` averages what a
+            task sees in its first ``1 / momentum`` updates (the n-th has the weight ``max(momentum, 1 / n)``), so that
+            what they began with is forgotten at once; ``"shared"`` is an ordinary moving average.
+
+    Returns:
+        The sets, until they are released.
+
+    Raises:
+        ValueError: If a name is no string, empty, ``"mixture"`` or given twice, there is none, or ``default`` or
+            ``start`` is unknown.
+        SelectionError: As for ``batch_norm_layers``, or if a selected layer has no running statistics.
+        RuntimeError: If a selected layer has a set for each task already.
+
+    Source: Chang et al. (2019), "Domain-Specific Batch Normalization", arXiv 1906.03950, section 3.
+
+    Example:
+        >>> layer = nn.BatchNorm1d(1)
+        >>> bank = task_statistics(layer, ["near", "far"])
+        >>> with bank.task("far"):
+        ...     _ = layer(torch.tensor([[9.0], [11.0]]))
+        >>> layer.running_mean, bank.snapshot("far").mean
+        (tensor([0.]), tensor([10.]))
+    """
+    return TaskStatistics(model, tasks, LayerSelection(modules, exclude, root), default=default, start=start)
+
+
+class TaskStatistics:
+    """Running statistics of several tasks; :func:`task_statistics` makes one.
+
+    Attributes:
+        tasks: Names of the tasks.
+        default: The one that owns the layers' own tensors.
+        start: How the others begin.
+        outside: How often a context began after a forward outside of any had moved the default's statistics.
+    """
+
+    def __init__(
+        self, model: nn.Module, tasks: Sequence[str], selection: LayerSelection, *, default: str | None, start: Start
+    ) -> None:
+        names = checked_tasks(tasks)
+        self.default = names[0] if default is None else default
+        check_choice("default", self.default, names)
+        check_choice("start", start, get_args(Start))
+        self.tasks, self.start = tuple(names), start
+        self._placed = PlacedSets(model, selection, self.default)
+        self._beginnings: dict[str, Beginning] = {}
+        self._used, self.outside = False, 0
+        for task in self.tasks:
+            if task != self.default:
+                self._begin(task)
+
+    @property
+    def layers(self) -> tuple[str, ...]:
+        """Names of the layers."""
+        return tuple(self._placed.layers)
+
+    @property
+    def all_layers(self) -> tuple[str, ...]:
+        """Names of all BatchNorm layers of the model, also of those without sets."""
+        return self._placed.all_layers()
+
+    @property
+    def running(self) -> str:
+        """The task whose statistics lie in the layers."""
+        return self._placed.running
+
+    @contextmanager
+    def task(self, name: str) -> Iterator[None]:
+        """Inside, the layers hold the statistics of a task; contexts may be nested, the innermost counts.
+
+        Raises:
+            ValueError: If there is no such task.
+            ExchangeError: At the end, if something else that was put into a layer inside was not taken out.
+        """
+        placed, beginning = self._placed, self._beginnings.get(self._known(name))
+        if placed.stack and name == self.running:
+            yield
+            return
+        self._tell_of_others()
+        if beginning is not None and not beginning.before:
+            placed.resolve()
+            beginning.begin(placed.sets[name], placed.layers)
+        try:
+            with placed.in_place(name):
+                yield
+        finally:
+            if beginning is not None and name not in placed.stack and beginning.end(placed.sets[name], placed.layers):
+                self._beginnings.pop(name, None)
+            placed.see_own()
+            self._used = True
+
+    def snapshot(self, task: str) -> Snapshot:
+        """Return copies of a task's statistics."""
+        with self._placed.in_place(self._known(task)):
+            return snapshot_of(self._placed.layers)
+
+    def write(self, task: str, snapshot: Snapshot) -> None:
+        """Write a snapshot into a task's statistics, which then go on from there as an ordinary moving average.
+
+        Raises:
+            ValueError: If there is no such task, or the snapshot is of other layers.
+        """
+        if snapshot.names != self.layers:
+            raise ValueError(
+                f"the snapshot is of {quoted(snapshot.names)}, the statistics per task are of {quoted(self.layers)}: "
+                f"take it of the same layers."
+            )
+        with self._placed.in_place(self._known(task)):
+            write_snapshot(self._placed.layers, snapshot)
+        self._placed.see_own()
+        self._beginnings.pop(task, None)
+
+    def add(self, task: str, like: str | None = None) -> None:
+        """Add a task.
+
+        Args:
+            task: Its name.
+            like: The task whose statistics it begins from, and goes on with; None: from the default's, as ``start``
+                says.
+
+        Raises:
+            ValueError: If the name cannot be one or is known already, or there is no task ``like``.
+        """
+        names = tuple(checked_tasks([*self.tasks, task]))
+        if like is None:
+            self._begin(task)
+        else:
+            self._placed.sets[task] = self._placed.copy(self._known(like))
+        self.tasks = names
+
+    def remove(self, task: str) -> None:
+        """Give up a task's statistics.
+
+        Raises:
+            ValueError: If there is no such task, it is the default, or it runs.
+        """
+        if self._known(task) in (self.default, *self._placed.stack):
+            raise ValueError(f"task {task!r} is running or owns the layers' own tensors: it cannot be removed.")
+        self.tasks = tuple(other for other in self.tasks if other != task)
+        del self._placed.sets[task]
+        self._beginnings.pop(task, None)
+
+    def mixture(self, weights: Mapping[str, float] | None = None) -> Snapshot:
+        """Return the statistics of all tasks together: the mean of means; the mean of variances plus that of means.
+
+        Args:
+            weights: Of the tasks, for instance their numbers of samples; None for equal ones. Tasks that are not named
+                have none.
+
+        Raises:
+            ValueError: If a weight is negative, all are 0, or there is no such task.
+
+        Source: the law of total variance.
+        """
+        given = dict.fromkeys(self.tasks, 1.0) if weights is None else dict(weights)
+        return mixture_of({self._known(task): self.snapshot(task) for task in given}, given)
+
+    def state_dict(self) -> dict[str, Any]:
+        """Tensors and plain values: all but the default's statistics, which are the model's own state."""
+        self._placed.resolve()
+        sets = {task: self._placed.sets[task] for task in self.tasks}
+        return state_of(sets, self.default, start=self.start, beginning=[*self._beginnings])
+
+    def load_state_dict(self, state: Mapping[str, Any], *, given_up: Sequence[str] = ()) -> list[str]:
+        """Take statistics that were saved; call it after the model's own state was loaded.
+
+        Args:
+            state: Of :meth:`state_dict`.
+            given_up: Tasks of it that are not wanted any more.
+
+        Returns:
+            What is to be told: tasks that are new, and another default.
+
+        Raises:
+            ValueError: If it has other layers or channels, or a task that is neither known here nor given up. Nothing
+                was changed then.
+        """
+        placed, told = self._placed, []
+        placed.resolve()
+        read = sets_in(state, placed.own, self.tasks, given_up)
+        if state["default"] != self.default:
+            # The model's own state is the saved default's.
+            read |= {state["default"]: placed.copy(self.default)} if state["default"] in self.tasks else {}
+            told.append(f"the default task is {self.default!r}, and was {state['default']!r}")
+        new = [task for task in self.tasks if task not in state["tasks"]]
+        with torch.no_grad():
+            for task, sets in read.items():
+                _copy(sets, placed.sets[task])
+        self._beginnings = {task: Beginning() for task in state.get("beginning", ()) if task in self.tasks}
+        for task in new:
+            self._begin(task)
+            told.append(f"task {task!r} is new and begins from the default's statistics (start={self.start!r})")
+        placed.see_own()
+        return told
+
+    def release(self, keep: str | None = None) -> None:
+        """Give all statistics up but one task's, which the layers' own tensors then hold.
+
+        Args:
+            keep: Which; None for the default's.
+
+        Raises:
+            ValueError: If there is no such task.
+            RuntimeError: Inside a context.
+        """
+        kept = self._known(self.default if keep is None else keep)
+        if self._placed.stack:
+            raise RuntimeError(f"the context of task {self.running!r} has not ended: release after it.")
+        self._placed.resolve()
+        if kept != self.default:
+            with torch.no_grad():
+                _copy(self._placed.sets[kept], self._placed.own)
+        self._placed.leave()
+        self.tasks, self._placed.layers, self._placed.sets = (), {}, {}
+
+    def _known(self, task: str) -> str:
+        if task not in self.tasks:
+            close = difflib.get_close_matches(str(task), self.tasks, n=1)
+            hint = f" Closest: {close[0]!r}." if close else ""
+            raise ValueError(f"there is no task {task!r}, but {', '.join(map(repr, self.tasks)) or 'none'}.{hint}")
+        return task
+
+    def _begin(self, task: str) -> None:
+        """Begin a task's statistics from the default's."""
+        self._placed.sets[task] = self._placed.copy(self.default)
+        if self.start == "cumulative":
+            self._beginnings[task] = Beginning()
+            for one in self._placed.sets[task].values():
+                if "num_batches_tracked" in one:
+                    one["num_batches_tracked"].zero_()
+
+    def _tell_of_others(self) -> None:
+        """Tell once of forwards outside of any context that moved the default's statistics, while contexts are used."""
+        moved = [] if self._placed.stack or not self._used else self._placed.moved_outside()
+        if not moved:
+            return
+        self.outside += 1
+        if self.outside == 1:
+            warnings.warn(
+                f"a forward in train mode outside of any task's context moved the statistics of the default task "
+                f"{self.default!r} in BatchNorm layer {quoted(moved)}: run it inside `with bank.task(name):`, or in "
+                f"eval mode.",
+                UserWarning,
+                stacklevel=4,
+            )
+
+
+def _copy(sets: Mapping[str, Buffers], into: Mapping[str, Buffers]) -> None:
+    for name, one in into.items():
+        for key, buffer in one.items():
+            buffer.copy_(sets[name][key])

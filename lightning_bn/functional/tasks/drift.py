@@ -1,0 +1,109 @@
+"""How far the statistics of tasks lie apart, by layer: which layers need a set for each task, and which do not."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from dataclasses import dataclass
+from itertools import combinations
+
+import torch
+from torch import Tensor
+
+from lightning_bn.functional._text import quoted
+from lightning_bn.functional.layers.patterns import is_below
+from lightning_bn.functional.statistics.drift_measures import Measure, drift
+from lightning_bn.functional.tasks.bank import TaskStatistics
+
+APART = 0.1
+"""Jeffreys divergence, a variance ratio of 1.56 or a mean shift of 0.32 sigma, mean over a layer's channels."""
+
+
+@dataclass(frozen=True)
+class TaskDrift:
+    """Drift between T tasks in L layers.
+
+    Attributes:
+        tasks: T names.
+        layers: L names.
+        values: Of each layer the mean over channels of the drift's absolute value, ``(T, T, L)``, float64, 0 on the
+            diagonal. From the row's task to the column's.
+        others: Names of the model's BatchNorm layers that have no sets.
+    """
+
+    tasks: tuple[str, ...]
+    layers: tuple[str, ...]
+    values: Tensor
+    others: tuple[str, ...] = ()
+
+    def largest(self) -> dict[str, float]:
+        """Return of each layer the largest drift between any two tasks."""
+        return dict(zip(self.layers, self.values.amax((0, 1)).tolist(), strict=True))
+
+    def worst(self) -> tuple[str, str, str, float]:
+        """Return the layer and the two tasks that lie furthest apart, and how far."""
+        index = int(self.values.argmax())
+        row, column, layer = (int(part) for part in torch.unravel_index(torch.tensor(index), self.values.shape))
+        return self.layers[layer], self.tasks[row], self.tasks[column], float(self.values[row, column, layer])
+
+    def suggest(self, above: float = APART) -> list[str]:
+        """Return what to give as ``modules``: the shortest paths that mean the layers in which tasks differ, no others.
+
+        Args:
+            above: The drift from which on a layer needs a set for each task.
+        """
+        chosen = {name for name, value in self.largest().items() if not value <= above}
+        return sorted(_paths("", chosen, {*self.layers, *self.others}), key=lambda path: (path.count("."), path))
+
+    def __str__(self) -> str:
+        layer, one, other, value = self.worst()
+        paths, largest = self.suggest(), self.largest()
+        same = [name for name in self.layers if largest[name] <= APART]
+        said = [f"tasks {one!r} and {other!r} lie furthest apart at {layer} ({value:.3g})"]
+        said.append(f"own statistics for each task: {quoted(paths)}" if paths else "one set serves all tasks")
+        if paths and same:
+            least = max(largest[name] for name in same)
+            said.append(f"one set is enough for {quoted(same)} (at most {least:.2g})")
+        return "; ".join(said)
+
+
+def task_drift(bank: TaskStatistics, measure: Measure = "jeffreys") -> TaskDrift:
+    """Return how far the statistics of each two tasks lie apart in each layer.
+
+    They are what training normalized with, each task's batches by themselves. A difference that an earlier layer's own
+    sets have taken away does not show in later layers, as it would if all tasks were run through shared statistics.
+
+    Args:
+        bank: Of at least two tasks.
+        measure: As for :func:`~lightning_bn.functional.drift`.
+
+    Raises:
+        ValueError: If there is only one task, or the measure is unknown.
+    """
+    if len(bank.tasks) < 2:
+        raise ValueError(f"one task ({bank.tasks[0]!r}) has nothing to differ from: task_drift needs two.")
+    snapshots = {task: bank.snapshot(task) for task in bank.tasks}
+    values = torch.zeros(len(bank.tasks), len(bank.tasks), len(bank.layers), dtype=torch.float64)
+    for (row, one), (column, other) in combinations(enumerate(bank.tasks), 2):
+        for place in ((row, column, one, other), (column, row, other, one)):
+            by_layer = drift(snapshots[place[2]], snapshots[place[3]], measure).values()
+            values[place[0], place[1]] = torch.stack([channels.abs().mean() for channels in by_layer]).cpu()
+    others = tuple(name for name in bank.all_layers if name not in bank.layers)
+    return TaskDrift(bank.tasks, bank.layers, values, others)
+
+
+def _paths(path: str, chosen: Collection[str], everything: Collection[str]) -> list[str]:
+    """The shortest paths below ``path`` that mean chosen layers alone."""
+    below = [name for name in everything if is_below(name, path)]
+    if not any(name in chosen for name in below):
+        return []
+    if path and all(name in chosen for name in below):
+        return [path]
+    deeper = {name[: _end(name, len(path) + bool(path))] for name in below if name != path}
+    found = [part for start in sorted(deeper) for part in _paths(start, chosen, everything)]
+    return found + [path] * (path in chosen)
+
+
+def _end(name: str, start: int) -> int:
+    """Where the component of a name that begins at ``start`` ends."""
+    end = name.find(".", start)
+    return len(name) if end < 0 else end

@@ -1,0 +1,198 @@
+"""Sets of running statistics for tasks, and which of them lies in the layers."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from weakref import ReferenceType, WeakKeyDictionary, ref
+
+from torch import nn
+
+from lightning_bn.functional._text import counted, quoted
+from lightning_bn.functional.layers.exchange import Entries, exchanged, holders_of
+from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
+from lightning_bn.functional.layers.torch_private import buffers_of, child_of
+from lightning_bn.functional.tasks.state_dicts import DefaultInStateDicts
+from lightning_bn.functional.tasks.task_sets import Buffers, buffers_in, copies
+
+_HOLDER = "task_statistics"
+_taken: WeakKeyDictionary[nn.Module, ReferenceType[PlacedSets]] = WeakKeyDictionary()
+"""Layers, and whose they are; a copy of a layer is nobody's."""
+
+
+class PlacedSets:
+    """Tensors of each task, by layer; the default's are the layers' own objects.
+
+    Args:
+        model: Where the layers are.
+        selection: Which.
+        default: The task of the layers' own tensors.
+
+    Attributes:
+        layers: By name.
+        default: The task of the layers' own tensors.
+        sets: By task.
+
+    Raises:
+        SelectionError: If a selected layer has no running statistics.
+        RuntimeError: If a layer has such sets already.
+    """
+
+    def __init__(self, model: nn.Module, selection: LayerSelection, default: str) -> None:
+        self.layers, self.default = selection.tracked_layers(model), default
+        taken = [name for name, layer in self.layers.items() if layer in _taken and _taken[layer]() is not None]
+        if taken:
+            raise RuntimeError(
+                f"BatchNorm layer {quoted(taken)} has statistics per task already: release those first, or leave the "
+                f"layer out with exclude."
+            )
+        self._model, self._selection = model, selection
+        self._stack: list[str] = []
+        self.sets: dict[str, dict[str, Buffers]] = {
+            default: {name: buffers_in(layer) for name, layer in self.layers.items()}
+        }
+        self._take()
+        self.see_own()
+
+    @property
+    def own(self) -> dict[str, Buffers]:
+        """The layers' own tensors."""
+        return self.sets[self.default]
+
+    @property
+    def stack(self) -> tuple[str, ...]:
+        """Tasks whose tensors were put in place, the last one on top."""
+        return tuple(self._stack)
+
+    @property
+    def running(self) -> str:
+        """The task whose tensors lie in the layers."""
+        return self._stack[-1] if self._stack else self.default
+
+    def all_layers(self) -> tuple[str, ...]:
+        """Return names of all BatchNorm layers of the model."""
+        return tuple(batch_norm_layers(self._model))
+
+    def copy(self, task: str) -> dict[str, Buffers]:
+        """Return copies of a task's tensors."""
+        self.resolve()
+        return copies(self.sets[task])
+
+    @contextmanager
+    def in_place(self, task: str) -> Iterator[None]:
+        """Inside, a task's tensors lie in the layers; what others put over them, as ``.to()`` does, is the task's then.
+
+        Raises:
+            ExchangeError: At the end, if another exchange lies on top in one of the layers.
+        """
+        self.resolve()
+        sets, found = self.sets[task], {}
+        self._stack.append(task)
+        try:
+            with exchanged(_HOLDER, [Entries(name, layer, buffers=sets[name]) for name, layer in self.layers.items()]):
+                try:
+                    yield
+                finally:
+                    # What is lent to a layer goes back by itself, or is an error at the end.
+                    found = {
+                        name: sets[name] if _lent(layer) else buffers_in(layer) for name, layer in self.layers.items()
+                    }
+        finally:
+            self._stack.pop()
+            if found and not _same(found, self.sets[task]):
+                self._adopt(task, found)
+
+    def resolve(self) -> None:
+        """Look whether the layers are the model's and hold the tensors that they ought to; if not, take what is there.
+
+        Raises:
+            ValueError: If a layer has gone or has other channels now.
+        """
+        expected = self.sets[self.running]
+        if all(child_of(parent, key) is child for parent, key, child in self._edges) and all(
+            buffers_of(layer).get("running_mean") is expected[name]["running_mean"] or _lent(layer)
+            for name, layer in self.layers.items()
+        ):
+            return
+        layers = self._selection.tracked_layers(self._model)
+        for name, own in self.own.items():
+            size = layers[name].num_features if name in layers else None
+            if size != len(own["running_mean"]):
+                there = "is not there any more" if size is None else f"has {size} channels now"
+                raise ValueError(
+                    f"BatchNorm layer {name!r} {there}; its statistics per task have {len(own['running_mean'])}: "
+                    f"release them before the model is changed."
+                )
+        self.leave()
+        self.layers = {name: layers[name] for name in self.layers}
+        self._take()
+        self._adopt(self.running, {name: buffers_in(layer) for name, layer in self.layers.items()})
+
+    def leave(self) -> None:
+        """Leave no trace on the layers."""
+        self._state_dicts.remove()
+        for layer in self.layers.values():
+            _taken.pop(layer, None)
+
+    def moved_outside(self) -> list[str]:
+        """Return layers whose own statistics a forward in train mode has moved since :meth:`see_own`."""
+        return [name for name, now, then in zip(self.own, self._versions(), self._seen, strict=True) if now != then]
+
+    def see_own(self) -> None:
+        """Take what the layers' own statistics are now as seen."""
+        self._seen = self._versions()
+
+    def _versions(self) -> list[int]:
+        """How often each layer's own counter was written to, which every forward in train mode does."""
+        counters = (own.get("num_batches_tracked") for own in self.own.values())
+        return [0 if counter is None else counter._version for counter in counters]
+
+    def _take(self) -> None:
+        for layer in self.layers.values():
+            _taken[layer] = ref(self)
+        self._edges = list(_edges_to(self._model, self.layers.values()))
+        self._state_dicts = DefaultInStateDicts(self.layers, lambda: self.own if self._stack else None, self.see_own)
+
+    def _adopt(self, task: str, found: Mapping[str, Buffers]) -> None:
+        """Take tensors that others put into the layers as a task's, and move those of all tasks to where they are."""
+        warnings.warn(
+            f"tensors of {counted(len(found), 'BatchNorm layer')} with statistics per task were replaced (by .to(), "
+            f".half(), a conversion, ...): the statistics of {', '.join(self.sets)} go along.",
+            UserWarning,
+            stacklevel=5,
+        )
+        self.sets = {other: dict(found) if other == task else _moved(sets, found) for other, sets in self.sets.items()}
+        for name, layer in self.layers.items():
+            buffers_of(layer).update(self.sets[self.running][name])
+        self.see_own()
+
+
+def _lent(layer: nn.Module) -> bool:
+    """Whether somebody else has put something in the layer's place."""
+    return any(holder != _HOLDER for holder in holders_of(layer))
+
+
+def _same(found: Mapping[str, Buffers], sets: Mapping[str, Buffers]) -> bool:
+    return all(found[name].get(key) is buffer for name, one in sets.items() for key, buffer in one.items())
+
+
+def _moved(sets: Mapping[str, Buffers], like: Mapping[str, Buffers]) -> dict[str, Buffers]:
+    """Sets in the dtypes and on the devices of others, which may lack some."""
+    return {
+        name: {key: buffer.to(like[name][key]) if key in like[name] else buffer for key, buffer in one.items()}
+        for name, one in sets.items()
+    }
+
+
+def _edges_to(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
+    """Every step on the way to one of the layers: a module, a name in it, and what has it."""
+    wanted, seen = {id(layer) for layer in layers}, set[tuple[int, str]]()
+    for path, module in model.named_modules(remove_duplicate=False):
+        parent: nn.Module | None = model
+        for key in path.split(".") if path and id(module) in wanted else ():
+            child = None if parent is None else child_of(parent, key)
+            if parent is not None and child is not None and (id(parent), key) not in seen:
+                seen.add((id(parent), key))
+                yield parent, key, child
+            parent = child

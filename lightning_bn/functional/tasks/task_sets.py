@@ -1,0 +1,96 @@
+"""The tensors of one task, and the average that a task which has just begun keeps of what it has seen."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.functional.layers.torch_private import STATISTICS, buffers_of
+
+MIXTURE = "mixture"
+"""All tasks together."""
+Buffers = dict[str, Tensor]
+"""A layer's running statistics by the names of its buffers; only those that are there."""
+
+
+def buffers_in(layer: _BatchNorm) -> Buffers:
+    """The very tensors that lie in a layer."""
+    own = buffers_of(layer)
+    return {key: buffer for key in STATISTICS if (buffer := own.get(key)) is not None}
+
+
+def copies(sets: Mapping[str, Buffers]) -> dict[str, Buffers]:
+    """Copies with memory of their own: a view that is saved carries all of its storage."""
+    with torch.no_grad():
+        return {name: {key: buffer.detach().clone() for key, buffer in one.items()} for name, one in sets.items()}
+
+
+def checked_tasks(tasks: Sequence[str]) -> list[str]:
+    """Return the names of tasks.
+
+    Raises:
+        ValueError: If there is none, one is given twice, or one is no string, empty, or ``"mixture"``.
+    """
+    names: list[Any] = [tasks] if isinstance(tasks, str) else list(tasks)
+    why = [f"{name!r} is no name of one" for name in names if not isinstance(name, str) or name in ("", MIXTURE)]
+    why += [f"{name!r} is there twice" for name in names if names.count(name) > 1]
+    if why or not names:
+        raise ValueError(
+            f"tasks={tasks!r}: {why[0] if why else 'none is given'}. Give each a name of its own, a string that is not "
+            f"empty; {MIXTURE!r} means all tasks together."
+        )
+    return names
+
+
+@dataclass
+class Beginning:
+    """A moving average that begins as an average: of its first ``1 / momentum`` updates each counts the same.
+
+    The n-th update has the weight ``max(momentum, 1 / n)``. The layer itself updates with its ``momentum``; what it did
+    is weighed anew afterwards, so that nothing about the layer, or about a compiled graph, is another one meanwhile.
+    Several updates in one context count as the layer averaged them.
+
+    Attributes:
+        before: What the sets held when the context began, by layer; empty outside of one.
+    """
+
+    before: dict[str, Buffers] = field(default_factory=dict)
+
+    def begin(self, sets: Mapping[str, Buffers], layers: Mapping[str, _BatchNorm]) -> None:
+        """Remember the sets of the layers that are in train mode."""
+        self.before = copies({name: sets[name] for name, layer in layers.items() if _averages(layer)})
+
+    def end(self, sets: Mapping[str, Buffers], layers: Mapping[str, _BatchNorm]) -> bool:
+        """Weigh anew what was updated since; return whether all layers have had enough updates."""
+        before, self.before = self.before, {}
+        if not before:
+            return False
+        done = _counts(before.values())
+        now = _counts(sets[name] for name in before)
+        grown = True
+        with torch.no_grad():
+            for (name, old), seen, after in zip(before.items(), done, now, strict=True):
+                momentum, updates = float(layers[name].momentum or 0), after - seen
+                grown = grown and after * momentum >= 1
+                weight = 1 - (1 - momentum) ** updates
+                wanted = max(weight, updates / after) if after else 0.0
+                if updates > 0 and wanted > weight:
+                    for key in ("running_mean", "running_var"):
+                        new, was = sets[name][key], old[key].double()
+                        new.copy_(was + (new.double() - was) * (wanted / weight))
+        return grown
+
+
+def _averages(layer: _BatchNorm) -> bool:
+    """Whether a forward would move a moving average that a count belongs to."""
+    return bool(layer.training and layer.momentum) and layer.num_batches_tracked is not None
+
+
+def _counts(sets: Iterable[Buffers]) -> list[int]:
+    """Updates so far, of all layers with one transfer to the host."""
+    return torch.stack([one["num_batches_tracked"] for one in sets]).tolist()
