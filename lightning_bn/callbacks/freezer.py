@@ -168,38 +168,46 @@ class BatchNormFreezer(BatchNormCallback):
             rank_zero_info(f"BatchNormFreezer: {self.plan(pl_module)}")
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        if self._session is None:
+            return
         task = self._task_of(batch, batch_idx)
         if self._tasks_are_synchronized:
             # A layer that is pinned on one rank takes no part in what the others of its group wait for.
             agree_on_ranks(trainer, "freeze", lambda: ChannelLayout((), ()), {"task": task})
         on, averages = self._is_on(trainer), averaged_copies(trainer)
-        self._frozen.start_batch(trainer.global_step, on=on, task=task, averages=averages)
+        self._session.start_batch(trainer.global_step, on=on, task=task, averages=averages)
 
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is None:
+            return
         # Before anyone takes a norm of them, as a clip_gradients by hand does.
-        self._frozen.after_backward()
+        self._session.after_backward()
         if pl_module.automatic_optimization and not _has_lbfgs(trainer):
             # Not before: a checkpointed forward runs again in the backward. LBFGS and manual optimization run forwards
             # again for the same batch; there they are blocked until its end.
-            self._frozen.unblock_gradients()
+            self._session.unblock_gradients()
 
     def on_before_optimizer_step(self, trainer: Trainer, pl_module: LightningModule, optimizer: Any) -> None:
-        self._frozen.before_step()
+        if self._session is not None:
+            self._session.before_step()
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
         # An optimizer that needs no gradient, or a hook of the module's, has changed what it changes.
-        self._frozen.end_batch(trainer.global_step)
+        if self._session is not None:
+            self._session.end_batch(trainer.global_step)
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._session is None:
+            return
         # Where a module's on_train_batch_start skipped the last batch, on_train_batch_end was not called.
-        self._frozen.end_batch(trainer.global_step)
-        self._frozen.full_check()
+        self._session.end_batch(trainer.global_step)
+        self._session.full_check()
         # After the first epoch in which the freeze was on, not only at the end of days of training.
-        seen = self._frozen.tasks_seen
+        seen = self._session.tasks_seen
         unseen = sorted({*(self.by_task or {})} - seen)
-        if unseen and self._frozen.on and not self._warned_of_unseen:
+        if unseen and self._session.on and not self._warned_of_unseen:
             rank_zero_warn(
                 f"BatchNormFreezer: by_task names {quoted(unseen)}, but in epoch {trainer.current_epoch} no batch was "
                 f"of such a task; tasks seen: {quoted(sorted(seen)) or 'none'}. Set task_key= to the key "
@@ -241,7 +249,7 @@ class BatchNormFreezer(BatchNormCallback):
         if self._session:
             # Called before on_save_checkpoint: what is found changed now is in the report of the same file.
             self._session.full_check()
-            report = self._session.report()
+            report = self._session.report(digests=True)
         return {"format": 1, "settings": self._settings, "report": report.state_dict() if report else {}}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -251,7 +259,7 @@ class BatchNormFreezer(BatchNormCallback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get("callbacks", {})
-        others = [key for key in states if key.startswith(type(self).__name__)]
+        others = [key for key in states if str(key).startswith(type(self).__name__)]
         changed = self._settings_changed(states.get(self.state_key, {}))
         if changed:
             rank_zero_warn(
@@ -263,12 +271,6 @@ class BatchNormFreezer(BatchNormCallback):
                 f"BatchNormFreezer: the checkpoint was written with {quoted(others)} and knows no "
                 f"{self.state_key!r}: this run freezes as it is configured now, and counts from here."
             )
-
-    @property
-    def _frozen(self) -> FreezeSession:
-        if self._session is None:
-            raise RuntimeError("BatchNormFreezer has seen no on_train_start: it works inside Trainer.fit only.")
-        return self._session
 
     def _is_on(self, trainer: Trainer) -> bool:
         with self._checked():

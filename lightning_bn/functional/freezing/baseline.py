@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -61,6 +62,13 @@ class Baseline:
                 if not same_bits(now.reshape(-1), copy):
                     now.copy_(copy.view_as(now))
         self.rearm()
+
+    def digests(self) -> dict[str, str]:
+        """Return by layer a digest of the values that are expected of it."""
+        found = {name: hashlib.sha256() for name in self._layers}
+        for (name, value), copy in zip(self._keys, self._copies.parts(), strict=True):
+            found[name].update(value.encode() + copy.cpu().contiguous().view(torch.uint8).numpy().tobytes())
+        return {name: digest.hexdigest() for name, digest in found.items()}
 
     def rearm(self) -> None:
         """Take what is there now as untouched."""

@@ -31,7 +31,7 @@ class Change:
     cause: str = ""
 
     def __str__(self) -> str:
-        return f"{self.layer}.{self.without_layer()}"
+        return f"{self.layer or '(the model itself)'}.{self.without_layer()}"
 
     def without_layer(self) -> str:
         """Return what changed, by how much and why, for where the layer has been named."""

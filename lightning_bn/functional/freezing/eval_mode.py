@@ -29,12 +29,20 @@ class Pin:
     given: bool
 
 
-def pin_in_eval(layer: _BatchNorm, owner: str) -> None:
-    """Put a layer into eval mode, where it stays through any ``.train()`` until all its owners have released it."""
+def pin_in_eval(layer: _BatchNorm, owner: str, like: _BatchNorm | None = None) -> None:
+    """Put a layer into eval mode, where it stays through any ``.train()`` until all its owners have released it.
+
+    Args:
+        layer: Which.
+        owner: Who asks.
+        like: A pinned layer in whose place it is: it then goes back to the mode that this one would.
+    """
     if not isinstance(layer, _PinnedInEval):
         layer.__class__ = _pinned_class(type(layer))
     attributes = attributes_of(layer)
-    pin = attributes.get(PIN) or Pin((), layer.training, layer.training)
+    found = None if like is None else attributes_of(like).get(PIN)
+    found = found or Pin((), layer.training, layer.training)
+    pin = attributes.get(PIN) or replace(found, owners=())
     attributes[PIN] = replace(pin, owners=tuple(dict.fromkeys((*pin.owners, owner))))
     layer.training = False
 

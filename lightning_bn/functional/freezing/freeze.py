@@ -11,6 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.freezing.eval_mode import PIN, pin_in_eval, release
+from lightning_bn.functional.freezing.proof import FreezeProof
 from lightning_bn.functional.layers.behavior import has_initial_statistics
 from lightning_bn.functional.layers.patterns import Patterns, SelectionError
 from lightning_bn.functional.layers.properties import affine_parameters, has_running_statistics
@@ -121,11 +122,13 @@ def frozen_batch_norm(
     root: str = "",
     stats: bool = True,
     affine: bool = True,
-) -> Iterator[tuple[str, ...]]:
-    """A context in which the selected layers are frozen; yields their names.
+) -> Iterator[FreezeProof]:
+    """A context in which the selected layers are frozen; yields their names, and whether they stayed what they were.
 
     At its end, also after an exception, each layer is exactly as it was found: class, mode, ``requires_grad``, and
-    frozen or not.
+    frozen or not. Where activation checkpointing runs forwards again in the backward, put the backward into the
+    context: after it the layers train. ``with frozen_batch_norm(model) as proof`` tells, also after the backward:
+    ``proof.identical``, ``print(proof)``.
 
     Args:
         model: Any module.
@@ -145,7 +148,7 @@ def frozen_batch_norm(
     restore = _as_found(layers)
     try:
         freeze_layers(layers, stats=stats, affine=affine)
-        yield tuple(layers)
+        yield FreezeProof.of(layers, stats=stats, affine=affine)
     finally:
         restore()
 

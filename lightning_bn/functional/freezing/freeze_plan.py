@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from torch import nn
 
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.freezing.freeze_selection import FreezeSelection
 from lightning_bn.functional.freezing.schedule import FreezeSchedule
-from lightning_bn.functional.layers.names import named_paths
+from lightning_bn.functional.layers.names import kind_of, named_paths
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.properties import affine_parameters, has_running_statistics, processes_of
 from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
@@ -52,11 +52,14 @@ class FreezePlan:
         layers: Every BatchNorm layer of the model, in registration order.
         schedule: When.
         others: Parameters below the same paths that are not frozen and will still train.
+        lookalikes: What has running statistics below these paths and is not torch's BatchNorm, so that it is not
+            frozen: kinds by name.
     """
 
     layers: tuple[PlannedLayer, ...]
     schedule: FreezeSchedule
     others: int
+    lookalikes: Mapping[str, str] = field(default_factory=dict)
 
     @property
     def frozen(self) -> tuple[PlannedLayer, ...]:
@@ -74,7 +77,10 @@ class FreezePlan:
         rest = f"; {weights} below these paths still {verb}" if self.others else ""
         by_task = sum(bool(layer.tasks) for layer in frozen)
         only = f", {by_task} of them in batches of their tasks only" if by_task else ""
-        return f"{len(frozen)} of {counted(len(self.layers), 'layer')} frozen{when} ({words}) by {rules}{only}{rest}"
+        kinds = ", ".join(f"{name!r} ({kind})" for name, kind in self.lookalikes.items())
+        alike = f"; not frozen, since not torch's BatchNorm: {kinds}" if kinds else ""
+        layers = counted(len(self.layers), "layer")
+        return f"{len(frozen)} of {layers} frozen{when} ({words}) by {rules}{only}{rest}{alike}"
 
 
 def plan(
@@ -146,7 +152,8 @@ def plan_of(model: nn.Module, selection: FreezeSelection, schedule: FreezeSchedu
     }
     if selection.affine:
         below -= {one for _, layers in chosen for layer in layers.values() for one in affine_parameters(layer)}
-    return FreezePlan(planned, schedule, len(below))
+    alike = {name: kind_of(module) for name, module in selection.lookalikes(model).items()}
+    return FreezePlan(planned, schedule, len(below), alike)
 
 
 def _rule(paths: Sequence[str], selection: LayerSelection) -> str:

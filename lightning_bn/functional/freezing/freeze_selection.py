@@ -73,6 +73,10 @@ class FreezeSelection:
             if task is not None
         }
 
+    def lookalikes(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return what is meant and has running statistics, but is not torch's BatchNorm; it is not frozen."""
+        return {name: one for part in self.parts().values() for name, one in part.lookalikes(model).items()}
+
     def layout(self, model: nn.Module) -> ChannelLayout:
         """Return the channels of all that is frozen, to be compared between processes."""
         always, by_task = self.layers(model)

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 from typing import Any
 
-from lightning_bn.functional._text import counted
+from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.freezing.change import Change
 
 
@@ -16,14 +16,18 @@ class Violation:
 
     Attributes:
         change: Which value, by how much, and why, as far as that can be told.
-        step: Optimizer steps taken when it was found.
+        step: Optimizer steps taken when it was found; None where nobody counts them.
     """
 
     change: Change
-    step: int
+    step: int | None
+
+    def when(self) -> str:
+        """The step as a sentence begins with it; nothing where there is none."""
+        return "" if self.step is None else f"step {self.step:,}: "
 
     def __str__(self) -> str:
-        return f"step {self.step:,}: {self.change}"
+        return f"{self.when()}{self.change}"
 
 
 @dataclass(frozen=True)
@@ -38,6 +42,8 @@ class FreezeReport:
         task_layers: Names of those frozen during the batches of some tasks only; in those they did not change either.
         was_on: Whether the freeze was ever on.
         task_batches: Batches, or parts of steps, during which layers were frozen for their task.
+        digests: By layer, of the bits that its frozen values have; compared on resume.
+        others: Layers below the same paths that have running statistics and are not torch's BatchNorm: not frozen.
     """
 
     layers: tuple[str, ...] = ()
@@ -46,6 +52,8 @@ class FreezeReport:
     task_layers: tuple[str, ...] = ()
     was_on: bool = True
     task_batches: int = 0
+    digests: Mapping[str, str] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
 
     @property
     def identical(self) -> bool:
@@ -58,14 +66,17 @@ class FreezeReport:
         steps = counted(self.steps, "step")
         if self.violations:
             frozen = counted(len(self.layers) + len(self.task_layers), "frozen layer")
-            return f"{frozen} over {steps}; moved by others and put back: {in_words(self.violations)}"
+            return f"{frozen} over {steps}; moved by others and put back: {in_words(self.violations)}{self._others()}"
         said = [f"{counted(len(self.layers), 'frozen layer')} bit-identical over {steps}"] if self.layers else []
         if self.task_layers:
             layers = counted(len(self.task_layers), "layer")
             batches = counted(self.task_batches, "batch of their tasks", "batches of their tasks")
             never = f"{layers} never frozen, since no batch was of a task in by_task"
             said.append(f"{layers} bit-identical in {batches}" if self.task_batches else never)
-        return "; ".join(said)
+        return "; ".join(said) + self._others()
+
+    def _others(self) -> str:
+        return f"; not frozen, since not torch's BatchNorm: {quoted(self.others)}" if self.others else ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return it as strings, numbers, lists and dicts only."""
@@ -74,6 +85,8 @@ class FreezeReport:
             "format": 1,
             "layers": list(self.layers),
             "task_layers": list(self.task_layers),
+            "digests": dict(self.digests),
+            "others": list(self.others),
             "violations": [{"step": one.step, **vars(one.change)} for one in self.violations],
         }
 
@@ -98,7 +111,7 @@ def in_words(violations: Sequence[Violation], most: int = 3) -> str:
     for violation in violations:
         by_layer.setdefault(violation.change.layer, []).append(violation)
     said = [
-        f"step {found[0].step:,}: {layer} ({', '.join(one.change.without_layer() for one in found)})"
+        f"{found[0].when()}{layer or '(the model itself)'} ({', '.join(one.change.without_layer() for one in found)})"
         for layer, found in list(by_layer.items())[:most]
     ]
     more = len(by_layer) - most

@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
-from enum import Enum
 from typing import Any
 
 from torch import nn
@@ -20,26 +19,15 @@ from lightning_bn.functional.freezing.eval_mode import pin_in_eval, release
 from lightning_bn.functional.freezing.freeze import declare, warn_of_initial_statistics
 from lightning_bn.functional.freezing.freeze_selection import FreezeSelection
 from lightning_bn.functional.freezing.gradients import drop_gradients, drop_zero_gradients
+from lightning_bn.functional.freezing.phase import FreezePhase
 from lightning_bn.functional.freezing.report import FreezeReport, Violation, in_words
 from lightning_bn.functional.freezing.task_freeze import TaskFreeze, parameters_of_all
-from lightning_bn.functional.layers.selection import batch_norm_layers
+from lightning_bn.functional.layers.names import named_batch_norm
 from lightning_bn.functional.layers.torch_private import AFFINE
 
-
-class FreezePhase(Enum):
-    """Where a freeze stands.
-
-    Attributes:
-        OFF: Nothing is frozen.
-        PINNED: The layers are frozen; what their values must be is taken at the next batch.
-        VERIFIED: The layers are frozen and their values are compared with the baseline.
-        SUSPENDED: Averages stand in the place of the weights: nothing is compared.
-    """
-
-    OFF = "off"
-    PINNED = "pinned"
-    VERIFIED = "verified"
-    SUSPENDED = "suspended"
+CHECK_EVERY = 50
+"""Batches after which all frozen values are compared bit by bit whether or not one seems to have been touched: writers
+such as ``F.batch_norm`` called on a layer's buffers leave no version behind."""
 
 
 class FreezeSession:
@@ -84,7 +72,7 @@ class FreezeSession:
         self._violations = {(one.change.layer, one.change.value): one for one in self._before.violations}
         self._steps = self._before.steps
         self.phase = FreezePhase.OFF
-        self.step = 0
+        self.step = self._batches = 0
         self._since: int | None = None
         self._baselines: list[Baseline] = []
         self._batch_task: str | None = None
@@ -126,13 +114,15 @@ class FreezeSession:
         """
         self.switch(on, step)
         if self.phase is FreezePhase.PINNED:
+            self._take_replaced()
             own = Baseline(self._always, **self._values)
             self._baselines = [own]
             for average, updated in averages:
-                layers = batch_norm_layers(average)
-                copies = {name: layers[name] for name in self._always}
+                layers = named_batch_norm(average)
+                copies = {name: layers[name] for name in self._always if name in layers}
                 self._baselines.append(Baseline(copies, **self._values) if updated else own.for_layers(copies))
             self._enter(FreezePhase.VERIFIED)
+            self._compare_with_checkpoint(own)
         self.quick_check()
         if self.task_layers:
             self._batch_task = task
@@ -157,12 +147,13 @@ class FreezeSession:
     def end_batch(self, step: int) -> None:
         """Check after a batch, and release the layers of its task; harmless when repeated."""
         self.step = step
-        self.quick_check()
+        self._batches += 1
+        self.quick_check(thorough=self._batches % CHECK_EVERY == 0)
         stop_listening(self._on_task)
-        self._record(self._tasks.switch(None))
+        self._record(self._tasks.end_batch())
 
-    def quick_check(self) -> None:
-        """Correct modes that somebody set, and run a full check if a value was touched."""
+    def quick_check(self, *, thorough: bool = False) -> None:
+        """Correct modes that somebody set, and run a full check if a value was touched, or in any case."""
         if self.on and self._selection.stats:
             for name, layer in self._always.items():
                 if layer.training:
@@ -170,14 +161,16 @@ class FreezeSession:
                     if name not in self._hooks:
                         # Who sets it directly once will do it again, between two batches and within one.
                         self._hooks[name] = layer.register_forward_pre_hook(_put_into_eval)
-        if self.phase is FreezePhase.VERIFIED and self._baselines[0].touched():
+        if self.phase is FreezePhase.VERIFIED and (thorough or self._baselines[0].touched()):
             self.full_check()
 
     def full_check(self) -> None:
         """Compare all frozen values bit by bit, restore what changed, and tell what was not known before."""
         if self.phase is not FreezePhase.VERIFIED:
             return
-        changes = self._freeze_replaced() + self._baselines[0].changes()
+        changes = [Change(name, "layer", cause="replaced by another one") for name in self._take_replaced()]
+        self._baselines[0] = self._baselines[0].for_layers(self._always) if changes else self._baselines[0]
+        changes += self._baselines[0].changes()
         if changes:
             self._baselines[0].restore()
         else:
@@ -218,8 +211,8 @@ class FreezeSession:
         self.switch(False, step)
         return self.report()
 
-    def report(self) -> FreezeReport:
-        """Return what became of the frozen values so far."""
+    def report(self, *, digests: bool = False) -> FreezeReport:
+        """Return what became of the frozen values so far; for a checkpoint with digests of them."""
         return FreezeReport(
             layers=tuple(self._always),
             steps=self._steps + (self.step - self._since if self.on and self._since is not None else 0),
@@ -227,6 +220,8 @@ class FreezeSession:
             task_layers=tuple(self.task_layers),
             was_on=self._before.was_on or self._since is not None,
             task_batches=self._before.task_batches + self._tasks.batches,
+            digests=self._baselines[0].digests() if digests and self._baselines else {},
+            others=tuple(self._selection.lookalikes(self._model)),
         )
 
     def _enter(self, phase: FreezePhase) -> None:
@@ -238,13 +233,12 @@ class FreezeSession:
         if left is FreezePhase.OFF:
             # Layers of a task too: recalibrating them from batches of all tasks would undo what the freeze is for.
             declare(every, **self._values, owner=self._owner, frozen=True)
-            self._pin(self._always.values())
+            self._pin(self._always)
             self.after_backward()
         elif phase is FreezePhase.OFF:
-            self._record(self._tasks.switch(None))
-            declare(every, **self._values, owner=self._owner, frozen=False)
-            for layer in self._always.values():
-                release(layer, self._owner, as_found=True)
+            self._record(self._tasks.end_batch())
+            declare(self.task_layers, **self._values, owner=self._owner, frozen=False)
+            self._release(self._always)
             for hook in self._hooks.values():
                 hook.remove()
             self._baselines, self._hooks = [], {}
@@ -256,17 +250,23 @@ class FreezeSession:
             self.tasks_seen |= set() if task is None else {task}
             self._record(self._tasks.switch(task))
 
-    def _freeze_replaced(self) -> list[Change]:
-        """Freeze layers that took the place of others of the same name from here on, with the baseline's values."""
-        now = batch_norm_layers(self._model)
+    def _take_replaced(self) -> list[str]:
+        """Freeze layers that took the place of others of the same name instead of those; return their names."""
+        now = named_batch_norm(self._model)
         new = {name: now[name] for name, layer in self._always.items() if now.get(name, layer) is not layer}
-        if new:
-            self._always.update(new)
-            declare(new, **self._values, owner=self._owner, frozen=True)
-            self._pin(new.values())
-            self._affine = parameters_of_all(self._always.values())
-            self._baselines[0] = self._baselines[0].for_layers(self._always)
-        return [Change(name, "layer", float("nan"), "replaced by another one") for name in new]
+        old = {name: self._always[name] for name in new}
+        self._always.update(new)
+        declare(new, **self._values, owner=self._owner, frozen=True)
+        self._pin(new, old)
+        self._release(old)
+        self._affine = parameters_of_all(self._always.values())
+        return list(new)
+
+    def _compare_with_checkpoint(self, baseline: Baseline) -> None:
+        """Tell of layers frozen from the first batch on, which the run before had frozen with other values."""
+        then, cause = self._before.digests, "not what it was frozen with when the checkpoint was saved"
+        now = baseline.digests() if then and not self._batches else {}
+        self._record(Change(name, "values", cause=cause) for name in now if then.get(name, now[name]) != now[name])
 
     def _record(self, changes: Iterable[Change]) -> None:
         """Tell of changes of values that were not known to have changed before."""
@@ -281,10 +281,15 @@ class FreezeSession:
         cause = self._affine_cause if change.value in AFFINE else flagged
         return replace(change, cause=change.cause or cause)
 
-    def _pin(self, layers: Iterable[_BatchNorm]) -> None:
+    def _release(self, layers: Mapping[str, _BatchNorm]) -> None:
+        declare(layers, **self._values, owner=self._owner, frozen=False)
+        for layer in layers.values():
+            release(layer, self._owner, as_found=True)
+
+    def _pin(self, layers: Mapping[str, _BatchNorm], like: Mapping[str, _BatchNorm] | None = None) -> None:
         if self._selection.stats:
-            for layer in layers:
-                pin_in_eval(layer, self._owner)
+            for name, layer in layers.items():
+                pin_in_eval(layer, self._owner, (like or {}).get(name))
 
 
 def _warn(violations: Sequence[Violation]) -> None:

@@ -12,6 +12,7 @@ from lightning_bn.functional.freezing.change import Change
 from lightning_bn.functional.freezing.eval_mode import pin_in_eval, release
 from lightning_bn.functional.freezing.freeze_selection import Layers
 from lightning_bn.functional.freezing.gradients import blocked_gradients
+from lightning_bn.functional.freezing.recomputation import RecomputationGuard
 from lightning_bn.functional.freezing.shadow_statistics import shadow_statistics
 from lightning_bn.functional.layers.exchange import holders_of
 from lightning_bn.functional.layers.properties import affine_parameters
@@ -43,6 +44,7 @@ class TaskFreeze:
         self.batches = 0
         self._shadow, self._blocked = ExitStack(), ExitStack()
         self._shadow_changes: list[Change] = []
+        self._guard = RecomputationGuard(lambda name: name in self._by_task.get(self.task, {}))
 
     def switch(self, task: str | None) -> list[Change]:
         """Freeze the layers of a task instead of those of the last one; return what was done to the last one's.
@@ -54,7 +56,9 @@ class TaskFreeze:
             return []
         self.unblock_gradients()
         self._shadow.close()
-        for layer in self._by_task.get(self.task, {}).values():
+        left = self._by_task.get(self.task, {})
+        self._guard.watch(left, self.task)
+        for layer in left.values():
             release(layer, self._owner, as_found=True)
         changes, self._shadow_changes, self.task = self._shadow_changes, [], task
         members = self._by_task.get(task)
@@ -68,6 +72,12 @@ class TaskFreeze:
                     pin_in_eval(layer, self._owner)
             if self._affine:
                 self._blocked.enter_context(blocked_gradients(members))
+        return changes
+
+    def end_batch(self) -> list[Change]:
+        """Freeze for no task; return what was done to the last one's layers."""
+        changes = self.switch(None)
+        self._guard.end()
         return changes
 
     def unblock_gradients(self) -> None:

@@ -12,7 +12,7 @@ from torch.nn.parallel import DataParallel, DistributedDataParallel
 
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.layers.patterns import Pattern, Patterns, SelectionError, as_patterns, is_below
-from lightning_bn.functional.layers.torch_private import child_of
+from lightning_bn.functional.layers.torch_private import buffers_of, child_of
 
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
 
@@ -44,6 +44,35 @@ def canonical_name(model: nn.Module, path: str) -> str:
     return ".".join(kept)
 
 
+def named_batch_norm(model: nn.Module) -> dict[str, _BatchNorm]:
+    """Return every BatchNorm layer under the first of its canonical names; empty if there is none."""
+    found: dict[int, tuple[str, _BatchNorm]] = {}
+    for name, module in named_paths(model):
+        if isinstance(module, _BatchNorm):
+            found.setdefault(id(module), (name, module))
+    return dict(found.values())
+
+
+def lookalikes(model: nn.Module) -> dict[str, nn.Module]:
+    """Return modules that have running statistics and are not torch's BatchNorm, under the first of their names.
+
+    For instance an in-place activated BatchNorm, an InstanceNorm that tracks, BatchNorm in TorchScript, or one written
+    by hand. Not one whose statistics no forward moves, as torchvision's FrozenBatchNorm2d.
+    """
+    found: dict[int, tuple[str, nn.Module]] = {}
+    for name, module in named_paths(model):
+        has = all(buffers_of(module).get(key) is not None for key in ("running_mean", "running_var"))
+        if has and not isinstance(module, _BatchNorm) and kind_of(module) != "FrozenBatchNorm2d":
+            found.setdefault(id(module), (name, module))
+    return dict(found.values())
+
+
+def kind_of(module: nn.Module) -> str:
+    """Return the name of a module's class; of one in TorchScript, that of the class that was scripted."""
+    name: str = getattr(module, "original_name", type(module).__name__)
+    return name
+
+
 class LayerNames:
     """All names of all BatchNorm layers below one model, and of the modules around them."""
 
@@ -51,6 +80,8 @@ class LayerNames:
         self.layers: dict[int, _BatchNorm] = {}
         self.names: dict[int, list[str]] = {}
         self.paths: dict[str, None] = {}
+        self.lookalikes = {name: kind_of(module) for name, module in lookalikes(model).items()}
+        self.frozen: list[str] = []
         others: Counter[str] = Counter()
         for name, module in named_paths(model):
             self.paths[name] = None
@@ -59,8 +90,12 @@ class LayerNames:
                 self.names.setdefault(id(module), []).append(name)
             elif "Norm" in type(module).__name__:
                 others[type(module).__name__] += 1
+                self.frozen += [name] if kind_of(module) == "FrozenBatchNorm2d" else []
         if not self.layers:
             kinds = ", ".join(f"{count} {kind}" for kind, count in others.items()) or "no normalization layer at all"
+            alike = [f"{name!r} ({kind_of(module)})" for name, module in lookalikes(model).items()]
+            if alike:
+                kinds += f"; with running statistics of another kind: {', '.join(alike[:5])}"
             raise SelectionError(
                 f"{type(model).__name__} has no BatchNorm layer (found: {kinds}). Layers count that derive from "
                 f"torch.nn.modules.batchnorm._BatchNorm; if the layers are built later (configure_model), call this "
@@ -72,7 +107,8 @@ class LayerNames:
         matched: set[int] = set()
         for pattern in as_patterns(patterns, argument):
             hits = self._hits(pattern, root)
-            if not hits:
+            of_others = argument == "exclude" and any(pattern.matches(name, root) for name in self.lookalikes)
+            if not hits and not of_others:
                 raise SelectionError(self._nothing(pattern, root, argument))
             matched |= hits
         return matched
@@ -90,6 +126,18 @@ class LayerNames:
             return f"root={root!r} has no BatchNorm layer below it. {self._closest(root, '')}"
         full = f"{root}.{pattern.text}" if root else pattern.text
         if full in self.paths:
+            below = [f"{name!r} ({kind})" for name, kind in self.lookalikes.items() if is_below(name, full)]
+            frozen = [name for name in self.frozen if is_below(name, full)]
+            if below:
+                return (
+                    f"{argument}: {full!r} has no BatchNorm layer of torch's; what has running statistics there is of "
+                    f"another kind, which nothing here can freeze, measure or recalibrate: {', '.join(below[:5])}."
+                )
+            if frozen:
+                return (
+                    f"{argument}: all of {full!r} is frozen by its kind ({counted(len(frozen), 'FrozenBatchNorm2d')}), "
+                    f"which no training moves: nothing is left to do there, take it off the list."
+                )
             return (
                 f"{argument}: {full!r} exists but has no BatchNorm layer at or below it: take it off the list. "
                 f"{self._closest(pattern.text, root)}"

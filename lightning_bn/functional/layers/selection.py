@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._text import counted, quoted
-from lightning_bn.functional.layers.names import LayerNames
+from lightning_bn.functional.layers.names import LayerNames, lookalikes
 from lightning_bn.functional.layers.patterns import Pattern, Patterns, SelectionError, as_patterns
 from lightning_bn.functional.layers.properties import has_running_statistics
 
@@ -66,6 +66,16 @@ class LayerSelection:
                     f"with exclude."
                 )
         return tracked
+
+    def lookalikes(self, model: nn.Module) -> dict[str, nn.Module]:
+        """Return what is meant and has running statistics, but is not torch's BatchNorm."""
+        excluded = as_patterns(self.exclude, "exclude") if self.exclude else []
+        return {
+            name: module
+            for name, module in lookalikes(model).items()
+            if any(pattern.matches(name, self.root) for pattern in self.patterns())
+            and not any(pattern.matches(name, self.root) for pattern in excluded)
+        }
 
     def patterns(self) -> list[Pattern]:
         """Its ``modules``, each as a predicate on names."""

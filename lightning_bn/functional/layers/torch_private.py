@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
@@ -31,6 +32,11 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     return module.__dict__
 
 
+def in_backward() -> bool:
+    """Whether this code is run by a backward, as forwards that activation checkpointing repeats are."""
+    return torch._C._current_graph_task_id() != -1
+
+
 def child_of(module: nn.Module, name: str) -> nn.Module | None:
     """The submodule of that name, None if there is none."""
     return dict(module._modules.items()).get(name)
@@ -39,7 +45,8 @@ def child_of(module: nn.Module, name: str) -> nn.Module | None:
 def places_of(layer: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any], str]]:
     """Where a BatchNorm layer keeps its values: what each is called, the dictionary, and the key in it.
 
-    A parametrized ``weight`` is computed from parameters that are kept below it, each of which is a value then.
+    A parametrized ``weight`` is computed from parameters that are kept below it, each of which is a value then; a
+    pruned one from the parameter that it was, which has another key.
 
     Args:
         layer: Which.
@@ -53,4 +60,5 @@ def places_of(layer: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, dic
             below = parameters_of(parametrizations[name])
             yield from ((f"{name}.{key}", below, key) for key in below)
         else:
-            yield name, parameters_of(layer), name
+            own = parameters_of(layer)
+            yield name, own, f"{name}_orig" if name not in own and f"{name}_orig" in own else name

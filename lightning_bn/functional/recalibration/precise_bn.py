@@ -234,8 +234,7 @@ def _targets_of(model: nn.Module, selected: Mapping[str, _BatchNorm], *, distrib
     if not targets:
         raise result.AllFrozenError(
             f"nothing to recalibrate: {counted(len(selected), 'selected BatchNorm layer')}, every one frozen or in "
-            f"eval inside a model in training ({quoted(list(selected))}). Unfreeze them, or call model.eval() if eval "
-            f"was not meant to freeze them."
+            f"eval inside a model in training ({quoted(list(selected))}). {_unfreeze(model, selected)}"
         )
     synchronized = [name for name, layer in targets.items() if processes_of(layer) > 1]
     if synchronized and not distributed:
@@ -246,6 +245,18 @@ def _targets_of(model: nn.Module, selected: Mapping[str, _BatchNorm], *, distrib
             f"forwards waits for theirs. Pass distributed=True, in every process."
         )
     return targets
+
+
+def _unfreeze(model: nn.Module, layers: Mapping[str, _BatchNorm]) -> str:
+    """How layers that are all frozen can be recalibrated."""
+    own = {id(layer) for layer in layers.values()}
+    # Fused convolutions of quantization-aware training keep the flag of torch's freeze_bn_stats.
+    if any(
+        getattr(module, "freeze_bn", False) is True and id(getattr(module, "bn", None)) in own
+        for module in model.modules()
+    ):
+        return "torch's freeze_bn_stats froze them: model.apply(torch.ao.nn.intrinsic.qat.update_bn_stats) first."
+    return "Unfreeze them, or call model.eval() if eval was not meant to freeze them."
 
 
 def _why_none(nonfinite: Mapping[str, int], empty: Mapping[str, int], batches: int) -> str:

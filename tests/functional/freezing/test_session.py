@@ -9,8 +9,9 @@ from torch import nn
 from lightning_bn.functional._tasks import task
 from lightning_bn.functional.freezing.freeze import freeze_batch_norm
 from lightning_bn.functional.freezing.freeze_selection import FreezeSelection
+from lightning_bn.functional.freezing.phase import FreezePhase
 from lightning_bn.functional.freezing.report import Violation
-from lightning_bn.functional.freezing.session import FreezePhase, FreezeSession
+from lightning_bn.functional.freezing.session import FreezeSession
 from lightning_bn.functional.layers.exchange import Entries, ExchangeError, exchanged, holders_of
 from lightning_bn.functional.layers.status import is_frozen
 from tests.models import fill_statistics, seeded, state_bits

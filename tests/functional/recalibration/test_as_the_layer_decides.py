@@ -12,7 +12,7 @@ from torch.ao.quantization import get_default_qat_qconfig
 from torch.func import functional_call
 from torch.nn import functional as F
 
-from lightning_bn.functional import NoUsableBatchError, RecalibrationError, SelectionError, recalibrate
+from lightning_bn.functional import AllFrozenError, NoUsableBatchError, RecalibrationError, SelectionError, recalibrate
 from tests.models import (
     BatchRenorm2d,
     ChunkedBatchNorm2d,
@@ -167,6 +167,16 @@ def test_fused_convolution_and_batch_norm_reads_its_own_statistics() -> None:
         conv = F.conv2d(torch.cat(batches()), net.weight, net.bias)  # type: ignore
     recalibrate(net, batches())
     assert_statistics(net.bn, per_channel(conv))  # type: ignore
+
+
+def test_layers_frozen_by_torchs_own_function_are_told_its_counterpart() -> None:
+    net = qat.ConvBn2d(3, 4, 1, qconfig=get_default_qat_qconfig("fbgemm")).train()
+    net.weight_fake_quant = nn.Identity()
+    net.apply(qat.freeze_bn_stats)
+    with pytest.raises(AllFrozenError, match=r"freeze_bn_stats.*model\.apply\(torch\..*update_bn_stats\)"):
+        recalibrate(net, batches())
+    net.apply(qat.update_bn_stats)
+    assert recalibrate(net, batches()).layers == ("bn",)
 
 
 def test_layer_that_reads_its_running_statistics_while_it_trains_begins_every_forward_from_its_own() -> None:
