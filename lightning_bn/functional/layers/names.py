@@ -20,7 +20,7 @@ _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoi
 _WRAPPER_COMPONENTS |= {"_forward_module", "_original_module"}
 # These keep the module in an attribute ``module``, a name that others may give to a child of their own.
 _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
-_WRAPPER_NAMES = frozenset({"ModelEma", "ModelEmaV2", "ModelEmaV3", "ExponentialMovingAverage", "DeepSpeedEngine"})
+_WRAPPER_NAMES = frozenset({"ModelEma", "ModelEmaV2", "ModelEmaV3"})  # timm's
 
 
 def named_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:

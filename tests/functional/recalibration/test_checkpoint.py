@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_bn import BatchNormFreezer
-from lightning_bn.functional import RecalibrationError, recalibrate_checkpoint
+from lightning_bn.functional import RecalibrationError, recalibrate_checkpoint, take_snapshot
 from lightning_bn.functional.layers.status import status_by_name
 from tests.callbacks.fits import LAYERS, Classifier, Net, quiet, samples, train_loader, val_loader
 from tests.models import SharedNorm, SmallResNet, bits, fill_statistics, images, seeded, state_bits
@@ -330,9 +330,11 @@ def test_names_that_wrappers_add_to_are_found(tmp_path, wrapper):
     path = saved(WRAPPERS[wrapper](fill_statistics(seeded(SmallResNet))).state_dict(), tmp_path)
     data = [images(8, seed=seed) for seed in range(3)]
     model = SmallResNet()
+    torch.save({**read(path), **{n: torch.tensor(7) for n in read(path) if n.endswith("num_batches_tracked")}}, path)
     done = recalibrate_checkpoint(path, model, data, tmp_path / "new.pt")
     assert len(differences(read(path), read(tmp_path / "new.pt"))) == 2 * len(done.recalibration.layers)
     assert_all_statistics(model, layer_inputs(model, data, done.recalibration.layers))
+    assert set(take_snapshot(model).num_batches_tracked.tolist()) == {7}
 
 
 def test_file_of_fabric_is_found_under_the_name_it_was_given(tmp_path):

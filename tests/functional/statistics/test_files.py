@@ -134,12 +134,13 @@ def written_by_hand(path: Path, state: dict[str, Tensor], metadata: dict[str, st
     """By the format's own page: the length of the header, the header, the bytes."""
     kinds = {torch.float32: "F32", torch.int64: "I64"}
     header, data = {"__metadata__": metadata}, b""
-    for name, value in state.items():
+    for name, value in sorted(state.items(), key=lambda item: -item[1].element_size()):
         content = value.contiguous().numpy().tobytes()
         place = [len(data), len(data) + len(content)]
         header[name] = {"dtype": kinds[value.dtype], "shape": list(value.shape), "data_offsets": place}
         data += content
     text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
     path.write_bytes(struct.pack("<Q", len(text)) + text + data)
 
 
