@@ -65,7 +65,8 @@ class Seen(pl.Callback):
         ({"every_n_steps": True}, r"every_n_steps=True"),
         ({"log_worst": "1"}, r"log_worst='1'.*whole number"),
         ({"reference": None}, r"reference=None.*fit_start"),
-        ({"reference": "/"}, r"reference='/'.*no such file"),
+        ({"reference": ""}, r"reference=''.*no such file"),
+        ({"reference": "/none"}, r"reference='/none'.*no such file"),
         ({"log_worst": -1}, r"log_worst=-1"),
         ({"warn_above": 0.0}, r"warn_above=0.0.*positive"),
         ({"act_above": float("nan")}, r"act_above=nan.*positive"),
@@ -261,6 +262,11 @@ def test_reference_with_two_fitting_networks_is_an_error_that_names_them(tmp_pat
     torch.save(nn.ModuleDict({"student": module().net, "teacher": module().net}).state_dict(), path)
     with pytest.raises(ValueError, match=r"two\.pt does not fit.*prefix='student\.'.*prefix='teacher\.'"):
         fit(module(), monitor(reference=str(path)), max_epochs=1)
+
+
+def test_reference_that_is_a_folder_is_an_error_that_says_how_to_make_a_file_of_it(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=r"is a folder.*dcp_to_torch"):
+        fit(module(), monitor(reference=str(tmp_path)), max_epochs=1)
 
 
 class Payload:
