@@ -62,7 +62,7 @@ def undeclared(files: list[Path], known: set[str]) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("folder", "extras"),
     [
-        ("lightning_bn", ("cli", "plot", "lightning")),
+        ("lightning_bn", ("cli", "plot", "lightning", "safetensors")),
         ("examples", ("examples",)),
         ("benchmarks", ("bench",)),
         ("tests", ("test", "bench")),

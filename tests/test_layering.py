@@ -238,7 +238,11 @@ def strangers(source):
 def test_ground_floor_imports_torch_the_standard_library_and_itself():
     files = sorted((PACKAGE / "functional").rglob("*.py"))
     assert files
-    assert {file.name: found for file in files if (found := strangers(file.read_text()))} == {}
+    found = {file.name: names for file in files if (names := strangers(file.read_text()))}
+    # The library of a file format, an extra that is imported where such a file is met.
+    formats = {name for name in found.pop("files.py") if name.split(".")[0] != "safetensors"}
+    assert formats == set()
+    assert found == {}
 
 
 @pytest.mark.parametrize("line", ["import scipy.stats", "from lightning_bn import report", "if 1:\n    import numpy"])

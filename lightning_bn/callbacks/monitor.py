@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Literal
 
 from rich.console import Console
@@ -128,8 +129,13 @@ class BatchNormMonitor(BatchNormCallback):
         self._checkpoint(self._selection.tracked_layers(module))
         return super()._layout(module)
 
-    def _checkpoint(self, layers: Mapping[str, _BatchNorm]) -> Snapshot | None:
-        return None if self.reference in REFERENCES else snapshot_of_checkpoint(self.reference, snapshot_of(layers))
+    def _checkpoint(self, layers: Mapping[str, _BatchNorm], *, tell: bool = False) -> Snapshot | None:
+        if self.reference in REFERENCES:
+            return None
+        read, entry = snapshot_of_checkpoint(self.reference, snapshot_of(layers))
+        if tell and str(entry):
+            rank_zero_info(f"BatchNormMonitor: reference {Path(self.reference).name}: {entry}")
+        return read
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.barebones:
@@ -140,7 +146,7 @@ class BatchNormMonitor(BatchNormCallback):
             self.every_n_steps,
             measure=self.measure,
             reference=str(self.reference),
-            checkpoint=self._checkpoint(layers),
+            checkpoint=self._checkpoint(layers, tell=True),
             warn_above=self.warn_above,
             act_above=self.act_above,
             history=DriftHistory(self.history.most),

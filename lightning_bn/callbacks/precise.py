@@ -265,8 +265,7 @@ class PreciseBatchNorm(BatchNormCallback):
             if trainer.world_size > 1 and not isinstance(error, result.NoUsableBatchError):
                 # The other ranks end with an error too: none can go on alone.
                 raise
-            # A run that diverged, or whose step hides a layer, goes on without.
-            rank_zero_warn(f"PreciseBatchNorm: {error}")
+            rank_zero_warn(f"PreciseBatchNorm: {error}")  # and the run goes on as it would have without
 
     def _recalibrate_now(self, trainer: Trainer, module: LightningModule) -> None:
         with self._modes.in_place(module):

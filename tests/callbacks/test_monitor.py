@@ -1,6 +1,7 @@
 """The monitor in real fits: what is logged, what it refers to, when it acts, what a checkpoint keeps."""
 
 import json
+import logging
 import os
 import struct
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from torch import nn
 from wandb.proto import wandb_internal_pb2
 
 from lightning_bn import BatchNormMonitor, PreciseBatchNorm
@@ -63,7 +65,8 @@ class Seen(pl.Callback):
         ({"every_n_steps": True}, r"every_n_steps=True"),
         ({"log_worst": "1"}, r"log_worst='1'.*whole number"),
         ({"reference": None}, r"reference=None.*fit_start"),
-        ({"reference": "/"}, r"reference='/'.*no such file"),
+        ({"reference": ""}, r"reference=''.*no such file"),
+        ({"reference": "/none"}, r"reference='/none'.*no such file"),
         ({"log_worst": -1}, r"log_worst=-1"),
         ({"warn_above": 0.0}, r"warn_above=0.0.*positive"),
         ({"act_above": float("nan")}, r"act_above=nan.*positive"),
@@ -220,8 +223,50 @@ def test_untrained_layers_too_are_measured_from_a_checkpoint(tmp_path: Path) -> 
 def test_a_checkpoint_of_another_model_names_the_layers(tmp_path: Path) -> None:
     path = tmp_path / "other.ckpt"
     torch.save({"state_dict": torch.nn.BatchNorm1d(3).state_dict()}, path)
-    with pytest.raises(ValueError, match=r"other\.ckpt has no running statistics of 'net\.features\.1'.*another model"):
+    with pytest.raises(ValueError, match=r"other\.ckpt does not fit.*lacks 'net\.features\.1.*another model"):
         fit(module(), monitor(reference=str(path)), max_epochs=1)
+
+
+def bare(net: nn.Module) -> dict[str, Any]:
+    return net.state_dict()
+
+
+def in_data_parallel(net: nn.Module) -> dict[str, Any]:
+    return nn.DataParallel(net).state_dict()
+
+
+def in_another_module(net: nn.Module) -> dict[str, Any]:
+    return {"model": nn.ModuleDict({"encoder": net}).state_dict(), "epoch": 3}
+
+
+@pytest.mark.parametrize("form", [bare, in_data_parallel, in_another_module])
+def test_reference_may_be_a_file_of_the_network_alone_and_that_is_said(
+    form: Any, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    there, path = module(), tmp_path / "backbone.pt"
+    torch.save(form(there.net), path)
+    here = module()
+    for layer in norms(here):
+        layer.running_mean.add_(1.0)  # type: ignore[union-attr]
+    watching, seen = monitor(reference=str(path)), Seen()
+    with caplog.at_level(logging.INFO):
+        fit(here, watching, seen, max_epochs=1, count=16)
+    expected = [float(v.max()) for v in drift(take_snapshot(there), seen.snapshots[2]).values()]
+    assert watching.history.values()[-1].tolist() == pytest.approx(expected, rel=1e-6)
+    assert "reference backbone.pt: " in caplog.text
+    assert "'net.features.1.running_mean' read from " in caplog.text
+
+
+def test_reference_with_two_fitting_networks_is_an_error_that_names_them(tmp_path: Path) -> None:
+    path = tmp_path / "two.pt"
+    torch.save(nn.ModuleDict({"student": module().net, "teacher": module().net}).state_dict(), path)
+    with pytest.raises(ValueError, match=r"two\.pt does not fit.*prefix='student\.'.*prefix='teacher\.'"):
+        fit(module(), monitor(reference=str(path)), max_epochs=1)
+
+
+def test_reference_that_is_a_folder_is_an_error_that_says_how_to_make_a_file_of_it(tmp_path: Path) -> None:
+    with pytest.raises(IsADirectoryError, match=r"is a folder.*dcp_to_torch"):
+        fit(module(), monitor(reference=str(tmp_path)), max_epochs=1)
 
 
 class Payload:

@@ -9,7 +9,7 @@ from lightning_bn.functional.layers.exchange import ExchangeError
 from lightning_bn.functional.layers.patterns import SelectionError
 from lightning_bn.functional.layers.selection import batch_norm_layers, tracked_layers
 from lightning_bn.functional.layers.status import LayerStatus, is_frozen, layer_status
-from lightning_bn.functional.layers.without_updates import without_updates
+from lightning_bn.functional.layers.update_pause import without_updates
 
 __all__ = ["ExchangeError", "LayerBehavior", "LayerStatus", "SelectionError", "batch_norm_layers", "describe"]
 __all__ += ["is_frozen", "layer_status", "tracked_layers", "without_updates"]

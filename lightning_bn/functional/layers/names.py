@@ -9,12 +9,18 @@ from collections.abc import Iterator
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DataParallel, DistributedDataParallel
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.layers.patterns import Pattern, Patterns, SelectionError, as_patterns, is_below
 from lightning_bn.functional.layers.torch_private import buffers_of, child_of
 
+# Of compiled, sharded and checkpointed modules, and the two that Fabric's wrapper has for one module.
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
+_WRAPPER_COMPONENTS |= {"_forward_module", "_original_module"}
+# These keep the module in an attribute ``module``, a name that others may give to a child of their own.
+_WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
+_WRAPPER_NAMES = frozenset({"ModelEma", "ModelEmaV2", "ModelEmaV3"})  # timm's
 
 
 def named_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
@@ -37,7 +43,7 @@ def canonical_name(model: nn.Module, path: str) -> str:
     kept: list[str] = []
     module: nn.Module | None = model
     for component in path.split(".") if path else ():
-        wrapped = component == "module" and isinstance(module, DistributedDataParallel | DataParallel)
+        wrapped = component == "module" and _is_wrapper(module)
         if not wrapped and component not in _WRAPPER_COMPONENTS:
             kept.append(component)
         module = None if module is None else child_of(module, component)
@@ -71,6 +77,20 @@ def kind_of(module: nn.Module) -> str:
     """Return the name of a module's class; of one in TorchScript, that of the class that was scripted."""
     name: str = getattr(module, "original_name", type(module).__name__)
     return name
+
+
+def without_wrappers(name: str) -> str:
+    """Return ``name`` without anything that wrappers may have added, where the model is not at hand.
+
+    Example:
+        >>> without_wrappers("module.backbone._orig_mod.bn1")
+        'backbone.bn1'
+    """
+    return ".".join(part for part in name.split(".") if part != "module" and part not in _WRAPPER_COMPONENTS)
+
+
+def _is_wrapper(module: nn.Module | None) -> bool:
+    return isinstance(module, _WRAPPERS) or type(module).__name__ in _WRAPPER_NAMES
 
 
 class LayerNames:

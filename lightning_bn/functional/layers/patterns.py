@@ -52,7 +52,9 @@ class Pattern:
         relative = name[len(root) :].lstrip(".")
         if self._expression is not None:
             return self._expression.fullmatch(relative) is not None
-        return _at_or_below(tuple(relative.split(".")) if relative else (), self._components)
+        # A name may have a glob's characters in it.
+        literal = bool(relative) and is_below(relative, self.text.strip("."))
+        return literal or _at_or_below(tuple(relative.split(".")) if relative else (), self._components)
 
 
 def as_patterns(patterns: Patterns, argument: str) -> list[Pattern]:

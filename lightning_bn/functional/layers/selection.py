@@ -89,8 +89,8 @@ def batch_norm_layers(
 
     BatchNorm is what derives from ``torch.nn.modules.batchnorm._BatchNorm``: BatchNorm1d, 2d, 3d, SyncBatchNorm, the
     lazy variants and subclasses. Canonical names carry no wrapper components (``_orig_mod`` of compiled modules,
-    ``_fsdp_wrapped_module``, ``module`` of DistributedDataParallel). A layer shared under several names is listed once,
-    under the first of them.
+    ``_fsdp_wrapped_module``, ``_forward_module`` of Fabric, ``module`` of DistributedDataParallel and AveragedModel). A
+    layer shared under several names is listed once, under the first of them.
 
     Args:
         model: Any module.

@@ -20,7 +20,7 @@ def check_settings(
     """
     check_choice("measure", measure, MEASURES)
     is_path = isinstance(reference, str | Path)
-    if reference not in REFERENCES and not (is_path and Path(reference).is_file()):
+    if reference not in REFERENCES and not (is_path and str(reference) and Path(reference).exists()):
         raise ValueError(
             f"reference={reference!r} must be one of {', '.join(REFERENCES)} or the path of a checkpoint, and there is "
             f"no such file."

@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
-import os
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional._text import quoted
+from lightning_bn.functional._text import counted, quoted
+from lightning_bn.functional.layers.names import without_wrappers
+from lightning_bn.functional.layers.properties import is_lazy
 from lightning_bn.functional.layers.selection import batch_norm_layers
+from lightning_bn.functional.layers.status import layer_status, update_status
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
-from lightning_bn.functional.recalibration.result import Recalibration
-from lightning_bn.functional.statistics.files import read_checkpoint, state_dict_of
+from lightning_bn.functional.recalibration.result import AllFrozenError, Recalibration
+from lightning_bn.functional.statistics.file_entries import FileEntry
+from lightning_bn.functional.statistics.files import read_checkpoint
+
+_COUNTER = "num_batches_tracked"
 
 
 @dataclass(frozen=True)
@@ -27,15 +34,23 @@ class RecalibratedCheckpoint:
         path: Where the new one is.
         averaged: Whether the weights in it are averages, as WeightAveraging saves them.
         recalibration: What was done to the statistics.
+        found: Where in the file the model's weights were, if not under the same names; empty otherwise.
+        not_in_model: BatchNorm layers of the file that the model lacks, by their names in the file; left as they were.
     """
 
     path: Path
     averaged: bool
     recalibration: Recalibration
+    found: str = ""
+    not_in_model: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         weights = "averaged weights" if self.averaged else "weights as saved"
-        return f"{self.path.name}: {weights}, {self.recalibration}"
+        said = f"{self.path.name}: {weights}{f' ({self.found})' if self.found else ''}, {self.recalibration}"
+        if not self.not_in_model:
+            return said
+        layers = counted(len(self.not_in_model), "BatchNorm layer")
+        return f"{said}; {layers} of the file not in the model and left as they were: {quoted(self.not_in_model)}"
 
 
 def recalibrate_checkpoint(
@@ -44,7 +59,9 @@ def recalibrate_checkpoint(
     batches: Iterable[Any],
     out: str | Path,
     *,
-    prefix: str = "",
+    key: str | None = None,
+    prefix: str | None = None,
+    recalibrate_frozen: bool = False,
     overwrite: bool = False,
     **options: Any,
 ) -> RecalibratedCheckpoint:
@@ -52,64 +69,127 @@ def recalibrate_checkpoint(
 
     Nothing in the file is executed (``weights_only=True``). Where a checkpoint of Lightning's WeightAveraging holds
     averages, they are what is recalibrated, since they are its ``state_dict``; the weights being trained, beside them,
-    stay as they are. What a BatchNormFreezer had frozen is not known here: leave it out with ``exclude``.
+    stay as they are. Layers whose running statistics were frozen by a BatchNormFreezer, as the file itself records, are
+    left out.
 
     Args:
-        path: A Lightning checkpoint, or a state dict.
-        model: Takes the weights, which it holds afterwards: the LightningModule itself, or the network in it together
-            with ``prefix``.
+        path: A checkpoint of Lightning, a state dict, one nested in other things, or a ``.safetensors`` file.
+        model: Takes the weights, which it holds afterwards: the LightningModule itself, or the network in it.
         batches: As for :func:`~lightning_bn.functional.recalibrate`.
-        out: Where to write. The file appears when it is complete.
-        prefix: What the names in the checkpoint have before those of ``model``, for instance ``"model."``.
+        out: Where to write, in the format of its suffix. The file appears when it is complete.
+        key: Of the state dict in the file, outer keys first with dots between, for instance ``"ema"``; None takes the
+            one that fits, and of Lightning's checkpoints ``"state_dict"``.
+        prefix: What the names in the file have before those of ``model``, for instance ``"model."``; None takes the one
+            that fits.
+        recalibrate_frozen: Whether to recalibrate layers too that the file records as frozen.
         overwrite: Whether ``out`` may exist already, or be ``path``.
         **options: All others of ``recalibrate``.
 
     Raises:
         FileExistsError: If ``out`` exists and ``overwrite`` is not given; nothing is read then.
-        ValueError: If the file holds no state dict, or one that does not fit ``model``; and as for ``recalibrate``.
+        IsADirectoryError: If ``path`` is a folder, as sharded checkpoints are.
+        ModuleNotFoundError: If the format needs a package that is not installed.
+        ValueError: If the file cannot be read or holds no state dict, if none or more than one place in it fits
+            ``model``, if ``out`` cannot hold what it holds, or if its dtype cannot hold a population statistic; and as
+            for ``recalibrate``. Nothing is written then.
         pickle.UnpicklingError: If the file holds more than tensors and plain values.
     """
     path, out = Path(path), Path(out)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists: choose another out=, or pass overwrite=True to replace it.")
     checkpoint = read_checkpoint(path)
-    state = state_dict_of(checkpoint)
-    _load(model, state, prefix, path)
-    recalibration = recalibrate(model, batches, **options)
-    rewritten = [layer for name, layer in batch_norm_layers(model).items() if name in recalibration.layers]
-    statistics = {id(buffer) for layer in rewritten for buffer in (layer.running_mean, layer.running_var)}
-    # By all their names, wrappers' components included.
-    for name, buffer in model.named_buffers(remove_duplicate=False):
-        if id(buffer) in statistics and prefix + name in state:
-            state[prefix + name] = buffer.detach().to("cpu", state[prefix + name].dtype, copy=True)
-    _write(checkpoint, out)
-    return RecalibratedCheckpoint(out, "averaging_state" in checkpoint, recalibration)
-
-
-def _load(model: nn.Module, state: dict[str, Any], prefix: str, path: Path) -> None:
-    wanted = model.state_dict().keys()
-    missing = sorted(name for name in wanted if prefix + name not in state)
-    if missing:
-        found = next((name[: -len(missing[0])] for name in state if name.endswith("." + missing[0])), None)
-        hint = f" With prefix={found!r} it would." if found else ""
-        raise ValueError(
-            f"{path.name} does not fit {type(model).__name__} with prefix={prefix!r}: it lacks {quoted(missing)}.{hint}"
-        )
-    fitting: OrderedDict[str, Any] = OrderedDict((name, state[prefix + name]) for name in wanted)
-    # Versions of the modules that wrote the file: newer ones migrate what older ones wrote.
-    fitting._metadata = {  # type: ignore[attr-defined]
-        name.removeprefix(prefix.rstrip(".")).lstrip("."): version
-        for name, version in (getattr(state, "_metadata", None) or {}).items()
-        if (name + ".").startswith(prefix)
+    checkpoint.refuse_format(out)
+    wanted = {
+        name: value.shape if isinstance(value, Tensor) and not is_lazy(value) else None
+        for name, value in model.state_dict().items()
+        if name.rpartition(".")[2] != _COUNTER  # torch too loads what older versions saved without it
     }
+    entry = checkpoint.entry(wanted, type(model).__name__, key=key, prefix=prefix)
+    _load(model, entry)
+    frozen = set() if recalibrate_frozen else _frozen_in(checkpoint.content)
+    layers = batch_norm_layers(model)
+    try:
+        with _marked_frozen(_of_file(model, entry, frozen), path.name):
+            recalibration = recalibrate(model, batches, **options)
+    except AllFrozenError as error:
+        if not frozen:
+            raise
+        raise AllFrozenError(f"{error} {path.name} records them as frozen: see recalibrate_frozen=.") from error
+    rewritten = {id(layers[name]): name for name in recalibration.layers}
+    for place, layer in model.named_modules(remove_duplicate=False):  # by all names, wrappers' components included
+        if id(layer) in rewritten:
+            for value in ("running_mean", "running_var"):
+                own = f"{place}.{value}" if place else value
+                if own in entry.names:
+                    there, statistics = entry.names[own], getattr(layer, value)
+                    entry.state[there] = _narrowed(statistics, entry.state[there].dtype, rewritten[id(layer)], value)
+    checkpoint.write(out)
+    known = set(entry.names.values())
+    others = [name for name in entry.state if name.endswith("running_mean") and name not in known]
+    averaged = "averaging_state" in checkpoint.content and entry.key == "state_dict"
+    not_in_model = tuple(name.removesuffix("running_mean").rstrip(".") for name in others)
+    return RecalibratedCheckpoint(out, averaged, recalibration, str(entry), not_in_model)
+
+
+def _load(model: nn.Module, entry: FileEntry) -> None:
+    own = model.state_dict()
+    fitting = OrderedDict((name, entry.get(name, value)) for name, value in own.items())
+    # Versions of the modules that wrote the file: newer ones migrate what older ones wrote.
+    versions = getattr(entry.state, "_metadata", None) or {}
+    metadata: dict[str, Any] = {}
+    for name, there in entry.names.items():
+        while name and there:
+            name, there = name.rpartition(".")[0], there.rpartition(".")[0]  # noqa: PLW2901
+            if there in versions:
+                metadata.setdefault(name, versions[there])
+    fitting._metadata = metadata  # type: ignore[attr-defined]
     model.load_state_dict(fitting)
 
 
-def _write(checkpoint: dict[str, Any], out: Path) -> None:
-    out.parent.mkdir(parents=True, exist_ok=True)
-    part = out.with_name(f".{out.name}.{os.getpid()}.part")
+def _frozen_in(content: Mapping[str, Any]) -> set[str]:
+    """Names of the layers whose running statistics were frozen by a BatchNormFreezer, as it records them in a file."""
+    states = content.get("callbacks")
+    found: set[str] = set()
+    for key, state in (states if isinstance(states, dict) else {}).items():
+        if str(key).startswith("BatchNormFreezer") and state.get("settings", {}).get("stats", True):
+            found |= {without_wrappers(name) for name in state.get("report", {}).get("layers", ())}
+    return found
+
+
+def _of_file(model: nn.Module, entry: FileEntry, frozen: set[str]) -> list[_BatchNorm]:
+    """The layers of the model that have one of these names in the file."""
+    found = {}
+    for place, layer in model.named_modules(remove_duplicate=False):
+        there = entry.names.get(f"{place}.running_mean" if place else "running_mean", "").rpartition(".")[0]
+        if isinstance(layer, _BatchNorm) and there and without_wrappers(there) in frozen:
+            found[id(layer)] = layer
+    return list(found.values())
+
+
+@contextmanager
+def _marked_frozen(layers: list[_BatchNorm], owner: str) -> Iterator[None]:
+    """Record for a while that the layers are frozen, so that they are left alone and counted as such."""
+    before = [layer_status(layer).stats_frozen_by for layer in layers]
     try:
-        torch.save(checkpoint, part)
-        os.replace(part, out)
+        for layer, owners in zip(layers, before, strict=True):
+            update_status(layer, stats_frozen_by=(*owners, owner))
+        yield
     finally:
-        part.unlink(missing_ok=True)
+        for layer, owners in zip(layers, before, strict=True):
+            update_status(layer, stats_frozen_by=owners)
+
+
+def _narrowed(values: Tensor, dtype: torch.dtype, layer: str, value: str) -> Tensor:
+    """The values as the file has them.
+
+    Raises:
+        ValueError: If its dtype cannot hold them.
+    """
+    narrow = values.detach().to("cpu", dtype, copy=True)
+    if not narrow.isfinite().all():
+        raise ValueError(
+            f"BatchNorm layer {layer!r}: its {value} reaches {float(values.abs().max()):.6g}, and {dtype} in the file "
+            f"ends at {torch.finfo(dtype).max:.6g}. Nothing was written: save the file's running statistics as float32 "
+            f"first, or leave the layer out with exclude=."
+        )
+    return narrow

@@ -1,75 +1,185 @@
-"""Checkpoints as files: one reader, which executes nothing, and the running statistics in what it read."""
+"""Checkpoints as files: one reader, which executes nothing, and one writer; the suffix says the format."""
 
 from __future__ import annotations
 
+import os
 import pickle
-from dataclasses import replace
+import re
+from dataclasses import dataclass, replace
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lightning_bn.functional._text import quoted
-from lightning_bn.functional.layers.names import canonical_name
+from lightning_bn.functional.statistics.file_entries import FileEntry, Shapes, find_entry, state_dicts_in
 from lightning_bn.functional.statistics.snapshots import Snapshot
 
 
-def read_checkpoint(path: Path) -> dict[str, Any]:
+@dataclass(frozen=True)
+class CheckpointFile:
+    """What a file holds, on the CPU.
+
+    Attributes:
+        path: Where it was read from.
+        content: All of it, as saved; what is written into it is written by :meth:`write`.
+        metadata: The strings that a safetensors file has beside its tensors.
+    """
+
+    path: Path
+    content: dict[str, Any]
+    metadata: dict[str, str] | None = None
+
+    def entry(self, wanted: Shapes, of: str, **choice: str | None) -> FileEntry:
+        """As :func:`~lightning_bn.functional.statistics.file_entries.find_entry`."""
+        return find_entry(self.content, wanted, f"{self.path.name} does not fit {of}", **choice)
+
+    def refuse_format(self, out: Path) -> None:
+        """Raise where ``out`` has a format that cannot hold the content.
+
+        Raises:
+            ValueError: If it has not.
+            ModuleNotFoundError: If the library of that format is not installed.
+        """
+        if out.suffix != ".safetensors":
+            return
+        _safetensors(out)
+        others = [name for name, value in self.content.items() if not isinstance(value, Tensor)]
+        if others:
+            raise ValueError(
+                f"{out.name}: a safetensors file holds tensors only, and {self.path.name} has more ({quoted(others)}). "
+                f"Choose an out= with another suffix, such as {self.path.suffix or '.pt'!r}."
+            )
+
+    def write(self, out: Path) -> None:
+        """Write all of it to ``out``, which appears when it is complete; its folder is made.
+
+        Raises:
+            ValueError: As for :meth:`refuse_format`.
+        """
+        self.refuse_format(out)
+        out.parent.mkdir(parents=True, exist_ok=True)
+        part = out.with_name(f".{out.name}.{os.getpid()}.part")
+        try:
+            if out.suffix == ".safetensors":
+                # Copies, since the format refuses tensors that share memory, as tied weights do.
+                tensors = {name: value.contiguous().clone() for name, value in self.content.items()}
+                _safetensors(out).save_file(tensors, part, self.metadata or {"format": "pt"})
+            else:
+                torch.save(self.content, part)
+            os.replace(part, out)
+        finally:
+            part.unlink(missing_ok=True)
+
+
+def read_checkpoint(path: str | Path) -> CheckpointFile:
     """Return what a checkpoint holds, on the CPU; nothing in the file is executed.
 
+    Args:
+        path: A file of torch, or of safetensors if that is its suffix.
+
     Raises:
-        ValueError: If it holds no state dict.
+        ValueError: If it is no checkpoint, is cut off, or holds no state dict.
+        IsADirectoryError: If it is a folder, as sharded checkpoints are.
+        ModuleNotFoundError: If the library of its format is not installed.
         pickle.UnpicklingError: If it holds more than tensors and plain values.
     """
+    path = Path(path)
+    if path.is_dir():
+        raise IsADirectoryError(
+            f"{path} is a folder, not a file. A sharded checkpoint is put into one file with `python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} OUT.pt`, one of Lightning with `python -m "
+            f"pytorch_lightning.utilities.consolidate_checkpoint {path}`."
+        )
+    read = _read_safetensors(path) if path.suffix == ".safetensors" else CheckpointFile(path, _read_torch(path))
+    if not state_dicts_in(read.content):
+        raise ValueError(f"{path.name} holds no state dict: neither the file itself nor an entry of it is one.")
+    return read
+
+
+def _read_torch(path: Path) -> dict[str, Any]:
     try:
-        checkpoint = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise pickle.UnpicklingError(
-            f"{path.name} holds objects besides tensors and plain values, which reading would execute: load it "
-            f"yourself if you trust it, save its state dict alone, and pass that. ({str(error).splitlines()[0]})"
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        return content if isinstance(content, dict) else {}
+    except OSError:
+        raise
+    except Exception as error:
+        # Of all that torch says, what is refused; its other sentences are about weights_only, with escape codes.
+        kind = re.search(r"GLOBAL (\S+)", str(error))
+        if kind:
+            raise pickle.UnpicklingError(
+                f"{path.name} holds objects besides tensors and plain values ({kind[1]}), which reading would execute: "
+                f"load it yourself if you trust it, save its state dict alone, and pass that."
+            ) from error
+        why = re.sub(r"\x1b\[\d*m", "", str(error)).strip().partition("\n")[0]
+        raise ValueError(
+            f"{path.name} cannot be read as a file of torch.save: it is of another kind, or cut off "
+            f"({type(error).__name__}{': ' * bool(why)}{why})."
         ) from error
-    state = state_dict_of(checkpoint) if isinstance(checkpoint, dict) else None
-    if not isinstance(state, dict) or not any(isinstance(value, Tensor) for value in state.values()):
-        raise ValueError(f"{path.name} holds no state dict: neither the file itself nor its 'state_dict' is one.")
-    return checkpoint  # type: ignore[no-any-return]
 
 
-def state_dict_of(checkpoint: dict[str, Any]) -> Any:
-    """Return the state dict in a Lightning checkpoint; a bare state dict is its own."""
-    return checkpoint.get("state_dict", checkpoint)
+def _read_safetensors(path: Path) -> CheckpointFile:
+    _safetensors(path)
+    from safetensors import SafetensorError, safe_open
+
+    if not path.exists():
+        raise FileNotFoundError(f"there is no file {path}.")
+    try:
+        with safe_open(path, framework="pt", device="cpu") as file:
+            names = file.keys()
+            return CheckpointFile(path, {name: file.get_tensor(name) for name in names}, file.metadata())
+    except SafetensorError as error:
+        raise ValueError(f"{path.name} cannot be read as a file of safetensors: {error}.") from error
 
 
-def snapshot_of_checkpoint(path: str | Path, like: Snapshot) -> Snapshot:
-    """Return the running statistics that a checkpoint holds of the layers of a snapshot; nothing in it is executed.
+def _safetensors(path: Path) -> Any:
+    try:
+        import safetensors.torch
+    except ModuleNotFoundError:
+        raise ModuleNotFoundError(
+            f"{path.name}: this format needs the safetensors package: pip install 'lightning-bn[safetensors]'."
+        ) from None
+    return safetensors.torch
+
+
+def snapshot_of_checkpoint(
+    path: str | Path, like: Snapshot, *, key: str | None = None, prefix: str | None = None
+) -> tuple[Snapshot, FileEntry]:
+    """Return the running statistics that a checkpoint holds of the layers of a snapshot, and where in it they are.
 
     Args:
-        path: A Lightning checkpoint, or a state dict.
+        path: As for :func:`read_checkpoint`.
         like: Says which layers, and has what a checkpoint lacks (``eps``).
+        key: As for :func:`~lightning_bn.functional.statistics.file_entries.find_entry`.
+        prefix: As for ``find_entry``.
 
     Raises:
-        ValueError: If the file holds no state dict, or lacks a layer or has it with other channels.
-        pickle.UnpicklingError: If the file holds more than tensors and plain values.
+        ValueError: As for ``read_checkpoint``, or if the file lacks a layer or has it with other channels.
+        OSError: As for ``read_checkpoint``.
+        pickle.UnpicklingError: As for ``read_checkpoint``.
     """
-    state = state_dict_of(read_checkpoint(Path(path)))
-    # Names as a model reports them: without the components that wrappers add.
-    state = {canonical_name(nn.Module(), name): value for name, value in state.items()}
-    missing = [
-        name
-        for name, size in zip(like.names, like.layout.sizes, strict=True)
-        if getattr(state.get(f"{name}.running_mean"), "shape", None) != (size,)
-    ]
-    if missing:
-        raise ValueError(
-            f"{Path(path).name} has no running statistics of {quoted(missing)} with as many channels: it was written "
-            f"by another model."
-        )
+    sizes = dict(zip(like.names, like.layout.sizes, strict=True))
+    wanted = {
+        _join(name, value): torch.Size((size,))
+        for name, size in sizes.items()
+        for value in ("running_mean", "running_var")
+    }
+    entry = read_checkpoint(path).entry(wanted, "the BatchNorm layers", key=key, prefix=prefix)
 
     def gather(value: str) -> Tensor:
-        return torch.cat([state[f"{name}.{value}"].to(like.mean.dtype) for name in like.names])
+        values = [entry[_join(name, value)] for name in like.names]
+        # A model in half precision is measured from what the file holds, not from what that model could.
+        dtype = reduce(torch.promote_types, (one.dtype for one in values), like.mean.dtype)
+        return torch.cat([one.to(dtype) for one in values])
 
-    counters = [state.get(f"{name}.num_batches_tracked", torch.tensor(-1)) for name in like.names]
+    counters = [entry.get(_join(name, "num_batches_tracked"), torch.tensor(-1)) for name in like.names]
     read = replace(
         like, mean=gather("running_mean"), var=gather("running_var"), num_batches_tracked=torch.stack(counters)
     )
-    return read.to(like.mean.device)
+    return read.to(like.mean.device), entry
+
+
+def _join(name: str, value: str) -> str:
+    return f"{name}.{value}" if name else value

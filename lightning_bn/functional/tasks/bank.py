@@ -283,10 +283,8 @@ class TaskStatistics:
     def _tell_of_others(self) -> None:
         """Tell once of forwards outside of any context that moved the default's statistics, while contexts are used."""
         moved = [] if self._placed.stack or not self._used else self._placed.moved_outside()
-        if not moved:
-            return
-        self.outside += 1
-        if self.outside == 1:
+        self.outside += bool(moved)
+        if moved and self.outside == 1:
             warnings.warn(
                 f"a forward in train mode outside of any task's context moved the statistics of the default task "
                 f"{self.default!r} in BatchNorm layer {quoted(moved)}: run it inside `with bank.task(name):`, or in "

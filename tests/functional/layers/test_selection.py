@@ -1,15 +1,19 @@
 """The one grammar of selection: which BatchNorm layers a model has and which of them a pattern means."""
 
+import copy
 import re
 from collections.abc import Callable
 
 import pytest
 import torch
+from lightning_fabric import Fabric
 from torch import Tensor, nn
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim.swa_utils import AveragedModel
 
 from lightning_bn.functional import SelectionError as PublicSelectionError
 from lightning_bn.functional import batch_norm_layers as public_batch_norm_layers
+from lightning_bn.functional import restore_snapshot, take_snapshot
 from lightning_bn.functional.layers.patterns import SelectionError
 from lightning_bn.functional.layers.selection import batch_norm_layers, tracked_layers
 from tests.models import (
@@ -404,6 +408,35 @@ def test_a_child_that_is_called_module_keeps_its_name() -> None:
     assert selected(model) == ["module.bn1", "module.bn2"]
     assert selected(nn.DataParallel(model)) == ["module.bn1", "module.bn2"]
     assert selected(nn.DataParallel(model), "module.bn2") == ["module.bn2"]
+
+
+class ModelEma(nn.Module):
+    """Keeps averages as well-known libraries do."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.module = copy.deepcopy(model)
+
+
+@pytest.mark.parametrize("wrap", [AveragedModel, ModelEma, Fabric(accelerator="cpu", devices=1).setup_module])
+def test_averages_and_fabric_leave_no_trace_in_the_names(wrap: Callable[[nn.Module], nn.Module]) -> None:
+    model = SmallResNet()
+    wrapped = wrap(model)
+    assert selected(wrapped) == SMALL_RESNET_NAMES
+    assert selected(wrapped, "layer1") == selected(model, "layer1")
+    restore_snapshot(wrapped, take_snapshot(model))
+
+
+def test_averages_of_a_wrapped_model_leave_no_trace_in_the_names() -> None:
+    assert selected(AveragedModel(nn.DataParallel(SmallResNet()))) == SMALL_RESNET_NAMES
+
+
+@pytest.mark.parametrize("name", ["a-b*[c]", "what?", "[x]", "**"])
+def test_a_name_with_the_characters_of_a_glob_means_itself(name: str) -> None:
+    model = nn.ModuleDict({name: Block(3), "a-bxc": Block(3)})
+    assert [f"{name}.bn1", f"{name}.bn2"] == selected(model, name)[:2]
+    assert selected(nn.ModuleDict({"net": model}), f"net.{name}.bn2")[0] == f"net.{name}.bn2"
+    assert selected(nn.ModuleDict({"net": model}), f"{name}.bn2", root="net")[0] == f"net.{name}.bn2"
 
 
 # --- errors ------------------------------------------------------------------------------------------------------

@@ -2,16 +2,21 @@
 
 import os
 import pickle
+from collections import OrderedDict
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
 import torch
+from lightning_fabric import Fabric
 from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from lightning_bn.functional import RecalibrationError, recalibrate_checkpoint
+from lightning_bn import BatchNormFreezer
+from lightning_bn.functional import RecalibrationError, recalibrate_checkpoint, take_snapshot
+from lightning_bn.functional.layers.status import status_by_name
 from tests.callbacks.fits import LAYERS, Classifier, Net, quiet, samples, train_loader, val_loader
 from tests.models import SharedNorm, SmallResNet, bits, fill_statistics, images, seeded, state_bits
 from tests.oracle import assert_all_statistics, layer_inputs
@@ -255,7 +260,188 @@ def test_module_that_migrates_old_states_is_given_the_version_of_the_file(tmp_pa
     assert model.scale.item() == 1
 
 
+# Where in the file
+
+
+def test_prefix_is_found_where_one_fits_and_that_is_said(lightning_checkpoint, tmp_path):
+    done = recalibrate_checkpoint(lightning_checkpoint, Net(), batches(), tmp_path / "new.ckpt")
+    assert_precise(read(tmp_path / "new.ckpt")["state_dict"])
+    assert "read from 'net." in str(done)
+
+
+@pytest.mark.parametrize("key", ["model_state_dict", "model", "net", "ema", "weights.of.model"])
+def test_state_dict_is_found_under_any_key_and_that_is_said(tmp_path, key):
+    content = state = fill_statistics(seeded(SmallResNet)).state_dict()
+    for part in reversed(key.split(".")):
+        content = {part: content, "epoch": 3}
+    path = saved(content, tmp_path)
+    done = recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt")
+    assert f"entry '{key}'" in str(done)
+    new = read(tmp_path / "new.pt")
+    for part in key.split("."):
+        assert new["epoch"] == 3
+        new = new[part]
+    changed = [f"/{name}.{value}" for name in done.recalibration.layers for value in ("running_mean", "running_var")]
+    assert sorted(differences(state, new)) == sorted(changed)
+
+
+def test_which_of_two_entries_is_meant_has_to_be_said(tmp_path):
+    plain, averaged = fill_statistics(seeded(SmallResNet)).state_dict(), seeded(SmallResNet).state_dict()
+    path = saved({"model": plain, "ema": averaged}, tmp_path)
+    with pytest.raises(ValueError, match=r"several places in it do; choose key='model' .* or key='ema'"):
+        recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt")
+    with pytest.raises(ValueError, match="no state dict under key='emma'; there is 'model', 'ema'"):
+        recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt", key="emma")
+    assert list(tmp_path.iterdir()) == [path]
+    recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt", key="ema")
+    new = read(tmp_path / "new.pt")
+    assert differences(plain, new["model"]) == []
+    assert differences(averaged, new["ema"]) != []
+
+
+def test_which_of_two_networks_is_meant_has_to_be_said(tmp_path):
+    both = nn.ModuleDict({"student": seeded(SmallResNet), "teacher": seeded(SmallResNet)})
+    path = saved(both.state_dict(), tmp_path)
+    with pytest.raises(ValueError, match=r"prefix='student\.' or .*prefix='teacher\.'"):
+        recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt")
+    done = recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt", prefix="teacher.")
+    changed = differences(read(path), read(tmp_path / "new.pt"))
+    assert changed
+    assert all(name.startswith("/teacher.") for name in changed)
+    assert "student.bn1" in str(done)
+
+
+def compiled(module: nn.Module) -> nn.Module:
+    """As ``torch.compile`` wraps it, without its import of the compiler."""
+    return nn.ModuleDict({"_orig_mod": module})
+
+
+WRAPPERS = {
+    "DataParallel": nn.DataParallel,
+    "AveragedModel": AveragedModel,
+    "compiled": compiled,
+    "compiled in DataParallel": lambda model: nn.DataParallel(compiled(model)),
+    "DataParallel in a module": lambda model: nn.ModuleDict({"net": nn.DataParallel(model)}),
+}
+
+
+@pytest.mark.parametrize("wrapper", WRAPPERS)
+def test_names_that_wrappers_add_to_are_found(tmp_path, wrapper):
+    path = saved(WRAPPERS[wrapper](fill_statistics(seeded(SmallResNet))).state_dict(), tmp_path)
+    data = [images(8, seed=seed) for seed in range(3)]
+    model = SmallResNet()
+    torch.save({**read(path), **{n: torch.tensor(7) for n in read(path) if n.endswith("num_batches_tracked")}}, path)
+    done = recalibrate_checkpoint(path, model, data, tmp_path / "new.pt")
+    assert len(differences(read(path), read(tmp_path / "new.pt"))) == 2 * len(done.recalibration.layers)
+    assert_all_statistics(model, layer_inputs(model, data, done.recalibration.layers))
+    assert set(take_snapshot(model).num_batches_tracked.tolist()) == {7}
+
+
+def test_file_of_fabric_is_found_under_the_name_it_was_given(tmp_path):
+    fabric = Fabric(accelerator="cpu", devices=1)
+    net = fabric.setup_module(fill_statistics(seeded(SmallResNet)))
+    fabric.save(tmp_path / "old.ckpt", {"network": net, "iteration": 5})
+    done = recalibrate_checkpoint(tmp_path / "old.ckpt", SmallResNet(), [images(8)], tmp_path / "new.ckpt")
+    assert "entry 'network'" in str(done)
+    assert read(tmp_path / "new.ckpt")["iteration"] == 5
+
+
+def test_file_of_the_bare_network_fits_the_module_around_it(tmp_path):
+    path = saved(fill_statistics(seeded(SmallResNet)).state_dict(), tmp_path)
+    whole = nn.Sequential(OrderedDict(model=SmallResNet()))
+    done = recalibrate_checkpoint(path, whole, [images(8)], tmp_path / "new.pt")
+    assert all(name.startswith("model.") for name in done.recalibration.layers)
+    changed = differences(read(path), read(tmp_path / "new.pt"))
+    assert sorted(changed) == sorted(
+        f"/{name.removeprefix('model.')}.{value}"
+        for name in done.recalibration.layers
+        for value in ("running_mean", "running_var")
+    )
+
+
+def test_state_dict_without_counters_is_taken_and_gets_none(tmp_path):
+    state = fill_statistics(seeded(SmallResNet)).state_dict()
+    old = OrderedDict((name, value) for name, value in state.items() if "num_batches_tracked" not in name)
+    path = saved(old, tmp_path)
+    recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt")
+    assert list(read(tmp_path / "new.pt")) == list(old)
+
+
+def test_layers_of_the_file_that_the_model_lacks_are_counted_and_named(tmp_path):
+    whole = nn.ModuleDict({"model": seeded(SmallResNet), "head": nn.Sequential(nn.BatchNorm1d(3), nn.BatchNorm1d(4))})
+    path = saved(whole.state_dict(), tmp_path)
+    done = recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt")
+    assert done.not_in_model == ("head.0", "head.1")
+    assert "2 BatchNorm layers of the file not in the model and left as they were: 'head.0', 'head.1'" in str(done)
+
+
+# What is frozen
+
+
+def frozen_fit(folder: Path, **freeze: Any) -> Path:
+    fit(folder, BatchNormFreezer(**freeze))
+    return folder / "last.ckpt"
+
+
+@pytest.mark.filterwarnings("ignore:.*freezing .* with the running statistics of construction")
+def test_layers_that_the_file_records_as_frozen_are_left_out_unless_told_to(tmp_path):
+    path = frozen_fit(tmp_path / "fit", modules=LAYERS[0])
+    for model in (Net(), Classifier()):
+        done = recalibrate_checkpoint(path, model, batches(), tmp_path / "new.ckpt", overwrite=True)
+        assert len(done.recalibration.frozen) == 1
+        assert LAYERS[0].endswith(done.recalibration.frozen[0])
+        assert "1 frozen untouched" in str(done)
+        changed = differences(read(path), read(tmp_path / "new.ckpt"))
+        assert changed
+        assert not any(LAYERS[0] in name for name in changed)
+        assert not any(status.stats_frozen_by for status in status_by_name(model).values())
+    done = recalibrate_checkpoint(path, Net(), batches(), tmp_path / "all.ckpt", recalibrate_frozen=True)
+    assert done.recalibration.frozen == ()
+    assert_precise(read(tmp_path / "all.ckpt")["state_dict"])
+
+
+def test_layers_of_which_only_weights_were_frozen_are_recalibrated(tmp_path):
+    path = frozen_fit(tmp_path / "fit", modules=LAYERS[0], stats=False)
+    done = recalibrate_checkpoint(path, Net(), batches(), tmp_path / "new.ckpt")
+    assert done.recalibration.frozen == ()
+
+
+@pytest.mark.filterwarnings("ignore:.*freezing .* with the running statistics of construction")
+def test_file_with_every_layer_frozen_is_an_error_that_names_the_switch(tmp_path):
+    path = frozen_fit(tmp_path / "fit")
+    model = Net()
+    with pytest.raises(RecalibrationError, match=r"last\.ckpt records them as frozen: see recalibrate_frozen="):
+        recalibrate_checkpoint(path, model, batches(), tmp_path / "new.ckpt")
+    assert not (tmp_path / "new.ckpt").exists()
+    assert not any(status.stats_frozen_by for status in status_by_name(model).values())
+
+
 # Refusals
+
+
+@pytest.mark.parametrize(("scale", "value"), [(1000.0, "running_var"), (1e5, "running_mean")])
+def test_statistics_that_the_dtype_of_the_file_cannot_hold_are_an_error_and_nothing_is_written(tmp_path, scale, value):
+    model = nn.Sequential(nn.BatchNorm1d(2))
+    path = saved(model.half().state_dict(), tmp_path)
+    data = scale * (torch.randn(32, 2, generator=torch.Generator().manual_seed(0)) * (value == "running_var") + 1)
+    with pytest.raises(
+        ValueError, match=rf"layer '0': its {value} reaches .* torch\.float16 in the file ends at 65504"
+    ):
+        recalibrate_checkpoint(path, nn.Sequential(nn.BatchNorm1d(2)), [data], tmp_path / "new.pt")
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_statistics_that_half_precision_can_hold_are_written_in_it(tmp_path):
+    path = saved(nn.Sequential(nn.BatchNorm1d(2)).half().state_dict(), tmp_path)
+    recalibrate_checkpoint(path, nn.Sequential(nn.BatchNorm1d(2)), [torch.eye(2)], tmp_path / "new.pt")
+    assert read(tmp_path / "new.pt")["0.running_mean"].tolist() == [0.5, 0.5]
+    assert read(tmp_path / "new.pt")["0.running_mean"].dtype == torch.float16
+
+
+def test_other_shapes_are_an_error_that_names_them(tmp_path):
+    path = saved(nn.Sequential(nn.BatchNorm1d(2)).state_dict(), tmp_path)
+    with pytest.raises(ValueError, match=r"has other shapes of '0\.weight'"):
+        recalibrate_checkpoint(path, nn.Sequential(nn.BatchNorm1d(3)), [torch.ones(4, 3)], tmp_path / "new.pt")
 
 
 def test_file_that_exists_is_not_overwritten_unless_told_to(tmp_path):
@@ -271,8 +457,6 @@ def test_file_that_exists_is_not_overwritten_unless_told_to(tmp_path):
 
 
 def test_wrong_prefix_is_an_error_that_names_the_right_one(lightning_checkpoint, tmp_path):
-    with pytest.raises(ValueError, match=r"lacks.*prefix='net\.'"):
-        recalibrate_checkpoint(lightning_checkpoint, Net(), batches(), tmp_path / "new.ckpt")
     with pytest.raises(ValueError, match=r"prefix='model\.'.*prefix='net\.'"):
         recalibrate_checkpoint(lightning_checkpoint, Net(), batches(), tmp_path / "new.ckpt", prefix="model.")
     assert list(tmp_path.iterdir()) == []
