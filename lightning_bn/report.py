@@ -149,7 +149,8 @@ def drift_table(
     rates = dict(zip(current.names, updates, strict=True))
     layers = {layer.name: layer for layer in behaviors}
     worst = {name: int(values[part].argmax()) + part.start for name, part in current.layout.slices.items()}
-    order = sorted(worst, key=lambda name: -float(values[worst[name]]))
+    # Not those that have left the model since.
+    order = sorted((name for name in worst if name in layers), key=lambda name: -float(values[worst[name]]))
     shown, rest = order[:most], len(order) - most
     frozen_by = {name: ", ".join(status.stats_frozen_by) for name, status in (statuses or {}).items()}
     anybody = any(frozen_by.get(name) for name in shown)

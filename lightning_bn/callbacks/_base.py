@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
-from lightning_bn.callbacks._lightning.callback_list import same_kind_beside
+from lightning_bn.callbacks._lightning.callback_list import is_asked_by, same_kind_beside
 from lightning_bn.callbacks._lightning.namespaces import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_bn.callbacks._lightning.state import refuse_strategy
+from lightning_bn.functional._checks import check_text
+from lightning_bn.functional.layers.patterns import Patterns, SelectionError
 from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.statistics.channels import ChannelLayout
 
@@ -25,7 +27,9 @@ class BatchNormCallback(Callback):
     @property
     def state_key(self) -> str:
         """Under which its state lies in a checkpoint: its class and its name, whatever its settings."""
-        return f"{type(self).__name__}[{self.name}]" if self.name else type(self).__name__
+        key = f"{type(self).__name__}[{self.name}]" if self.name else type(self).__name__
+        # Of two with one name Lightning says that their class cannot be used twice; setup says what is the matter.
+        return f"{key} {id(self)}" if is_asked_by("_validate_callbacks_list") else key
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         refuse_strategy(trainer, self)
@@ -34,6 +38,17 @@ class BatchNormCallback(Callback):
                 f"two {type(self).__name__}s have the name {self.name!r}: give each its own name=, so that their "
                 f"states are told apart in checkpoints."
             )
+
+    def _select(self, modules: Patterns, exclude: Patterns, root: str, name: str | None) -> None:
+        """Take the arguments that all callbacks have.
+
+        Raises:
+            TypeError: If a pattern is no string.
+            ValueError: If a pattern is empty or malformed, or ``root`` or ``name`` is no string.
+        """
+        check_text("name", name, none="for the only one")
+        self._selection = LayerSelection(modules, exclude, root)
+        self.modules, self.exclude, self.root, self.name = modules, exclude, root, name
 
     def _layout(self, module: LightningModule) -> ChannelLayout:
         """Of the selected layers that keep running statistics."""
@@ -54,5 +69,8 @@ class BatchNormCallback(Callback):
         """
         try:
             yield
-        except ValueError as error:
+        except SelectionError:
+            # An error of its own kind, here as on the ground floor.
+            raise
+        except (TypeError, ValueError) as error:
             raise MisconfigurationException(f"{type(self).__name__}: {error}") from error

@@ -16,6 +16,7 @@ from lightning_bn.callbacks._lightning.callback_list import put_first
 from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_bn.callbacks._ranks import agree_on_ranks
 from lightning_bn.callbacks._task_of import TaskOf
+from lightning_bn.functional._checks import check_text
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.freezing.freeze_plan import FreezePlan, plan_of
 from lightning_bn.functional.freezing.freeze_selection import FreezeSelection
@@ -85,12 +86,13 @@ class BatchNormFreezer(BatchNormCallback):
     ) -> None:
         super().__init__()
         with self._checked():
+            self._select(modules, exclude, root, name)
+            check_text("task_key", task_key, none="where contexts tell")
             if task_key is not None and not by_task:
                 raise ValueError(f"task_key={task_key!r} means nothing without by_task.")
             self._chosen = FreezeSelection(modules, exclude, root, by_task, stats, affine)
             self._schedule = FreezeSchedule(start_epoch, stop_epoch, start_step, stop_step)
         self._settings = {**self._chosen.settings(), "schedule": str(self._schedule)}
-        self.modules, self.exclude, self.root, self.name = modules, exclude, root, name
         self.stats, self.affine, self.by_task = stats, affine, by_task
         self.report: FreezeReport | None = None
         self._task_of = TaskOf(task_key)

@@ -6,19 +6,17 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks._base import BatchNormCallback
-from lightning_bn.callbacks._lightning.figures import log_figure
+from lightning_bn.callbacks._lightning.figures import log_figure, not_ending_the_fit, print_table
 from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_bn.callbacks._lightning.state import in_training_fit
 from lightning_bn.callbacks._ranks import agree_on_ranks, max_over_ranks, mean_over_ranks
-from lightning_bn.functional._checks import check_choice, check_whole
+from lightning_bn.functional._checks import check_choice, check_flag, check_text, check_whole
 from lightning_bn.functional.layers.behavior import describe_layers
-from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.monitor_state import MonitorState
 from lightning_bn.functional.monitoring.session import MonitorSession
@@ -97,6 +95,9 @@ class BatchNormMonitor(BatchNormCallback):
     ) -> None:
         super().__init__()
         with self._checked():
+            self._select(modules, exclude, root, name)
+            check_text("prefix", prefix)
+            check_flag("report", report)
             check_choice("action", action, ("warn", "stop", "raise"))
             check_whole("log_worst", log_worst, 0)
             check_settings(every_n_steps, measure, reference, warn_above, act_above)
@@ -108,9 +109,6 @@ class BatchNormMonitor(BatchNormCallback):
         self.warn_above = warn_above
         self.act_above = act_above
         self.action = action
-        self.modules, self.exclude, self.root = modules, exclude, root
-        self._selection = LayerSelection(modules, exclude, root)
-        self.name = name
         self.prefix = prefix
         self.log_worst = log_worst
         self.report = report
@@ -202,7 +200,7 @@ class BatchNormMonitor(BatchNormCallback):
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         session = self._running
-        if session is not None and session.last is not None:
+        if session is not None and session.last is not None and len(session.history):
             rank_zero_info(f"BatchNormMonitor: step {session.last.step:,}: {session.overall()}")
             self._show(trainer)
         self._end()
@@ -220,9 +218,13 @@ class BatchNormMonitor(BatchNormCallback):
         return {"format": 1} if state is None else state.state_dict()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._restored = MonitorState.from_state_dict(state_dict)
-        if self._restored is not None:
-            self.history = self._restored.history
+        state = MonitorState.from_state_dict(state_dict)
+        if state is not None and self._running is not None:
+            # In mid-fit, as tuners do that begin anew from where they were.
+            self._running.resume(state)
+        else:
+            self._restored = state
+        self.history = self.history if state is None else state.history
 
     def table(self, module: nn.Module, most: int = 10) -> Table:
         """Layer by layer what the last sample found, the worst first, during a fit and after it.
@@ -290,5 +292,7 @@ class BatchNormMonitor(BatchNormCallback):
     def _show(self, trainer: Trainer) -> None:
         if not (self.report and trainer.is_global_zero):
             return
-        Console().print(self.table(trainer.lightning_module))
-        log_figure(trainer, self.figure, f"{self.prefix}_{self.measure}_drift")
+        with not_ending_the_fit(self, "the table"):
+            print_table(self.table(trainer.lightning_module))
+        with not_ending_the_fit(self, "the figure"):
+            log_figure(trainer, self.figure, f"{self.prefix}_{self.measure}_drift")

@@ -32,10 +32,9 @@ from lightning_bn.callbacks._second_run.sources import (
     loader_method,
 )
 from lightning_bn.callbacks._second_run.step import OTHER_STEPS, check_step, isolated_step
-from lightning_bn.functional._checks import check_choice, check_whole
+from lightning_bn.functional._checks import check_choice, check_flag, check_text, check_whole
 from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.layers.patterns import SelectionError
-from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.layers.status import update_status
 from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.population import Estimator
@@ -125,6 +124,11 @@ class PreciseBatchNorm(BatchNormCallback):
             self._rule = StoppingRule(num_batches, num_samples, max_standard_error)
             check_whole("every_n_validations", every_n_validations, 1)
             check_whole("start_epoch", start_epoch, 0)
+            self._select(modules, exclude, root, name)
+            check_text("step", step)
+            check_text("source_method", source_method, none="for training's loaders")
+            check_flag("restore", restore)
+            check_flag("containers_in_eval", containers_in_eval, none="to say where it matters")
             check_choice("source", source, get_args(Source))
             check_choice("estimator", estimator, get_args(Estimator))
         if source == "recent" and num_batches is None:
@@ -135,13 +139,10 @@ class PreciseBatchNorm(BatchNormCallback):
         self.every_n_validations, self.start_epoch = every_n_validations, start_epoch
         self.source, self.source_method, self.step = source, source_method, step
         self.estimator, self.restore, self.containers_in_eval = estimator, restore, containers_in_eval
-        self.modules, self.exclude, self.root, self.name = modules, exclude, root, name
-        self._selection = LayerSelection(modules, exclude, root)
         self.last: result.Recalibration | None = None
         self._validations, self._done_at_step = 0, -1
         self._due = self._looked = self._precise = False
-        self._recent: deque[Any] = deque(maxlen=num_batches or 0)
-        self._replaced = ReplacedAverage()
+        self._recent, self._replaced = deque[Any](maxlen=num_batches or 0), ReplacedAverage()
         self._modes = TrainingModes()
         self._validation_began: float | None = None
         self._said: set[str] = set()
@@ -295,6 +296,5 @@ class PreciseBatchNorm(BatchNormCallback):
     def _report(self, trainer: Trainer, done: result.Recalibration) -> None:
         averaged = ", averaged weights" * any(updated for _, updated in averaged_copies(trainer))
         rank_zero_info(f"PreciseBatchNorm: epoch {trainer.current_epoch}{averaged}, {done}")
-        if done.drew_random_numbers:
-            self._said.add("draws")
+        self._said |= {"draws"} if done.drew_random_numbers else set()
         self._log_curves(trainer, {f"bn/precise_{name}": value for name, value in done.metrics().items()})

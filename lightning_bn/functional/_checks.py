@@ -47,3 +47,24 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
     listed = tuple(choices)
     if value not in listed:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(listed)}.")
+
+
+def check_flag(name: str, value: Any, *, none: str = "") -> None:
+    """Raise unless ``value`` is True or False.
+
+    Raises:
+        ValueError: With the name, the value and what is wanted.
+    """
+    if not isinstance(value, bool) and not (value is None and none):
+        raise ValueError(f"{name}={value!r} must be True or False{none and f', or None {none}'}.")
+
+
+def check_text(name: str, value: Any, *, none: str = "", empty: bool = False) -> None:
+    """Raise unless ``value`` is a string, and unless ``empty`` says so not an empty one.
+
+    Raises:
+        ValueError: With the name, the value and what is wanted.
+    """
+    if not (isinstance(value, str) and (value or empty)) and not (value is None and none):
+        what = "a string" if empty else "a string that is not empty"
+        raise ValueError(f"{name}={value!r} must be {what}{none and f', or None {none}'}.")

@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 
+def named(name: str) -> str:
+    """A layer's name as a reader wants it in an error; the model itself has none."""
+    return repr(name) if name else "(the model itself)"
+
+
 def quoted(names: Sequence[str], most: int = 5) -> str:
     """``names`` as a reader wants them in an error: quoted, the first few, and how many more."""
-    shown = ", ".join(repr(name) if name else "(the model itself)" for name in names[:most])
+    shown = ", ".join(map(named, names[:most]))
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 

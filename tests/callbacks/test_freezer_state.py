@@ -288,9 +288,8 @@ def test_a_checkpoint_of_a_frozen_run_loads_where_there_is_no_freezer(tmp_path: 
 
 
 def test_two_freezers_of_one_name_are_refused() -> None:
-    # Lightning's own check, of the callbacks given to the Trainer.
-    with pytest.raises(RuntimeError, match=r"more than one stateful callback of type `BatchNormFreezer`.*state_key"):
-        trainer_of(freezer(), freezer(modules="head"))
+    with pytest.raises(MisconfigurationException, match=r"two BatchNormFreezers have the name None.*name="):
+        fit(PretrainedClassifier(), freezer(), freezer(modules="head"))
 
 
 @pytest.mark.parametrize("name", [None, "backbone"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from typing import Any
 
 from lightning_bn.callbacks._lightning.namespaces import Callback, Trainer
@@ -10,6 +11,11 @@ from lightning_bn.callbacks._lightning.namespaces import Callback, Trainer
 def same_kind_beside(trainer: Trainer, callback: Callback) -> list[Any]:
     """Other callbacks of the same class in the Trainer."""
     return [other for other in callbacks_of(trainer) if type(other) is type(callback) and other is not callback]
+
+
+def is_asked_by(function: str) -> bool:
+    """Whether the attribute that asks this is read by a function of that name."""
+    return sys._getframe(2).f_code.co_name == function
 
 
 def put_first(trainer: Trainer, callback: Callback) -> None:

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.functional._checks import check_flag
 from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.freezing.eval_mode import PIN, pin_in_eval, release
 from lightning_bn.functional.freezing.proof import FreezeProof
@@ -157,8 +158,10 @@ def check_freezes(*, stats: bool, affine: bool) -> None:
     """Raise if nothing is to be frozen.
 
     Raises:
-        ValueError: If neither ``stats`` nor ``affine`` is asked for.
+        ValueError: If neither ``stats`` nor ``affine`` is asked for, or one of them is neither True nor False.
     """
+    check_flag("stats", stats)
+    check_flag("affine", affine)
     if not stats and not affine:
         raise ValueError("stats=False with affine=False freezes nothing: ask for at least one of them.")
 

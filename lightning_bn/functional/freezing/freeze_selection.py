@@ -9,6 +9,7 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.functional._checks import check_text
 from lightning_bn.functional.freezing.freeze import check_freezes, select_to_freeze
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.selection import LayerSelection
@@ -46,6 +47,10 @@ class FreezeSelection:
         check_freezes(stats=self.stats, affine=self.affine)
         if self.by_task is not None and not isinstance(self.by_task, Mapping):
             raise ValueError(f"by_task={self.by_task!r} must say which modules for which task: {{'task': ['path']}}.")
+        for task in self.by_task or {}:
+            check_text("a task in by_task", task)
+        # Each of them refuses what it cannot read.
+        self.parts()
 
     def parts(self) -> dict[str | None, LayerSelection]:
         """Return what is meant for the batches of each task, and under None what is meant for every batch, if any."""

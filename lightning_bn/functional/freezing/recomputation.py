@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from lightning_bn.functional._text import named
 from lightning_bn.functional.layers.torch_private import in_backward
 
 
@@ -43,7 +44,8 @@ class RecomputationGuard:
     def _refuse(self, name: str, task: str | None, _: nn.Module, __: Any) -> None:
         if in_backward() and not self._is_frozen(name):
             raise RecomputationError(
-                f"BatchNorm layer {name!r} was frozen for task {task!r} when its forward ran, and the backward runs it "
+                f"BatchNorm layer {named(name)} was frozen for task {task!r} when its forward ran, and the "
+                f"backward runs it "
                 f"again (activation checkpointing) after the context of the task has ended: it would train, with moved "
                 f"statistics and wrong gradients. Put the backward into the context, or label the batch (task_key=)."
             )

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 
 from torch import Tensor, nn
 
+from lightning_bn.functional._text import named
 from lightning_bn.functional.layers.torch_private import attributes_of, buffers_of, parameters_of
 
 _HOLDINGS = "_lightning_bn_exchanged_by"
@@ -141,6 +142,7 @@ def _check_on_top(one: Entries, holding: _Holding) -> None:
     if above or not there:
         top = f"{above[-1][1]!r} lies on top of it" if there else "nothing of it is left there"
         raise ExchangeError(
-            f"layer {one.name!r}: what {holding[1]!r} put in its place cannot be taken out, since {top}. Take out last "
+            f"layer {named(one.name)}: what {holding[1]!r} put in its place cannot be taken out, since {top}. "
+            f"Take out last "
             f"in, first out: end what began later first. Nothing was changed."
         )

@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional._text import counted, quoted
+from lightning_bn.functional._checks import check_text
+from lightning_bn.functional._text import counted, named, quoted
 from lightning_bn.functional.layers.names import LayerNames, lookalikes
 from lightning_bn.functional.layers.patterns import Pattern, Patterns, SelectionError, as_patterns
 from lightning_bn.functional.layers.properties import has_running_statistics
@@ -29,6 +30,13 @@ class LayerSelection:
     exclude: Patterns = None
     root: str = ""
     argument: str = field(default="modules", compare=False)
+
+    def __post_init__(self) -> None:
+        """Refuse what cannot be read, before anything is looked for."""
+        check_text("root", self.root, empty=True)
+        as_patterns(self.modules, self.argument)
+        if self.exclude is not None and self.exclude != []:
+            as_patterns(self.exclude, "exclude")
 
     def layers(self, model: nn.Module) -> dict[str, _BatchNorm]:
         """As :func:`batch_norm_layers`."""
@@ -61,7 +69,7 @@ class LayerSelection:
             size = layer.running_mean.numel()  # type: ignore[union-attr]
             if size != layer.num_features:
                 raise SelectionError(
-                    f"{type(layer).__name__} {name!r} holds running statistics of {size} values for its "
+                    f"{type(layer).__name__} {named(name)} holds running statistics of {size} values for its "
                     f"{layer.num_features} channels, so that nobody but the layer knows what they mean. Leave it out "
                     f"with exclude."
                 )
@@ -148,6 +156,7 @@ def refuse_lazy(layers: Mapping[str, _BatchNorm]) -> None:
     for name, layer in layers.items():
         if isinstance(layer, nn.modules.lazy.LazyModuleMixin) and layer.has_uninitialized_params():
             raise SelectionError(
-                f"BatchNorm layer {name!r} is a {type(layer).__name__} that has not seen a batch yet, so it has no "
+                f"BatchNorm layer {named(name)} is a {type(layer).__name__} that has not seen a batch yet, so "
+                f"it has no "
                 f"channels: run one forward pass of the model first."
             )

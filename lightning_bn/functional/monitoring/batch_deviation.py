@@ -100,11 +100,12 @@ class BatchWindow:
     Attributes:
         innovations: How far each batch was from the moving average.
         gaps: How far those of this process were from those of all.
+        uses: How far the uses of a layer in one batch were from its first one.
         judged: How many batches there are.
     """
 
     def __init__(self, like: Tensor) -> None:
-        self.innovations = self.gaps = BatchDeviations.none(like)
+        self.innovations = self.gaps = self.uses = BatchDeviations.none(like)
         self.judged = 0
 
     def add(self, before: Snapshot, after: Snapshot, momentum: Tensor, most: float, everywhere: Tensor | None) -> None:
@@ -121,3 +122,7 @@ class BatchWindow:
         self.judged += 1
         if everywhere is not None:
             self.gaps = self.gaps.with_batch(_in_sigma(after.mean, everywhere, momentum, after), most)
+
+    def add_uses(self, apart: Tensor) -> None:
+        """Add how far the uses of layers in one batch lay apart, ``(C,)``; NaN where there was but one."""
+        self.uses = self.uses.with_batch(apart, torch.inf)

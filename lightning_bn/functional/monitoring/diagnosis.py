@@ -25,6 +25,10 @@ FEW_SAMPLES = 4
 """In the batch of one of several processes, up to which normalizing together is worth saying."""
 SMALL_BATCHES = 0.3
 """Deviation of the means of such batches, in standard deviations."""
+TWICE = 1.5
+"""Updates per batch that are more than one use."""
+APART = 0.7
+"""Distance of the means of two uses of a layer in one batch, in standard deviations, beyond chance."""
 FEWEST_BATCHES = 8
 """That a judgment on batches rests on."""
 
@@ -46,15 +50,21 @@ def diagnose(evidence: Evidence, told: Container[tuple[str, str]] = ()) -> list[
         "exploding": (t.explosion > EXPLODING) & (t.nonfinite == 0),
         "frozen but moves": moves,
         "stalled": stalled,
-        "updated twice": (t.updates > 1.5) & ~moves & ~stalled,
     }
+    twice = (t.updates > TWICE) & ~moves & ~stalled
+    apart = t.apart > APART + chance(evidence.samples) / max(evidence.judged, 1) ** 0.5
+    # One cause: where some uses differ, layers behind them are used as often.
+    found["shared" if any((twice & apart).tolist()) else "updated twice"] = twice
     if evidence.judged >= FEWEST_BATCHES:
         found |= _of_batches(evidence)
     findings = []
     for kind, where in found.items():
         layers = where.nonzero().flatten().tolist()
         if kind in OF_COUNTERS:
-            layers = [index for index in layers if (evidence.names[index], kind) not in told]
+            same = ("shared", "updated twice") if kind in ("shared", "updated twice") else (kind,)
+            layers = [i for i in layers if not any((evidence.names[i], one) in told for one in same)]
+        if kind == "shared":
+            layers.sort(key=lambda index: -float(t.apart[index]))
         if layers:
             findings.append(Finding.of(evidence, kind, layers))
     return findings

@@ -16,18 +16,20 @@ FindingKind: TypeAlias = Literal[
     "frozen but moves",
     "stalled",
     "updated twice",
+    "shared",
     "ranks differ",
     "alternating",
     "small batches",
     "lagging",
 ]
 
-OF_COUNTERS: tuple[FindingKind, ...] = ("frozen but moves", "stalled", "updated twice")
+OF_COUNTERS: tuple[FindingKind, ...] = ("frozen but moves", "stalled", "updated twice", "shared")
 """Of which every layer is said once, not only the first."""
+_LIMITS = {"torch.float16": ", or a variance above 65,504, where float16 ends (keep BatchNorm in float32)"}
 _SENTENCES: dict[FindingKind, str] = {
     "not finite": (
         "{who} has {bad} whose running statistics are not finite{where}, and a moving average never recovers "
-        "from that: find the inf or NaN in {whose}, then recalibrate."
+        "from that: find the inf or NaN in {whose}{limit}, then recalibrate."
     ),
     "collapsed": (
         "{who} has {dead} whose variance fell below eps since the reference: its input has become constant "
@@ -45,7 +47,13 @@ _SENTENCES: dict[FindingKind, str] = {
     ),
     "updated twice": (
         "{who} is updated {updates:.2g} times per batch: it is used more than once in a forward, or activation "
-        "checkpointing runs it again; its moving average forgets that much faster."
+        "checkpointing runs it again; its moving average forgets that much faster. A forward that is not meant to "
+        "count goes inside lightning_bn.functional.without_updates."
+    ),
+    "shared": (
+        "{who} is used {updates:.2g} times per step by inputs whose means lie {apart:.1f} sigma apart: two tasks or "
+        "views share it, and one set of statistics describes neither. Give each its own "
+        "(lightning_bn.functional.task_statistics)."
     ),
     "ranks differ": (
         "{name} sees data on one rank that is {gap:.1f} sigma from that of all ranks, and evaluation uses rank 0's "
@@ -91,11 +99,13 @@ class Finding:
         """
         first, samples = layers[0], evidence.samples or 0
         name, measured = evidence.names[first], evidence.table.row(first)
+        shown = name or "(the model itself)"
         sentence = _SENTENCES[kind].format(
             **measured,
-            name=name,
-            who=f"{name} (and {counted(len(layers) - 1, 'more layer')})" if len(layers) > 1 else name,
+            name=shown,
+            who=f"{shown} (and {counted(len(layers) - 1, 'more layer')})" if len(layers) > 1 else shown,
             bad=counted(int(measured["nonfinite_anywhere"]), "channel"),
+            limit=_LIMITS.get(evidence.dtypes[first], ""),
             where="" if measured["nonfinite"] else " on another rank",
             whose="its input" if len(layers) == 1 else "the input of whichever the forward reaches first",
             dead=counted(int(measured["newly_collapsed"]), "channel"),

@@ -30,6 +30,7 @@ class LayerTable(Health):
         initial_share: Share of initial values in the moving average.
         bias: Mean distance of batch means from the moving average, in standard deviations.
         scatter: Deviation of batch means around that.
+        apart: Mean distance of later uses of a layer in one batch from the first, in standard deviations.
         gap: Mean distance of this process's batches from those of all; of the process where it is largest.
         nonfinite_anywhere: Channels with statistics that are not finite, on the process that has most of them.
         largest_anywhere: ``largest`` of the process where it is largest; infinite where it is not a number.
@@ -42,6 +43,7 @@ class LayerTable(Health):
     initial_share: Tensor
     bias: Tensor
     scatter: Tensor
+    apart: Tensor
     gap: Tensor
     nonfinite_anywhere: Tensor
     largest_anywhere: Tensor
@@ -71,6 +73,7 @@ class Evidence:
         names: Of the layers.
         frozen_by: Who froze each layer's statistics; empty if nobody.
         training: Whether a layer is in train mode, ``(L,)``.
+        dtypes: Of the layers' statistics.
         synchronized: Whether a layer normalizes the batches of several processes together, ``(L,)``.
         idle: Training batches since the last update, ``(L,)``.
         samples: In a training batch; None if that is not known.
@@ -82,6 +85,7 @@ class Evidence:
     names: tuple[str, ...]
     frozen_by: tuple[tuple[str, ...], ...]
     training: Tensor
+    dtypes: tuple[str, ...]
     synchronized: Tensor
     idle: Tensor
     samples: int | None
@@ -127,6 +131,7 @@ def measure(
         initial_share=initial_shares(current, momentum),
         bias=window.innovations.bias(layout),
         scatter=window.innovations.scatter(layout),
+        apart=window.uses.bias(layout),
         gap=window.gaps.bias(layout),
         nonfinite_anywhere=health.nonfinite,
         # NaN would lose against numbers in a maximum.

@@ -18,7 +18,13 @@ from lightning_bn.functional.layers.status import LayerStatus, layer_status
 from lightning_bn.functional.monitoring.announcer import Announcer, DriftSentences
 from lightning_bn.functional.monitoring.batch_deviation import BatchWindow, momenta
 from lightning_bn.functional.monitoring.cadence import Cadence
-from lightning_bn.functional.monitoring.diagnosis import FEWEST_BATCHES, JUDGED_BY_BATCHES, diagnose, most_of_one_batch
+from lightning_bn.functional.monitoring.diagnosis import (
+    FEWEST_BATCHES,
+    JUDGED_BY_BATCHES,
+    TWICE,
+    diagnose,
+    most_of_one_batch,
+)
 from lightning_bn.functional.monitoring.finding_in_words import Finding
 from lightning_bn.functional.monitoring.health import health
 from lightning_bn.functional.monitoring.history import DriftHistory
@@ -26,6 +32,7 @@ from lightning_bn.functional.monitoring.measure import Evidence, LayerTable, mea
 from lightning_bn.functional.monitoring.monitor_state import MonitorState
 from lightning_bn.functional.monitoring.sample import Sample
 from lightning_bn.functional.monitoring.settings import REFERENCES
+from lightning_bn.functional.monitoring.uses import Uses
 from lightning_bn.functional.monitoring.warm_up import WarmUp, following
 from lightning_bn.functional.statistics.drift_measures import Measure
 from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of
@@ -99,6 +106,7 @@ class MonitorSession:
         self._idle = torch.zeros(len(layers), dtype=torch.int64, device="cpu")
         self._replaced = False
         self._samples: int | None = None
+        self._uses, self._used_twice = Uses({}, ()), tuple[str, ...]()
         self.training: dict[str, bool] = {}
         self.statuses = self._current_statuses()
         self.last: Sample | None = None
@@ -133,6 +141,7 @@ class MonitorSession:
 
     def close(self) -> None:
         """Forget the layers, so that they can be freed; what was found stays."""
+        self._uses.end()
         self._layers = {}
 
     def overall(self) -> str:
@@ -153,6 +162,10 @@ class MonitorSession:
         """Look at the statistics right before a training batch, where it is judged."""
         # What a recalibration wrote may be taken back right before this batch, after the monitor's turn.
         self._before = self._now() if self._cadence.judges() and not self._replaced else None
+        self._uses.end()
+        if self._before is not None:
+            # All layers until it is known which are used several times.
+            self._uses = Uses(self._layers, self._layers if self.last is None else self._used_twice)
 
     def after_batch(self, batch: Any, step: int) -> bool:
         """Look at a training batch; return whether a sample is due.
@@ -170,6 +183,8 @@ class MonitorSession:
             self._samples = num_samples(batch)
         if self._before is not None:
             before, self._before, self._after = self._before, None, self._now()
+            self._uses.end()
+            self._window.add_uses(self._uses.apart(before, self._layers))
             # Of the statistics after the step, not of what this rank saw: where DDP broadcasts rank 0's buffers
             # before each forward, all ranks began at the same place. Synchronized layers have no gap.
             everywhere = self._mean_over_ranks(self._after.mean.to(torch.float64)) if self._mean_over_ranks else None
@@ -202,13 +217,15 @@ class MonitorSession:
             epoch: The running epoch.
             right_after: Whether nothing came since :meth:`after_batch`, which then has read the statistics already.
         """
-        if not self._batches and self.last is not None:
+        if not self._batches and (self.last is not None or len(self.history)):
             return None
         was_frozen = {name for name, status in self.statuses.items() if status.stats_frozen_by}
         replaced = self.recalibrated(step)
         current = self._after if right_after and self._after is not None else self._now()
         table = self._measured(current)
         self.warm_up.update(table, step, self.history)
+        rates = zip(self._layers, table.updates.tolist(), strict=True)
+        self._used_twice = tuple(name for name, rate in rates if rate > TWICE)
         findings = self._findings(table, was_frozen, replaced)
         self.history.append(step, epoch, tuple(self._layers), table.largest)
         sample = Sample(
@@ -248,6 +265,7 @@ class MonitorSession:
             names=tuple(self._layers),
             frozen_by=tuple(now.stats_frozen_by if name in was_frozen else () for name, now in self.statuses.items()),
             training=torch.tensor([self.training.get(name, False) for name in self._layers], device="cpu"),
+            dtypes=tuple(str(layer.running_mean.dtype) for layer in self._layers.values()),  # type: ignore[union-attr]
             synchronized=torch.tensor([processes_of(layer) > 1 for layer in self._layers.values()], device="cpu"),
             idle=self._idle,
             samples=self._samples,

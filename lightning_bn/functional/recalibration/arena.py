@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.functional._text import named
 from lightning_bn.functional.layers.exchange import Entries
 from lightning_bn.functional.recalibration.collected_forward import NARROW, NOT_CALLED, CollectedForward, not_written
 from lightning_bn.functional.statistics.channels import ChannelLayout
@@ -38,7 +39,7 @@ class Arena:
         for name, layer in layers.items():
             running = layer.running_mean
             if running is None:
-                raise ValueError(f"BatchNorm layer {name!r} has no running statistics to collect into")
+                raise ValueError(f"BatchNorm layer {named(name)} has no running statistics to collect into")
             dtype = torch.float32 if running.dtype in NARROW else running.dtype
             sizes = grouped.setdefault((running.device, dtype), {})
             sizes[name] = -(-layer.num_features // _ALIGNED) * _ALIGNED

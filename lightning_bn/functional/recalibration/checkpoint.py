@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional._text import counted, quoted
+from lightning_bn.functional._text import counted, named, quoted
 from lightning_bn.functional.layers.names import without_wrappers
 from lightning_bn.functional.layers.properties import is_lazy
 from lightning_bn.functional.layers.selection import batch_norm_layers
@@ -188,7 +188,8 @@ def _narrowed(values: Tensor, dtype: torch.dtype, layer: str, value: str) -> Ten
     narrow = values.detach().to("cpu", dtype, copy=True)
     if not narrow.isfinite().all():
         raise ValueError(
-            f"BatchNorm layer {layer!r}: its {value} reaches {float(values.abs().max()):.6g}, and {dtype} in the file "
+            f"BatchNorm layer {named(layer)}: its {value} reaches {float(values.abs().max()):.6g}, and {dtype} "
+            f"in the file "
             f"ends at {torch.finfo(dtype).max:.6g}. Nothing was written: save the file's running statistics as float32 "
             f"first, or leave the layer out with exclude=."
         )

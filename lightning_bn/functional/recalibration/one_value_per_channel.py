@@ -10,6 +10,8 @@ from typing import Any
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.functional._text import named
+
 
 class OneValuePerChannelError(ValueError):
     """A layer was given one value per channel, of which there is no variance.
@@ -19,7 +21,9 @@ class OneValuePerChannelError(ValueError):
     """
 
     def __init__(self, layer: str) -> None:
-        super().__init__(f"BatchNorm layer {layer!r} was given one value per channel, of which there is no variance")
+        super().__init__(
+            f"BatchNorm layer {named(layer)} was given one value per channel, of which there is no variance"
+        )
         self.layer = layer
 
 

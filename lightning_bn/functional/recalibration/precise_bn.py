@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._batches import default_forward, model_device
-from lightning_bn.functional._checks import check_choice, check_positive
-from lightning_bn.functional._text import counted, quoted
+from lightning_bn.functional._checks import check_choice, check_flag, check_positive
+from lightning_bn.functional._text import counted, named, quoted
 from lightning_bn.functional.distributed.agreement import agree, layer_facts, tell_failure
 from lightning_bn.functional.distributed.lockstep import Lockstep
 from lightning_bn.functional.layers.patterns import Patterns
@@ -134,6 +134,7 @@ def recalibrate(
     with _failure_told(device) if distributed else nullcontext():
         rule = StoppingRule(num_batches, num_samples, max_standard_error, processes)
         _check(batches, estimator)
+        check_flag("containers_in_eval", containers_in_eval, none="to say where it matters")
         check_positive("prior", prior, none="to forget what the layers hold")
         selected = LayerSelection(modules, exclude, root).tracked_layers(model)
         targets = _targets_of(model, selected, distributed=distributed)
@@ -241,7 +242,8 @@ def _targets_of(model: nn.Module, selected: Mapping[str, _BatchNorm], *, distrib
         name = synchronized[0]
         more = f" (and {counted(len(synchronized) - 1, 'more layer')})" if len(synchronized) > 1 else ""
         raise ValueError(
-            f"BatchNorm layer {name!r}{more} is synchronized over {processes_of(targets[name])} processes: each of its "
+            f"BatchNorm layer {named(name)}{more} is synchronized over {processes_of(targets[name])} "
+            f"processes: each of its "
             f"forwards waits for theirs. Pass distributed=True, in every process."
         )
     return targets

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from lightning_bn.functional._batches import batches_in, describe_batch, num_samples, to_device
+from lightning_bn.functional._text import named
 from lightning_bn.functional.distributed.lockstep import Lockstep
 from lightning_bn.functional.recalibration.collector import Collector
 from lightning_bn.functional.recalibration.one_value_per_channel import OneValuePerChannelError
@@ -95,7 +96,8 @@ class CollectionRun:
         """Return why no batch could be used, and the way out."""
         if self.counts.skipped:
             return (
-                f"no batch could be used: in all {self.counts.skipped} of them BatchNorm layer {self._skipped_at!r} "
+                f"no batch could be used: in all {self.counts.skipped} of them BatchNorm layer "
+                f"{named(self._skipped_at)} "
                 f"saw one value per channel. Use batches of at least 2 samples, or leave the layer out with exclude."
             )
         if self._lockstep is not None and not self._at_the_end:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._bits import same_bits
-from lightning_bn.functional._text import quoted
+from lightning_bn.functional._text import named, quoted
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.properties import is_lazy
 from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
@@ -209,10 +209,11 @@ def write_snapshot(layers: Mapping[str, _BatchNorm], snapshot: Snapshot) -> None
     for name, size in zip(snapshot.names, snapshot.layout.sizes, strict=True):
         running = layers[name].running_mean
         if running is None or layers[name].running_var is None:
-            raise ValueError(f"BatchNorm layer {name!r} has no running statistics to write a snapshot into.")
+            raise ValueError(f"BatchNorm layer {named(name)} has no running statistics to write a snapshot into.")
         if is_lazy(running) or running.shape != (size,):
             raise ValueError(
-                f"BatchNorm layer {name!r} has {layers[name].num_features} channels, the snapshot has {size} for it: "
+                f"BatchNorm layer {named(name)} has {layers[name].num_features} channels, the snapshot has "
+                f"{size} for it: "
                 f"it was taken of another model"
                 + (", or run one forward first so that the lazy layer has any." if is_lazy(running) else ".")
             )
@@ -234,7 +235,7 @@ def _check_dtype(name: str, buffer: Tensor | None, values: Tensor) -> None:
         return
     if not torch.equal(values.to(buffer.dtype).to(values.dtype).nan_to_num(nan=0.0), values.nan_to_num(nan=0.0)):
         raise ValueError(
-            f"BatchNorm layer {name!r} has {buffer.dtype} running statistics that cannot hold the snapshot's "
+            f"BatchNorm layer {named(name)} has {buffer.dtype} running statistics that cannot hold the snapshot's "
             f"{values.dtype} values exactly: convert the model to {values.dtype} first."
         )
 

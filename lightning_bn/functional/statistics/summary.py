@@ -42,7 +42,7 @@ class DriftSummary:
             >>> DriftSummary(0.1, 0.2, 0.25, "neck.bn3", 4, 2.0, 0.3).in_words()
             'neck.bn3 variance x2.0, mean +0.3 sigma'
         """
-        return f"{self.worst_layer} {in_words(self.variance_ratio, self.mean_shift)}"
+        return f"{self.worst_layer or '(the model itself)'} {in_words(self.variance_ratio, self.mean_shift)}"
 
 
 def in_words(variance_ratio: float, mean_shift: float) -> str:

@@ -9,7 +9,7 @@ from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
 
-from lightning_bn.functional._text import counted, quoted
+from lightning_bn.functional._text import counted, named, quoted
 from lightning_bn.functional.layers.exchange import Entries, exchanged, holders_of
 from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
 from lightning_bn.functional.layers.torch_private import buffers_of, child_of
@@ -121,7 +121,7 @@ class PlacedSets:
             if size != len(own["running_mean"]):
                 there = "is not there any more" if size is None else f"has {size} channels now"
                 raise ValueError(
-                    f"BatchNorm layer {name!r} {there}; its statistics per task have {len(own['running_mean'])}: "
+                    f"BatchNorm layer {named(name)} {there}; its statistics per task have {len(own['running_mean'])}: "
                     f"release them before the model is changed."
                 )
         self.leave()

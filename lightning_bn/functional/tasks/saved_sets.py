@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_bn.functional._text import quoted
+from lightning_bn.functional._text import named, quoted
 from lightning_bn.functional.tasks.task_sets import Buffers
 
 FORMAT = 1
@@ -62,7 +62,7 @@ def _read(values: Mapping[str, Tensor], own: Mapping[str, Buffers]) -> dict[str,
         found[name] = {key: values[f"{name}.{key}"] for key in buffers if f"{name}.{key}" in values}
         if {key: one.shape for key, one in found[name].items()} != {key: one.shape for key, one in buffers.items()}:
             raise ValueError(
-                f"the saved statistics per task have other channels for layer {name!r} than the "
+                f"the saved statistics per task have other channels for layer {named(name)} than the "
                 f"{len(buffers['running_mean'])} that it has: they are of another model."
             )
     return found

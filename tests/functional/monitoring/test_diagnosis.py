@@ -23,6 +23,7 @@ def evidence(**changed: Any) -> Evidence:
         "changed": [1.0] * 3,
         "bias": [0.1] * 3,
         "scatter": [0.1] * 3,
+        "apart": [0.0] * 3,
         "gap": [0.0] * 3,
         "reset": [0.0] * 3,
         "summary": [0.0] * 7,
@@ -32,6 +33,7 @@ def evidence(**changed: Any) -> Evidence:
     }
     known: dict[str, Any] = {
         "frozen_by": ((),) * 3,
+        "dtypes": ("torch.float32",) * 3,
         "training": [True] * 3,
         "synchronized": [False] * 3,
         "idle": [0] * 3,
@@ -180,3 +182,31 @@ def test_a_batch_of_unknown_size_is_judged_as_the_smallest() -> None:
 def test_values_that_are_not_a_number_are_no_faults_of_batches() -> None:
     nan = [float("nan")] * 3
     assert found(bias=nan, scatter=nan, gap=nan) == []
+
+
+def test_uses_that_lie_apart_are_one_finding_that_names_the_furthest_and_says_why() -> None:
+    changed = {"updates": [2.0, 1.0, 2.0], "apart": [0.5, 0.0, 4.0]}
+    [one] = diagnose(evidence(**changed))
+    assert (one.layer, one.kind) == (NAMES[2], "shared")
+    assert set(one.layers) == {NAMES[0], NAMES[2]}
+    assert (
+        f"{NAMES[2]} (and 1 more layer) is used 2 times per step by inputs whose means lie 4.0 sigma apart"
+        in one.sentence
+    )
+    assert "task_statistics" in one.sentence
+    assert diagnose(evidence(**changed), {(name, "updated twice") for name in NAMES}) == []
+
+
+def test_uses_that_agree_keep_the_sentence_and_are_told_how_not_to_count_one() -> None:
+    [one] = diagnose(evidence(updates=[2.0, 1.0, 1.0], apart=[0.5, 0.0, 0.0]))
+    assert one.kind == "updated twice"
+    assert "used more than once in a forward" in one.sentence
+    assert "without_updates" in one.sentence
+
+
+def test_overflow_of_half_precision_is_named_where_statistics_are_not_finite() -> None:
+    columns = {"nonfinite": [1.0, 0.0, 0.0], "nonfinite_anywhere": [1.0, 0.0, 0.0]}
+    [half] = diagnose(evidence(**columns, dtypes=("torch.float16",) * 3))
+    assert "a variance above 65,504, where float16 ends" in half.sentence
+    [single] = diagnose(evidence(**columns))
+    assert "65,504" not in single.sentence
