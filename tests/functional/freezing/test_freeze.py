@@ -15,6 +15,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
+from torch.ao.quantization import fuse_modules
 
 from lightning_bn.functional.freezing.freeze import (
     freeze_batch_norm,
@@ -1063,3 +1064,15 @@ def test_a_frozen_layer_can_be_read_where_gradients_are_off() -> None:
     for context in (torch.no_grad, torch.inference_mode):
         with context():
             torch.testing.assert_close(layer.train()(images()), before)
+
+
+def test_unfrozen_layers_are_fused_by_torch_as_those_that_never_were_frozen():
+    net = fill_statistics(nn.Sequential(nn.Conv2d(3, 4, 1), nn.BatchNorm2d(4))).eval()
+    expected = net(images(4))
+    freeze_batch_norm(net)
+    with pytest.raises(AssertionError, match="fuser method"):
+        fuse_modules(net, ["0", "1"])
+    unfreeze_batch_norm(net)
+    fused = fuse_modules(net, ["0", "1"])
+    assert isinstance(fused[1], nn.Identity)
+    assert torch.allclose(fused(images(4)), expected, atol=1e-5)
