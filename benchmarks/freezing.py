@@ -14,7 +14,8 @@ from _rounds import Clock, asked_device, step_rows
 from torch import nn
 
 from lightning_bn import BatchNormFreezer
-from lightning_bn.functional import batch_norm_layers
+from lightning_bn.functional import FreezeSelection, FreezeSession, batch_norm_layers
+from lightning_bn.functional.freezing.session import CHECK_EVERY
 
 HOOKS = ("on_train_batch_start", "on_after_backward", "on_before_optimizer_step", "on_train_batch_end")
 BASE = ".eval() by hand"
@@ -49,6 +50,20 @@ class ByHand(pl.Callback):
         for layer in batch_norm_layers(pl_module).values():
             layer.eval()
             layer.requires_grad_(not self._without_gradient)
+
+
+def full_check(clock: Clock) -> float:
+    """Microseconds of a comparison of all values of 100 frozen layers."""
+    session = FreezeSession(network(), FreezeSelection())
+    session.switch(True, 0)
+    session.start_batch(0)
+    spent = []
+    for _ in range(100):
+        started = clock.now()
+        session.quick_check(thorough=True)
+        spent.append((started, clock.now()))
+    session.close(1)
+    return 1e6 * min(clock.seconds(spent))
 
 
 def main() -> None:
@@ -88,6 +103,13 @@ def main() -> None:
         for hook, value in {**spent, "together": sum(spent.values())}.items():
             rows.append({"frozen": frozen, "hook": hook, "us": value, "share of the step, %": 100 * value / step})
     results.table("Time of its hooks", rows, "us: microseconds, median of all steps.")
+    once = full_check(clock)
+    row = {"every": f"{CHECK_EVERY} batches", "us": once, "share of the steps, %": 100 * once / step / CHECK_EVERY}
+    results.table(
+        "Time of comparing all frozen values bit by bit",
+        [row],
+        "us: of one comparison, the fastest of many. share: spread over the steps in between.",
+    )
     rows = [{"layers frozen by": name, **row} for name, row in taken.counts.items()]
     results.table(title(device, "step"), rows, MEANING[device.type])
     results.write()

@@ -26,8 +26,7 @@ from lightning_bn.functional.layers.names import named_batch_norm
 from lightning_bn.functional.layers.torch_private import AFFINE
 
 CHECK_EVERY = 50
-"""Batches after which all frozen values are compared bit by bit whether or not one seems to have been touched: writers
-such as ``F.batch_norm`` called on a layer's buffers leave no version behind."""
+"""Batches after which all values are compared: ``F.batch_norm`` on a layer's buffers, say, leaves no version behind."""
 
 
 class FreezeSession:
@@ -153,7 +152,7 @@ class FreezeSession:
         self._record(self._tasks.end_batch())
 
     def quick_check(self, *, thorough: bool = False) -> None:
-        """Correct modes that somebody set, and run a full check if a value was touched, or in any case."""
+        """Correct modes that somebody set, and run a full check if a value was touched, or differs in any bit."""
         if self.on and self._selection.stats:
             for name, layer in self._always.items():
                 if layer.training:
@@ -161,7 +160,8 @@ class FreezeSession:
                     if name not in self._hooks:
                         # Who sets it directly once will do it again, between two batches and within one.
                         self._hooks[name] = layer.register_forward_pre_hook(_put_into_eval)
-        if self.phase is FreezePhase.VERIFIED and (thorough or self._baselines[0].touched()):
+        own = self._baselines[0] if self.phase is FreezePhase.VERIFIED else None
+        if own is not None and (own.touched() or (thorough and own.changes())):
             self.full_check()
 
     def full_check(self) -> None:

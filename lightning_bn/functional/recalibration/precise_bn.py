@@ -154,7 +154,8 @@ def recalibrate(
 
     def run_batch(batch: Any) -> None:
         nonlocal drew
-        watched = containers_in_eval is None and not drew
+        # Of the first batch: who draws at all, as dropout and stochastic depth, draws for every one.
+        watched = containers_in_eval is None and not run.counts.batches
         states = generator_states() if watched else b""
         step(inner, batch)
         drew = drew or (watched and generator_states() != states)
