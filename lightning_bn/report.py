@@ -16,7 +16,9 @@ from torch import nn
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.freezing.freeze_plan import FreezePlan
 from lightning_bn.functional.layers.behavior import LayerBehavior, describe
+from lightning_bn.functional.layers.names import kind_of
 from lightning_bn.functional.layers.patterns import Patterns
+from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.layers.status import LayerStatus, status_by_name
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.statistics.drift_measures import Measure, of_standardized, standardized
@@ -45,20 +47,27 @@ def print_behavior(
     Raises:
         SelectionError: As for ``batch_norm_layers``.
     """
-    table = behavior_table(describe(model, modules, exclude=exclude, root=root), status_by_name(model))
+    behaviors = describe(model, modules, exclude=exclude, root=root)
+    table = behavior_table(behaviors, status_by_name(model), LayerSelection(modules, exclude, root).lookalikes(model))
     (console or Console()).print(table)
 
 
-def behavior_table(behaviors: Sequence[LayerBehavior], statuses: dict[str, LayerStatus] | None = None) -> Table:
+def behavior_table(
+    behaviors: Sequence[LayerBehavior],
+    statuses: dict[str, LayerStatus] | None = None,
+    others: Mapping[str, nn.Module] | None = None,
+) -> Table:
     """What each layer's next forward does, as a table that can be read without knowing torch's flags.
 
     Args:
         behaviors: What :func:`~lightning_bn.functional.describe` gave.
         statuses: Who froze which layer, by name; None if nobody asks.
+        others: What has running statistics and is not torch's BatchNorm, by name.
     """
     training = sum(layer.training for layer in behaviors)
     title = f"{len(behaviors)} BatchNorm layers, {training} in train mode: what the next forward does"
     surprises = [f"{_name(layer)}: {surprise}." for layer in behaviors for surprise in layer.surprises]
+    surprises += _not_listed(others)
     # One cell, so that a narrow terminal breaks between the two.
     columns = [Column("layer and kind", overflow="fold", min_width=_widest(behaviors))]
     for heading in ("channels", "mode", "normalizes with", "running statistics", "updates", "weight, bias"):
@@ -128,6 +137,7 @@ def drift_table(
     statuses: dict[str, LayerStatus] | None = None,
     training: Mapping[str, bool] | None = None,
     warming_up: Collection[str] = (),
+    others: Mapping[str, nn.Module] | None = None,
     most: int = 10,
 ) -> Table:
     """Drift layer by layer, the worst first, as a person reads it.
@@ -142,6 +152,7 @@ def drift_table(
         statuses: Who froze which layer, by name.
         training: Whether each layer is in train mode in training, by name; None for what ``behaviors`` say.
         warming_up: Layers that are not measured yet.
+        others: What has running statistics and is not torch's BatchNorm, by name.
         most: How many layers to show.
     """
     shift, ratio = standardized(reference, current)
@@ -161,7 +172,8 @@ def drift_table(
         columns.append(Column(heading, justify="right", width=_longest_word(heading)))
     columns.append(Column("history", no_wrap=True, width=7))
     title = f"Running statistics of {counted(len(order), 'BatchNorm layer')}, the worst first ({measure})"
-    table = _table(title, f"... {rest} more that moved less" if rest > 0 else None, columns, padding=0)
+    said = [f"... {rest} more that moved less"] * (rest > 0) + _not_listed(others)
+    table = _table(title, "\n".join(said) or None, columns, padding=0)
     curves = dict(zip(history.names, history.values().T.tolist(), strict=True)) if len(history) else {}
     for name in shown:
         layer, at = layers[name], worst[name]
@@ -200,6 +212,11 @@ def _table(title: str, caption: str | None, columns: Sequence[Column], padding: 
     return Table(
         *columns, title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=padding
     )
+
+
+def _not_listed(others: Mapping[str, nn.Module] | None) -> list[str]:
+    kinds = [f"{name} ({kind_of(module)})" for name, module in (others or {}).items()]
+    return [f"Not listed, since not torch's BatchNorm: {escape(', '.join(kinds))}."] if kinds else []
 
 
 def _longest_word(heading: str) -> int:

@@ -298,3 +298,9 @@ def test_a_sparkline_is_no_wider_than_asked_and_ends_with_the_newest(count: int)
     line = sparkline([0.0] * (count - 1) + [1.0])
     assert len(line) == 12
     assert line[-1] == "█"
+
+
+def test_what_looks_like_batch_norm_and_is_not_torchs_is_named_below_the_table() -> None:
+    net = nn.Sequential(nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True))
+    assert "Not listed, since not torch's BatchNorm: 1 (InstanceNorm1d)." in printed(net, 200)
+    assert "Not listed" not in printed(net, 200, exclude="1")

@@ -249,6 +249,7 @@ class BatchNormMonitor(BatchNormCallback):
             session.statuses,
             session.training,
             session.warm_up.layers,
+            self._selection.lookalikes(module),
             most=most,
         )
 

@@ -215,3 +215,15 @@ def test_hooks_that_are_called_by_hand_outside_of_a_fit_do_no_harm(hook: str) ->
     given |= {"batch": next(iter(train_loader())), "outputs": {}, "exception": ValueError()}
     parameters = list(inspect.signature(getattr(pl.Callback, hook)).parameters)[1:]
     getattr(watching, hook)(*(given.get(name, 0) for name in parameters))
+
+
+class WithInstanceNorm(Classifier):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net.features.append(nn.InstanceNorm2d(4, track_running_stats=True))
+
+
+def test_what_is_not_measured_since_it_only_looks_like_batch_norm_is_named(capsys: pytest.CaptureFixture[str]) -> None:
+    run(monitor(report=True), module=WithInstanceNorm())
+    said = " ".join(capsys.readouterr().out.split())
+    assert "Not listed, since not torch's BatchNorm: net.features.5 (InstanceNorm2d)." in said

@@ -75,7 +75,7 @@ class Snapshot:
         return Snapshot(self.layout.restrict(kept), num_batches_tracked=counters, eps=eps, **per_channel)
 
     def same_bits(self, other: Snapshot) -> bool:
-        """Whether both describe the same layers with bit-identical statistics and counters (NaN equals itself)."""
+        """Whether layers, statistics and counters are the same, bit by bit; ``weight``, only read, is not compared."""
         return (
             self.layout == other.layout
             and same_bits(self.mean, other.mean)
