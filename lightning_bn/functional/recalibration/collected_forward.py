@@ -56,12 +56,12 @@ class CollectedForward:
         # What was so before the pass is to be mended by it; what a step sets for a forward is meant to update nothing.
         self._untracked, self._still = not layer.track_running_stats, layer.momentum == 0
         self._by_hand = self._untracked or (self._alone and layer.running_mean.dtype in NARROW)  # type: ignore[union-attr]
-        self._inside = {key: None if value is None else value.clone() for key, value in self._own.items()}
+        self._inside: dict[str, Tensor | None] = dict.fromkeys(self._own)
+        if self._by_hand or function is not _BatchNorm.forward:
+            # torch's own forward does without the counter, and counting costs a kernel.
+            self._inside = {key: None if value is None else value.clone() for key, value in self._own.items()}
         if not self._by_hand:
             self._inside["running_mean"], self._inside["running_var"] = written
-        if function is _BatchNorm.forward:
-            # It does without the counter, and counting costs a kernel.
-            self._inside["num_batches_tracked"] = None
         self._used = self._elsewhere = False
         self._differs: Tensor | None = None
 
@@ -76,9 +76,9 @@ class CollectedForward:
         layer, attributes = self._layer, self._attributes
         if not layer.training:
             return self._forward(*args, **kwargs)
-        batch, momentum = batch_in(args, kwargs), attributes["momentum"]
+        batch, momentum = args[0] if args else batch_in(args, kwargs), attributes["momentum"]
         count = values_per_channel(self.name, layer, batch, self._alone)
-        if not (layer.track_running_stats or self._untracked) or (momentum == 0 and not self._still):
+        if not (attributes["track_running_stats"] or self._untracked) or (momentum == 0 and not self._still):
             return self._forward(*args, **kwargs)
         if not self._holds(self._own):
             self._elsewhere = True
@@ -88,7 +88,7 @@ class CollectedForward:
             self.empty += 1
             return self._forward(*args, **kwargs)
         if self._torchs:
-            self._given(batch)
+            self._take(batch, count)
         self._held.update(self._inside)
         if not self._by_hand:
             attributes["momentum"] = 1.0
@@ -119,11 +119,15 @@ class CollectedForward:
         return self._differs is not None and bool(self._differs)
 
     def _holds(self, buffers: Mapping[str, Tensor | None]) -> bool:
-        return all(self._held.get(key) is buffers[key] for key in ("running_mean", "running_var"))
+        # In every forward of every layer: no loop.
+        held = self._held
+        return held.get("running_mean") is buffers["running_mean"] and held.get("running_var") is buffers["running_var"]
 
     def _given(self, batch: Tensor) -> None:
+        self._take(batch, values_per_channel(self.name, self._layer, batch, self._alone))
+
+    def _take(self, batch: Tensor, count: int) -> None:
         """Make room for the statistics of a batch that are computed next."""
-        count = values_per_channel(self.name, self._layer, batch, self._alone)
         if self.count != NOT_CALLED:
             # A second use in this batch would overwrite the first.
             self._merge()
