@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import multiprocessing
 import pickle
 import signal
@@ -19,7 +20,10 @@ from torch.utils._pytree import tree_leaves
 
 from lightning_bn.callbacks._lightning.namespaces import MisconfigurationException
 from lightning_bn.callbacks._second_run.drawn_once import CHOICES
+from lightning_bn.functional._bits import is_plain
 
+_OF_NUMPY = {torch.float16, torch.float32, torch.float64, torch.complex64, torch.complex128, torch.bool}
+_OF_NUMPY |= {torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64}
 _PATIENCE = 10.0
 """Seconds in which the process and its workers may end by themselves."""
 
@@ -65,13 +69,14 @@ def _received(connection: Connection, process: Any) -> Generator[Any, None, None
         try:
             # One more is loaded while this one is used.
             connection.send_bytes(b"")
-            kind, value = pickle.loads(connection.recv_bytes())
+            received = connection.recv_bytes()
         except (EOFError, ConnectionError) as error:
             process.join(_PATIENCE)
             raise MisconfigurationException(
                 f"PreciseBatchNorm: the process that loaded the batches ended with exit code {process.exitcode} (a "
                 f"negative one is a signal: -7 means that shared memory is full, -9 often that memory is). {CHOICES}"
             ) from error
+        kind, value = pickle.loads(received)
         if kind == "error":
             raise value
         if kind == "batch":
@@ -103,8 +108,9 @@ def _replies(opened: Opened) -> Generator[Any, None, None]:
 
 def _packed(batch: Any) -> Any:
     # What workers put into shared memory is handed on; nothing else is put there, which may be small.
-    shared = any(isinstance(value, Tensor) and value.is_shared() for value in tree_leaves(batch))
-    dumps: Callable[[Any], Any] = ForkingPickler.dumps if shared else pickle.dumps
+    tensors = [value for value in tree_leaves(batch) if isinstance(value, Tensor)]
+    shared = any(tensor.layout is torch.strided and tensor.is_shared() for tensor in tensors)
+    dumps: Callable[[Any], Any] = ForkingPickler.dumps if shared else _dumps
     try:
         return dumps(("batch", batch))
     except Exception as error:
@@ -112,6 +118,23 @@ def _packed(batch: Any) -> Any:
             f"PreciseBatchNorm: the second pass over the training loaders runs in a process of its own, and its "
             f"batches cannot be handed over ({type(error).__name__}: {error}). {CHOICES}"
         ) from error
+
+
+class _Pickler(pickle.Pickler):
+    """Writes the values of a tensor alone, where torch would write a file of all that lies in its storage."""
+
+    def reducer_override(self, obj: Any) -> Any:
+        """As :class:`pickle.Pickler` has it."""
+        plain = type(obj) is Tensor and obj.device.type == "cpu" and not obj.requires_grad and obj.is_contiguous()
+        if plain and is_plain(obj) and obj.dtype in _OF_NUMPY:
+            return torch.from_numpy, (obj.numpy(),)
+        return NotImplemented
+
+
+def _dumps(value: Any) -> bytes:
+    written = io.BytesIO()
+    _Pickler(written, pickle.HIGHEST_PROTOCOL).dump(value)
+    return written.getvalue()
 
 
 def _packed_error(error: BaseException) -> bytes:

@@ -2,6 +2,7 @@
 
 import functools
 import multiprocessing
+import pickle
 import random
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -12,7 +13,7 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import (
     BatchSampler,
     ChainDataset,
@@ -28,6 +29,7 @@ from torch.utils.data import (
 )
 
 from lightning_bn import PreciseBatchNorm
+from lightning_bn.callbacks._second_run.loading import _packed
 from tests.callbacks.fits import RECALIBRATED_FROM, Classifier, quiet, samples, train_loader, trajectory, val_loader
 from tests.models import bits
 
@@ -547,3 +549,36 @@ def test_workers_of_training_live_on():
     trainer.fit(Classifier(), train_loader(Pids(), num_workers=1, persistent_workers=True), val_loader())
     assert len(pids) == 8
     assert len(set.union(*pids)) == 1
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        torch.arange(6.0).reshape(2, 3),
+        torch.arange(6.0).reshape(2, 3).T,
+        torch.ones(2, 3, 4, 4).contiguous(memory_format=torch.channels_last),
+        torch.ones(3, dtype=torch.bfloat16),
+        torch.tensor(True),
+        torch.zeros(0, 3, dtype=torch.int64),
+        torch.arange(10)[2:5],
+        torch.ones(2, requires_grad=True),
+        nn.Parameter(torch.ones(2)),
+        torch.eye(3).to_sparse(),
+        torch.tensor([1 + 2j]).conj(),
+    ],
+    ids=lambda value: f"{type(value).__name__}-{value.dtype}-{value.layout}",
+)
+def test_tensors_come_out_of_the_other_process_as_they_went_in(value):
+    [found] = pickle.loads(_packed([value]))[1]
+    assert type(found) is type(value)
+    assert (found.dtype, found.shape, found.requires_grad) == (value.dtype, value.shape, value.requires_grad)
+    assert found.layout == value.layout
+    assert torch.equal(found.to_dense(), value.to_dense())
+    if value.layout is torch.strided:
+        assert found.stride() == value.stride()
+        found.detach().zero_()
+
+
+def test_a_slice_is_handed_over_without_what_lies_around_it():
+    whole = torch.zeros(1_000_000)
+    assert len(_packed([whole[:10]])) < 10_000
