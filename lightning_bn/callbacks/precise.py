@@ -194,7 +194,7 @@ class PreciseBatchNorm(BatchNormCallback):
             self._due = self._on_demand(trainer, pl_module)
         elif trainer.current_epoch >= self.start_epoch:
             self._validations += 1
-            self._due = self._validations % self.every_n_validations == 0 and not self._precise
+            self._due = self._validations % self.every_n_validations == 0 and self._is_late(trainer)
 
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
@@ -235,7 +235,8 @@ class PreciseBatchNorm(BatchNormCallback):
 
     def _is_late(self, trainer: Trainer) -> bool:
         """Whether the layers do not hold statistics of the weights of now, in an epoch in which they should."""
-        return in_training_fit(trainer) and trainer.current_epoch >= self.start_epoch and not self._precise
+        due = in_training_fit(trainer) and trainer.current_epoch >= self.start_epoch
+        return due and not (self._precise and self._done_at_step == trainer.global_step)
 
     def _forget(self) -> None:
         self._modes.forget()

@@ -175,3 +175,18 @@ def test_what_somebody_put_in_the_place_of_the_method_is_called_and_stays() -> N
 class Saves(Classifier):
     def on_train_epoch_end(self) -> None:
         self.trainer.save_checkpoint("here")
+
+
+class SavesAt(pl.Callback):
+    """Somebody who saves in the middle of each batch, whose step is still to come."""
+
+    def __init__(self, hook: str, folder: Path) -> None:
+        setattr(self, hook, lambda trainer, *args: trainer.save_checkpoint(folder / "middle.ckpt"))
+
+
+@pytest.mark.parametrize("hook", ["on_train_batch_start", "on_before_backward", "on_before_optimizer_step"])
+def test_file_saved_before_the_last_step_is_not_taken_for_the_last(tmp_path: Path, hook: str) -> None:
+    trainer, saver, _ = ENDS["weights alone"]
+    module, _, saved = run(tmp_path, trainer, saver, [SavesAt(hook, tmp_path)])
+    assert {name: bits(value) for name, value in state_of(saved[-1]).items()} == state_bits(module)
+    assert_all_statistics(module.net, layer_inputs(module.net.train(), RECALIBRATED_FROM[-3:], NORMS))

@@ -27,6 +27,10 @@ def was_interrupted(trainer: Trainer) -> bool:
 
 def is_over(trainer: Trainer) -> bool:
     """Whether no further batch will be trained on, as far as that is known."""
+    progress: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+    if progress.processed < progress.ready:
+        # In the middle of a batch, whose step is still to come.
+        return False
     most = trainer.max_epochs
     epochs_are_over = most is not None and 0 <= most <= trainer.current_epoch + 1 and trainer.is_last_batch
     steps_are_over = 0 <= trainer.max_steps <= trainer.global_step

@@ -57,33 +57,47 @@ class Beginning:
 
     Attributes:
         before: What the sets held when the context began, by layer; empty outside of one.
+        grown: Layers that have had enough updates.
     """
 
     before: dict[str, Buffers] = field(default_factory=dict)
+    grown: set[str] = field(default_factory=set)
 
     def begin(self, sets: Mapping[str, Buffers], layers: Mapping[str, _BatchNorm]) -> None:
-        """Remember the sets of the layers that are in train mode."""
-        self.before = copies({name: sets[name] for name, layer in layers.items() if _averages(layer)})
+        """Remember the sets of the layers in train mode that have not had enough updates."""
+        self.before = copies(
+            {name: sets[name] for name, layer in layers.items() if name not in self.grown and _averages(layer)}
+        )
+        with torch.no_grad():
+            for name, updates in zip(self.before, _counts(self.before.values()), strict=True):
+                if not updates:
+                    # What the first batch replaces would only round it off.
+                    sets[name]["running_mean"].zero_()
+                    sets[name]["running_var"].zero_()
 
     def end(self, sets: Mapping[str, Buffers], layers: Mapping[str, _BatchNorm]) -> bool:
         """Weigh anew what was updated since; return whether all layers have had enough updates."""
         before, self.before = self.before, {}
-        if not before:
-            return False
-        done = _counts(before.values())
-        now = _counts(sets[name] for name in before)
-        grown = True
+        done, now = _counts(before.values()), _counts(sets[name] for name in before)
         with torch.no_grad():
             for (name, old), seen, after in zip(before.items(), done, now, strict=True):
                 momentum, updates = float(layers[name].momentum or 0), after - seen
-                grown = grown and after * momentum >= 1
                 weight = 1 - (1 - momentum) ** updates
                 wanted = max(weight, updates / after) if after else 0.0
-                if updates > 0 and wanted > weight:
-                    for key in ("running_mean", "running_var"):
-                        new, was = sets[name][key], old[key].double()
-                        new.copy_(was + (new.double() - was) * (wanted / weight))
-        return grown
+                for key in ("running_mean", "running_var"):
+                    new, was = sets[name][key], old[key]
+                    if not updates:
+                        # As it was, unless somebody else wrote to it.
+                        new.copy_(new if seen or new.any() else was)
+                    elif wanted > weight:
+                        start = was.double() if seen else torch.zeros_like(was, dtype=torch.float64)
+                        new.copy_(start + (new.double() - start) * (wanted / weight))
+                if updates:
+                    # Rounding may leave a little below zero.
+                    sets[name]["running_var"].clamp_(min=0)
+                if after * momentum >= 1:
+                    self.grown.add(name)
+        return all(name in self.grown or layer.num_batches_tracked is None for name, layer in layers.items())
 
 
 def _averages(layer: _BatchNorm) -> bool:
@@ -93,4 +107,5 @@ def _averages(layer: _BatchNorm) -> bool:
 
 def _counts(sets: Iterable[Buffers]) -> list[int]:
     """Updates so far, of all layers with one transfer to the host."""
-    return torch.stack([one["num_batches_tracked"] for one in sets]).tolist()
+    counters = [one["num_batches_tracked"] for one in sets]
+    return torch.stack(counters).tolist() if counters else []

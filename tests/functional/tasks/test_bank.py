@@ -608,3 +608,39 @@ def test_whole_model_compiled_has_no_more_graphs_than_with_one_task() -> None:
         return count
 
     assert graphs([f"task{index}" for index in range(12)]) == graphs(["only"])
+
+
+@pytest.mark.parametrize(("dtype", "scale"), [(torch.float32, 1e3), (torch.bfloat16, 1.0)])
+def test_what_a_task_begins_from_does_not_round_off_what_it_sees(dtype: torch.dtype, scale: float) -> None:
+    layer = nn.BatchNorm1d(64).to(dtype)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(50):
+        layer((torch.randn(64, 64, generator=generator) * scale).to(dtype))
+    bank = task_statistics(layer, ["near", "far"])
+    x = (torch.randn(64, 64, generator=generator) * 0.01 + 0.3).to(dtype)
+    with bank.task("far"):
+        layer(x)
+    found = bank.snapshot("far")
+    assert torch.allclose(found.mean.double(), x.double().mean(0), rtol=0.01)
+    assert torch.allclose(found.var.double(), x.double().var(0), rtol=0.1)
+
+
+def test_layer_that_is_in_eval_while_others_begin_begins_when_it_trains() -> None:
+    model = nn.ModuleDict({"a": nn.BatchNorm1d(1), "b": nn.BatchNorm1d(1).eval()})
+    bank = task_statistics(model, ["near", "far"])
+    x = torch.randn(64, 1, generator=torch.Generator().manual_seed(0)) + 100
+    for step in range(15):
+        model["b"].train(step >= 10)
+        with bank.task("far"):
+            model["a"](x)
+            model["b"](x)
+    assert bank.snapshot("far").mean.tolist() == pytest.approx([float(x.mean())] * 2, rel=1e-5)
+
+
+def test_context_in_which_nothing_trains_leaves_what_a_task_begins_from() -> None:
+    model = network()
+    bank = task_statistics(model, TASKS)
+    before = bank.snapshot("b")
+    with bank.task("b"):
+        pass
+    assert bank.snapshot("b").same_bits(before)
