@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torchmetrics import Metric
 
+from lightning_bn.functional._checks import check_choice, check_positive
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.statistics.drift_measures import MEASURES, Measure, of_standardized, standardized
@@ -74,10 +75,10 @@ class BatchNormDrift(Metric):
         **kwargs: Any,
     ) -> None:
         super().__init__(**kwargs)
-        if measure not in MEASURES:
-            raise ValueError(f"BatchNormDrift(measure={measure!r}) must be one of {', '.join(MEASURES)}.")
-        if threshold is not None and not threshold > 0:
-            raise ValueError(f"BatchNormDrift(threshold={threshold!r}) must be a positive number, or None.")
+        check_choice("measure", measure, MEASURES)
+        check_positive("threshold", threshold, none="for no share above it")
+        if not isinstance(reference, nn.Module | Snapshot):
+            raise TypeError(f"reference={reference!r} must be a torch.nn.Module or a Snapshot.")
         self.measure: Measure = measure
         self.threshold = threshold
         self._selection = LayerSelection(modules, exclude, root)

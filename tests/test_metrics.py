@@ -276,3 +276,21 @@ def test_results_are_curves_drawn_where_one_wants_them(tmp_path: Path) -> None:
     assert lines["jeffreys_max"] == pytest.approx([float(result["jeffreys_max"]) for result in results])
     figure, _ = metric.plot(results[0])
     drawn(figure)
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"threshold": "a"},
+        {"threshold": True},
+        {"threshold": {}},
+        {"threshold": float("nan")},
+        {"measure": []},
+        {"reference": None},
+        {"reference": "file.pt"},
+    ],
+    ids=str,
+)
+def test_arguments_of_another_kind_are_refused_by_their_names(arguments):
+    with pytest.raises((ValueError, TypeError), match=next(iter(arguments))):
+        BatchNormDrift(**{"reference": nn.BatchNorm1d(2), **arguments})

@@ -140,7 +140,7 @@ class PreciseBatchNorm(BatchNormCallback):
         self.source, self.source_method, self.step = source, source_method, step
         self.estimator, self.restore, self.containers_in_eval = estimator, restore, containers_in_eval
         self.last: result.Recalibration | None = None
-        self._validations, self._done_at_step = 0, -1
+        self._validations, self._done_at_step, self._epoch = 0, -1, 0
         self._due = self._looked = self._precise = False
         self._recent, self._replaced = deque[Any](maxlen=num_batches or 0), ReplacedAverage()
         self._modes = TrainingModes()
@@ -169,9 +169,10 @@ class PreciseBatchNorm(BatchNormCallback):
         if not trainer.global_step:
             self._validations, self._done_at_step = 0, -1
             self._replaced.forget()
-        self._precise = self._done_at_step == trainer.global_step
+        self._precise, self._epoch = self._done_at_step == trainer.global_step, trainer.current_epoch
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._epoch = trainer.current_epoch
         self._modes.expect_changes()  # the module's own hook comes after this one and may replace layers
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -199,8 +200,7 @@ class PreciseBatchNorm(BatchNormCallback):
     def on_validation_batch_start(
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
-        # Only here are averaged weights swapped in, whatever the order of callbacks.
-        if self._due:
+        if self._due:  # only here are averaged weights swapped in, whatever the order of callbacks
             self._due = False
             self._recalibrate(trainer, pl_module)
 
@@ -218,15 +218,17 @@ class PreciseBatchNorm(BatchNormCallback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._is_late(trainer):
             self._recalibrate(trainer, pl_module)
-        self._forget()
+        self._modes.forget()
+        self._recent.clear()
         self._last_file.end(trainer)
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
-        self._forget()
+        self._modes.forget()
+        self._recent.clear()
 
     def state_dict(self) -> dict[str, Any]:
-        counts = {"validations": self._validations, "done_at_step": self._done_at_step}
-        return {"format": 1, **counts, "replaced": self._replaced.state_dict()}
+        counts = {"format": 1, "validations": self._validations, "done_at_step": self._done_at_step}
+        return {**counts, "replaced": self._replaced.state_dict()}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         self._validations = state_dict.get("validations", 0)
@@ -235,15 +237,12 @@ class PreciseBatchNorm(BatchNormCallback):
 
     def _is_late(self, trainer: Trainer) -> bool:
         """Whether the layers do not hold statistics of the weights of now, in an epoch in which they should."""
-        due = in_training_fit(trainer) and trainer.current_epoch >= self.start_epoch
-        return due and not (self._precise and self._done_at_step == trainer.global_step)
-
-    def _forget(self) -> None:
-        self._modes.forget()
-        self._recent.clear()
+        precise = self._precise and self._done_at_step == trainer.global_step
+        return in_training_fit(trainer) and self._epoch >= self.start_epoch and not precise
 
     def _on_demand(self, trainer: Trainer, module: LightningModule) -> bool:
         """Whether a run outside of training is to be preceded by a recalibration: only from a source of its own."""
+        self._epoch = trainer.current_epoch
         if self.source_method is None and not trainer.sanity_checking:
             rank_zero_info(f"PreciseBatchNorm: {NO_SOURCE}")
         elif not trainer.sanity_checking:
@@ -296,6 +295,6 @@ class PreciseBatchNorm(BatchNormCallback):
 
     def _report(self, trainer: Trainer, done: result.Recalibration) -> None:
         averaged = ", averaged weights" * any(updated for _, updated in averaged_copies(trainer))
-        rank_zero_info(f"PreciseBatchNorm: epoch {trainer.current_epoch}{averaged}, {done}")
+        rank_zero_info(f"PreciseBatchNorm: epoch {self._epoch}{averaged}, {done}")
         self._said |= {"draws"} if done.drew_random_numbers else set()
         self._log_curves(trainer, {f"bn/precise_{name}": value for name, value in done.metrics().items()})

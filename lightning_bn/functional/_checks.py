@@ -45,7 +45,7 @@ def check_choice(name: str, value: Any, choices: Iterable[str]) -> None:
         ValueError: With the name, the value and what is wanted.
     """
     listed = tuple(choices)
-    if value not in listed:
+    if not isinstance(value, str) or value not in listed:
         raise ValueError(f"{name}={value!r} must be one of {', '.join(listed)}.")
 
 

@@ -390,3 +390,23 @@ def test_hooks_that_are_called_by_hand_outside_of_a_fit_do_no_harm(hook: str) ->
     with said():
         getattr(holder, hook)(*(given.get(name, 0) for name in parameters))
     assert state(module) == before
+
+
+class ReplacesOfTask(Labelled):
+    def loss(self, batch: Any) -> Tensor:
+        return PretrainedClassifier.loss(self, batch)
+
+    def on_train_epoch_start(self) -> None:
+        if self.current_epoch == 1:
+            self.net.body[1] = fill_statistics(nn.BatchNorm1d(4), seed=9).train()  # type: ignore[index]
+
+
+def test_replaced_layer_of_a_task_is_told_of_and_frozen_from_the_next_full_check_on() -> None:
+    module, holder = ReplacesOfTask(), by_task(task_key=f"{__name__}.task_of_all")
+    with pytest.warns(UserWarning, match="replaced by another one"):
+        fit(module, holder, max_epochs=3)
+    assert holder.report is not None
+    assert not holder.report.identical
+    # Epoch 1 passed before it was seen, epoch 2 did not move it.
+    assert int(layers(module)[BODY[0]].num_batches_tracked) <= 7 + 4  # type: ignore[arg-type]
+    assert not any(layer._forward_pre_hooks for layer in layers(module).values())

@@ -1,7 +1,9 @@
 """What a monitor shows at the end never ends a fit, and what it says of several uses and of resumed fits is true."""
 
+import copy
 import inspect
 import io
+import pickle
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -227,3 +229,62 @@ def test_what_is_not_measured_since_it_only_looks_like_batch_norm_is_named(capsy
     run(monitor(report=True), module=WithInstanceNorm())
     said = " ".join(capsys.readouterr().out.split())
     assert "Not listed, since not torch's BatchNorm: net.features.5 (InstanceNorm2d)." in said
+
+
+def used(shifts: tuple[float, ...], momentum: float | None = 0.1) -> list[str]:
+    """What a session says of a layer that a step uses once for each shift."""
+    layer = nn.BatchNorm1d(4, momentum=momentum).train()
+    session = MonitorSession({"bn": layer}, every_n_steps=5)
+    said: list[str] = []
+    for step in range(1, 11):
+        session.before_batch()
+        for use, shift in enumerate(shifts):
+            layer(torch.randn(16, 4, generator=torch.Generator().manual_seed(10 * step + use)) + shift)
+        if session.after_batch(torch.zeros(16 * len(shifts), 4), step):
+            sample = session.sample(step, right_after=True)
+            said += [] if sample is None else sample.messages
+    return [line for line in said if "times per" in line]
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+@pytest.mark.parametrize("shifts", [(0, 30), (0, 0, 30), (0, 30, 0), (30, 0, 0)])
+def test_furthest_use_counts_however_many_there_are(shifts: tuple[float, ...], momentum: float | None) -> None:
+    [line] = used(shifts, momentum)
+    assert f"is used {len(shifts)} times per step by inputs whose means lie" in line
+    [line] = used((0,) * len(shifts), momentum)
+    assert "it is used more than once in a forward" in line
+
+
+def test_copy_that_a_step_makes_of_the_model_takes_no_hook_along() -> None:
+    layer = nn.BatchNorm1d(4).train()
+    session = MonitorSession({"bn": layer}, every_n_steps=1)
+    session.before_batch()
+    twin, loaded = copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))
+    for _ in range(5):
+        twin(torch.randn(8, 4))
+        loaded(torch.randn(8, 4))
+    layer(torch.randn(8, 4))
+    session.after_batch(torch.zeros(8, 4), 1)
+    held = [hook._seen for other in (twin, loaded) for hook in other._forward_hooks.values()]  # type: ignore[attr-defined]
+    assert held == [None, None]
+    assert not layer._forward_hooks
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        {"every_n_steps": 0},
+        {"every_n_steps": True},
+        {"measure": "x"},
+        {"measure": []},
+        {"warn_above": "a"},
+        {"act_above": float("nan")},
+        {"step": -1},
+        {"step": 1.5},
+        {"reference": "nowhere"},
+    ],
+    ids=str,
+)
+def test_session_refuses_arguments_by_their_names(arguments: dict[str, Any]) -> None:
+    with pytest.raises(ValueError, match=next(iter(arguments))):
+        MonitorSession({"bn": nn.BatchNorm1d(4)}, **arguments)

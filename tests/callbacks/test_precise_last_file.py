@@ -190,3 +190,12 @@ def test_file_saved_before_the_last_step_is_not_taken_for_the_last(tmp_path: Pat
     module, _, saved = run(tmp_path, trainer, saver, [SavesAt(hook, tmp_path)])
     assert {name: bits(value) for name, value in state_of(saved[-1]).items()} == state_bits(module)
     assert_all_statistics(module.net, layer_inputs(module.net.train(), RECALIBRATED_FROM[-3:], NORMS))
+
+
+def test_epoch_that_never_ran_is_none_in_which_it_should(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    trainer, saver, _ = ENDS["weights alone"]
+    with caplog.at_level(logging.INFO):
+        module, callback, saved = run(tmp_path, trainer, saver, [], start_epoch=2)
+    assert callback.last is None
+    assert "epoch 2" not in caplog.text
+    assert {name: bits(value) for name, value in state_of(saved[-1]).items()} == state_bits(module)

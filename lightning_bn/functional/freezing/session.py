@@ -75,8 +75,7 @@ class FreezeSession:
         self._since: int | None = None
         self._baselines: list[Baseline] = []
         self._batch_task: str | None = None
-        self.tasks_seen: set[str] = set()
-        self._hooks: dict[str, RemovableHandle] = {}
+        self.tasks_seen, self._hooks = set[str](), dict[str, RemovableHandle]()
 
     @property
     def on(self) -> bool:
@@ -245,7 +244,7 @@ class FreezeSession:
 
     def _on_task(self, task: str | None) -> None:
         """Freeze by the task of what runs next: that of the innermost context, else the batch's own."""
-        task = task if task is not None else self._batch_task
+        task = self._batch_task if task is None else task
         if self.on:
             self.tasks_seen |= set() if task is None else {task}
             self._record(self._tasks.switch(task))
@@ -256,11 +255,12 @@ class FreezeSession:
         new = {name: now[name] for name, layer in self._always.items() if now.get(name, layer) is not layer}
         old = {name: self._always[name] for name in new}
         self._always.update(new)
-        declare(new, **self._values, owner=self._owner, frozen=True)
+        of_tasks = {} if self._tasks.task is not None else self._tasks.take_replaced(now)
+        declare(new | of_tasks, **self._values, owner=self._owner, frozen=True)
         self._pin(new, old)
         self._release(old)
         self._affine = parameters_of_all(self._always.values())
-        return list(new)
+        return [*new, *of_tasks]
 
     def _compare_with_checkpoint(self, baseline: Baseline) -> None:
         """Tell of layers frozen from the first batch on, which the run before had frozen with other values."""

@@ -74,6 +74,15 @@ class TaskFreeze:
                 self._blocked.enter_context(blocked_gradients(members))
         return changes
 
+    def take_replaced(self, now: Mapping[str, _BatchNorm]) -> dict[str, _BatchNorm]:
+        """Take layers that took the place of others of the same name; return these, outside of a batch."""
+        new = {name: now[name] for name, layer in self.layers.items() if now.get(name, layer) is not layer}
+        self.layers.update(new)
+        for task, members in self._by_task.items():
+            self._by_task[task] = {name: self.layers[name] for name in members}
+        self.parameters = parameters_of_all(self.layers.values())
+        return new
+
     def end_batch(self) -> list[Change]:
         """Freeze for no task; return what was done to the last one's layers."""
         changes = self.switch(None)

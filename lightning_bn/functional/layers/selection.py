@@ -67,6 +67,11 @@ class LayerSelection:
         tracked = {name: layer for name, layer in layers.items() if name not in set(without)}
         for name, layer in tracked.items():
             size = layer.running_mean.numel()  # type: ignore[union-attr]
+            if not layer.num_features and isinstance(layer, nn.modules.lazy.LazyModuleMixin):
+                raise SelectionError(
+                    f"BatchNorm layer {named(name)} is a {type(layer).__name__} that has loaded its values and not "
+                    f"seen a batch yet: run one forward pass of the model first."
+                )
             if size != layer.num_features:
                 raise SelectionError(
                     f"{type(layer).__name__} {named(name)} holds running statistics of {size} values for its "

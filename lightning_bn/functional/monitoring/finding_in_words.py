@@ -42,8 +42,9 @@ _SENTENCES: dict[FindingKind, str] = {
     ),
     "frozen but moves": "{who} is frozen by {frozen_by} but its statistics were {how}.",
     "stalled": (
-        "{who} is in train mode but was not updated in {idle} batches: no forward reaches it, its tracking was "
-        "switched off or its momentum is 0; evaluation uses statistics that no longer follow."
+        "{who} is in train mode but was not updated in {idle} batches: no forward reaches it (was it replaced or taken "
+        "out of the model?), its tracking was switched off or its momentum is 0; evaluation uses statistics that no "
+        "longer follow."
     ),
     "updated twice": (
         "{who} is updated {updates:.2g} times per batch: it is used more than once in a forward, or activation "

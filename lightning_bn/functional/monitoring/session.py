@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._batches import num_samples
-from lightning_bn.functional._checks import check_choice
+from lightning_bn.functional._checks import check_choice, check_whole
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.layers.status import LayerStatus, layer_status
@@ -31,7 +31,7 @@ from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.measure import Evidence, LayerTable, measure
 from lightning_bn.functional.monitoring.monitor_state import MonitorState
 from lightning_bn.functional.monitoring.sample import Sample
-from lightning_bn.functional.monitoring.settings import REFERENCES
+from lightning_bn.functional.monitoring.settings import REFERENCES, check_settings
 from lightning_bn.functional.monitoring.uses import Uses
 from lightning_bn.functional.monitoring.warm_up import WarmUp, following
 from lightning_bn.functional.statistics.drift_measures import Measure
@@ -82,8 +82,10 @@ class MonitorSession:
         max_over_ranks: OverRanks | None = None,
         processes: int = 1,
     ) -> None:
+        check_settings(every_n_steps, measure, reference if checkpoint is None else "fit_start", warn_above, act_above)
         if checkpoint is None:
             check_choice("reference", reference, REFERENCES)
+        check_whole("step", step, 0)
         self._layers = layers
         self._measure: Measure = measure
         self._measured_from = reference

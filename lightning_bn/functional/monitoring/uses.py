@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Mapping
-from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -16,20 +15,15 @@ from lightning_bn.functional.statistics.snapshots import Snapshot
 class Uses:
     """Running means after each use of some layers, while a batch is judged.
 
-    Of an exponential average, the mean of each use's batch follows from two of them: (after - before) / m + before.
-    Nothing is seen of layers inside compiled code, which does not run hooks that were added later.
+    The mean of each use's batch follows from two of them: (after - before) / weight + before. Nothing is seen of layers
+    inside compiled code, which does not run hooks that were added later.
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm], names: Collection[str]) -> None:
-        self._seen: dict[str, list[Tensor]] = {name: [] for name in names}
+        self._seen: dict[str, list[tuple[Tensor, Tensor | None]]] = {name: [] for name in names}
         self._hooks: list[RemovableHandle] = [
-            layers[name].register_forward_hook(partial(self._see, name)) for name in names
+            layers[name].register_forward_hook(_Look(seen)) for name, seen in self._seen.items()
         ]
-
-    def _see(self, name: str, layer: nn.Module, *_: object) -> None:
-        mean = layer.running_mean
-        if layer.training and isinstance(mean, Tensor) and not torch.compiler.is_compiling():
-            self._seen[name].append(mean.detach().clone())
 
     def end(self) -> None:
         """Look no further."""
@@ -37,7 +31,9 @@ class Uses:
             self._hooks.pop().remove()
 
     def apart(self, before: Snapshot, layers: Mapping[str, _BatchNorm]) -> Tensor:
-        """Return how far the second use lay from the first, ``(C,)``, in standard deviations; NaN where there is none.
+        """Return how far the use that is furthest from the first lay from it, ``(C,)``, in standard deviations.
+
+        NaN where a layer was used once, or its weights are not known.
 
         Args:
             before: The statistics before the batch, of all layers.
@@ -45,10 +41,35 @@ class Uses:
         """
         sigma = (before.var.double() + before.eps_of()).sqrt()
         found = torch.full_like(sigma, torch.nan)
-        for name, means in self._seen.items():
-            momentum, part = layers[name].momentum, before.layout.slices[name]
-            if len(means) > 1 and momentum:
-                start, one, two = before.mean[part].double(), means[0].double(), means[1].double()
-                first, second = (start + (one - start) / momentum, one + (two - one) / momentum)
-                found[part] = (second - first) / sigma[part]
+        for name, seen in self._seen.items():
+            part, momentum = before.layout.slices[name], layers[name].momentum
+            if len(seen) < 2 or momentum == 0 or (momentum is None and seen[0][1] is None):
+                continue
+            last, batches = before.mean[part].double(), []
+            for mean, count in seen:
+                # A cumulative average takes the n-th batch with a weight of 1 / n.
+                share = momentum if momentum is not None else 1 / count.double()  # type: ignore[union-attr]
+                batches.append(last + (mean.double() - last) / share)
+                last = mean.double()
+            distances = torch.stack(batches[1:]) - batches[0]
+            found[part] = distances[distances.square().mean(1).argmax()] / sigma[part]
         return found
+
+
+class _Look:
+    """The hook of one layer; a copy of the layer takes none along."""
+
+    def __init__(self, seen: list[tuple[Tensor, Tensor | None]] | None = None) -> None:
+        self._seen = seen
+
+    def __call__(self, layer: nn.Module, *_: object) -> None:
+        mean, count = layer.running_mean, layer.num_batches_tracked
+        if self._seen is not None and layer.training and isinstance(mean, Tensor) and not torch.compiler.is_compiling():
+            counted = count.detach().clone() if isinstance(count, Tensor) else None
+            self._seen.append((mean.detach().clone(), counted))
+
+    def __deepcopy__(self, memo: object) -> _Look:
+        return _Look()
+
+    def __reduce__(self) -> tuple[type[_Look], tuple[()]]:
+        return (_Look, ())

@@ -87,6 +87,7 @@ def recalibrate_checkpoint(
 
     Raises:
         FileExistsError: If ``out`` exists and ``overwrite`` is not given; nothing is read then.
+        IsADirectoryError: If ``out`` is a folder; nothing is read then.
         IsADirectoryError: If ``path`` is a folder, as sharded checkpoints are.
         ModuleNotFoundError: If the format needs a package that is not installed.
         ValueError: If the file cannot be read or holds no state dict, if none or more than one place in it fits
@@ -95,6 +96,8 @@ def recalibrate_checkpoint(
         pickle.UnpicklingError: If the file holds more than tensors and plain values.
     """
     path, out = Path(path), Path(out)
+    if out.is_dir():
+        raise IsADirectoryError(f"out={str(out)!r} is a folder: name the file that is to be written.")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists: choose another out=, or pass overwrite=True to replace it.")
     checkpoint = read_checkpoint(path)

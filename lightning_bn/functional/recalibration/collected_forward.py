@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
-from lightning_bn.functional._text import quoted
+from lightning_bn.functional._text import named, quoted
 from lightning_bn.functional.layers.exchange import Entries
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.layers.torch_private import attributes_of, buffers_of
@@ -64,6 +64,7 @@ class CollectedForward:
             self._inside["running_mean"], self._inside["running_var"] = written
         self._used = self._elsewhere = False
         self._differs: Tensor | None = None
+        self._versions = self._own_versions()
 
     def entries(self) -> Entries:
         """What the layer is to hold meanwhile; on the instance, where compiled code run as written finds it."""
@@ -104,15 +105,28 @@ class CollectedForward:
     def begin_batch(self) -> None:
         """Forget how the last batch was used."""
         self._used = self._elsewhere = False
+        self._versions = self._own_versions()
 
     def end_batch(self) -> None:
         """Look whether the batch left its statistics here.
 
         Raises:
-            RecalibrationError: If other buffers lie in the layer, or have lain there whenever it was called.
+            RecalibrationError: If other buffers lie in the layer, or have lain there whenever it was called; or if
+                something wrote to its own ones, as to undo the update of a forward that is counted.
         """
         if not self._holds(self._own) or (self._elsewhere and not self._used):
             raise not_written(self.name)
+        if self._used and self._own_versions() != self._versions:
+            raise RecalibrationError(
+                f"something inside the forward writes to the running statistics of BatchNorm layer "
+                f"{named(self.name)}, so "
+                f"that it is not known which of its forwards training would keep. Nothing was changed; run "
+                f"those that are "
+                f"not to count inside without_updates, or pass a forward= without them."
+            )
+
+    def _own_versions(self) -> tuple[int, ...]:
+        return tuple(self._own[key]._version for key in ("running_mean", "running_var"))  # type: ignore[union-attr]
 
     def wrote_others(self) -> bool:
         """Whether a forward of the user's own ever wrote other statistics than those of its input; waits for them."""
@@ -162,6 +176,11 @@ class _BatchNormCalls(TorchFunctionMode):
             training = args[5] if len(args) > 5 else kwargs.get("training", False)
             if training:
                 self._tell(args[0] if args else kwargs["input"])
+                # Whatever weight the forward gives the batch: what is wanted are its statistics.
+                if len(args) > 6:
+                    args = (*args[:6], 1.0, *args[7:])
+                else:
+                    kwargs = {**kwargs, "momentum": 1.0}
         return func(*args, **kwargs)
 
 

@@ -128,12 +128,15 @@ def recalibrate(
             f"recalibrate(model, batches): model is a {type(model).__name__}, not a torch.nn.Module; are the two "
             f"swapped?"
         )
+    check_flag("distributed", distributed)
+    if distributed and not (dist.is_available() and dist.is_initialized()):
+        raise ValueError("distributed=True needs torch.distributed's default process group, which is not initialized.")
     started = time.monotonic()
     processes = dist.get_world_size() if distributed else 1
     device = model_device(model)
     with _failure_told(device) if distributed else nullcontext():
         rule = StoppingRule(num_batches, num_samples, max_standard_error, processes)
-        _check(batches, estimator)
+        _check(batches, estimator, forward)
         check_flag("containers_in_eval", containers_in_eval, none="to say where it matters")
         check_positive("prior", prior, none="to forget what the layers hold")
         selected = LayerSelection(modules, exclude, root).tracked_layers(model)
@@ -218,7 +221,9 @@ def _failure_told(device: torch.device) -> Iterator[None]:
         raise
 
 
-def _check(batches: Any, estimator: str) -> None:
+def _check(batches: Any, estimator: str, forward: Any) -> None:
+    if forward is not None and not callable(forward):
+        raise TypeError(f"forward={forward!r} must be a function of model and batch, or None.")
     check_choice("estimator", estimator, get_args(Estimator))
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(

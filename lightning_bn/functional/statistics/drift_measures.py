@@ -8,6 +8,7 @@ from typing import Literal, TypeAlias, get_args
 import torch
 from torch import Tensor
 
+from lightning_bn.functional._checks import check_choice
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.statistics.snapshots import Snapshot
 
@@ -46,8 +47,7 @@ def drift(reference: Snapshot, current: Snapshot, measure: Measure = "jeffreys")
 
 def of_standardized(measure: Measure, shift: Tensor, ratio: Tensor, weight: Tensor) -> Tensor:
     """A measure from its ingredients: z and r of :func:`standardized`, and the affine weight."""
-    if measure not in _FORMULAS:
-        raise ValueError(f"measure={measure!r} is not one of {', '.join(MEASURES)}")
+    check_choice("measure", measure, MEASURES)
     return _FORMULAS[measure](shift, ratio, weight.to(shift))
 
 

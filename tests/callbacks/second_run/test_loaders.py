@@ -33,6 +33,9 @@ from lightning_bn.callbacks._second_run.loading import _packed
 from tests.callbacks.fits import RECALIBRATED_FROM, Classifier, quiet, samples, train_loader, trajectory, val_loader
 from tests.models import bits
 
+#: Each pass runs in a copy of the process.
+pytestmark = pytest.mark.processes
+
 
 def assert_bit_identical(
     loader: Callable[[], Any], build: Any = Classifier, batches: int = 2, **settings: Any

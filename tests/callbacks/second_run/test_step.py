@@ -22,6 +22,9 @@ from tests.callbacks.fits import Classifier, quiet, samples, train_loader, traje
 from tests.models import bits
 from tests.oracle import assert_all_statistics, layer_inputs
 
+#: Each pass runs in a copy of the process.
+pytestmark = pytest.mark.processes
+
 NORMS = ("features.1", "bn", "head.1")
 
 

@@ -31,6 +31,9 @@ from lightning_bn.functional import take_snapshot
 from tests.callbacks.fits import Classifier, quiet, samples, train_loader, trajectory, val_loader
 from tests.callbacks.freezing_fits import said
 
+#: Each pass runs in a copy of the process.
+pytestmark = pytest.mark.processes
+
 SETTINGS = {"val_check_interval": 2, "num_sanity_val_steps": 0}
 
 

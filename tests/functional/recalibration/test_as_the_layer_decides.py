@@ -357,3 +357,58 @@ def test_prior_needs_samples_that_can_be_counted() -> None:
     with pytest.raises(ValueError, match=r"prior=16 needs batches whose samples can be counted"):
         recalibrate(net, [object()], forward=lambda model, batch: model(images(4)), prior=16)
     assert everything(net) == before
+
+
+class OwnMomentum(nn.BatchNorm2d):
+    """Gives torch's function a weight of its own, by position or by name."""
+
+    def __init__(self, channels: int, by_name: bool) -> None:
+        super().__init__(channels)
+        self.by_name = by_name
+
+    def forward(self, x: Tensor) -> Tensor:
+        momentum = max(0.1, 1 / (float(self.num_batches_tracked or 0) + 1))
+        mean, var, weight, bias = self.running_mean, self.running_var, self.weight, self.bias
+        if self.by_name:
+            return F.batch_norm(x, mean, var, weight=weight, bias=bias, training=self.training, momentum=momentum)
+        return torch.batch_norm(x, weight, bias, mean, var, self.training, momentum, self.eps, True)
+
+
+@pytest.mark.parametrize("by_name", [True, False])
+def test_weight_that_a_layer_gives_torchs_function_is_not_in_the_result(by_name: bool) -> None:
+    net = fill_statistics(OwnMomentum(3, by_name)).train()
+    recalibrate(net, batches())
+    assert_statistics(net, per_channel(torch.cat(batches())))
+
+
+def undone_by_loading(model: Any, batch: Tensor) -> Any:
+    kept = copy.deepcopy(model.state_dict())
+    model(batch * 5 + 7)
+    model.load_state_dict(kept)
+    return model(batch)
+
+
+def undone_by_copying(model: Any, batch: Tensor) -> Any:
+    kept = model[1].running_mean.clone()
+    model(batch * 5 + 7)
+    model[1].running_mean.copy_(kept)
+    return model(batch)
+
+
+@pytest.mark.parametrize("forward", [undone_by_loading, undone_by_copying])
+def test_step_that_writes_to_the_statistics_itself_is_refused_by_the_layers_name(forward: Forward) -> None:
+    net = network()
+    before = everything(net)
+    with pytest.raises(RecalibrationError, match=r"writes to the running statistics of BatchNorm layer '1'"):
+        recalibrate(net, batches(), forward=forward)
+    assert everything(net) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [{"distributed": "yes"}, {"distributed": 1}, {"distributed": True}, {"forward": True}, {"forward": "forward"}],
+    ids=str,
+)
+def test_forward_and_distributed_are_refused_by_their_names(arguments: dict[str, Any]) -> None:
+    with pytest.raises((ValueError, TypeError), match=next(iter(arguments))):
+        recalibrate(nn.BatchNorm2d(3), batches(), **arguments)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_bn import BatchNormFreezer
-from lightning_bn.functional import RecalibrationError, recalibrate_checkpoint, take_snapshot
+from lightning_bn.functional import RecalibrationError, SelectionError, recalibrate_checkpoint, take_snapshot
 from lightning_bn.functional.layers.status import status_by_name
 from tests.callbacks.fits import LAYERS, Classifier, Net, quiet, samples, train_loader, val_loader
 from tests.models import SharedNorm, SmallResNet, bits, fill_statistics, images, seeded, state_bits
@@ -541,3 +541,18 @@ def test_folder_of_the_new_file_is_made(tmp_path):
     path = saved(seeded(SmallResNet).state_dict(), tmp_path)
     recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "a" / "b" / "new.pt")
     assert [file.name for file in (tmp_path / "a" / "b").iterdir()] == ["new.pt"]
+
+
+@pytest.mark.parametrize("overwrite", [True, False])
+def test_folder_as_out_is_refused_by_name_before_anything_is_read(tmp_path, overwrite):
+    before = sorted(tmp_path.parent.iterdir())
+    with pytest.raises(IsADirectoryError, match=r"out=.* is a folder: name the file"):
+        recalibrate_checkpoint(tmp_path / "none.pt", nn.BatchNorm1d(2), [], out=tmp_path, overwrite=overwrite)
+    assert sorted(tmp_path.parent.iterdir()) == before
+
+
+def test_lazy_layer_that_loads_its_values_is_told_to_run_once(tmp_path):
+    torch.save(nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3)).state_dict(), tmp_path / "a.pt")
+    model = nn.Sequential(nn.Linear(2, 3), nn.LazyBatchNorm1d())
+    with pytest.raises(SelectionError, match=r"'1' is a LazyBatchNorm1d that has loaded its values.*one forward pass"):
+        recalibrate_checkpoint(tmp_path / "a.pt", model, [torch.randn(8, 2)], out=tmp_path / "b.pt")
