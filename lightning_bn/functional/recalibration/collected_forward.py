@@ -50,6 +50,8 @@ class CollectedForward:
         self.name, self._layer, self._written, self._merge = name, layer, written, merge
         self._forward, self._held, self._attributes = layer.forward, buffers_of(layer), attributes_of(layer)
         self._own = dict(self._held)
+        self._mean: Any = layer.running_mean
+        self._var: Any = layer.running_var
         self._alone = processes_of(layer) == 1
         function = getattr(self._forward, "__func__", None)
         self._torchs = function in _TORCHS_FORWARDS
@@ -81,7 +83,7 @@ class CollectedForward:
         count = values_per_channel(self.name, layer, batch, self._alone)
         if not (attributes["track_running_stats"] or self._untracked) or (momentum == 0 and not self._still):
             return self._forward(*args, **kwargs)
-        if not self._holds(self._own):
+        if self._held.get("running_mean") is not self._mean or self._held.get("running_var") is not self._var:
             self._elsewhere = True
             return self._forward(*args, **kwargs)
         self._used = True
@@ -95,8 +97,6 @@ class CollectedForward:
             attributes["momentum"] = 1.0
         try:
             output = self._forward(*args, **kwargs) if self._torchs else self._watched(batch, args, kwargs)
-            if not self._holds(self._inside):
-                raise not_written(self.name)
         finally:
             self._held.update(self._own)
             attributes["momentum"] = momentum
@@ -118,15 +118,13 @@ class CollectedForward:
             raise not_written(self.name)
         if self._used and self._own_versions() != self._versions:
             raise RecalibrationError(
-                f"something inside the forward writes to the running statistics of BatchNorm layer "
-                f"{named(self.name)}, so "
-                f"that it is not known which of its forwards training would keep. Nothing was changed; run "
-                f"those that are "
+                f"something inside the forward writes to the running statistics of BatchNorm layer {named(self.name)}: "
+                f"it is not known which of its forwards training would keep. Nothing was changed; run those that are "
                 f"not to count inside without_updates, or pass a forward= without them."
             )
 
-    def _own_versions(self) -> tuple[int, ...]:
-        return tuple(self._own[key]._version for key in ("running_mean", "running_var"))  # type: ignore[union-attr]
+    def _own_versions(self) -> int:
+        return int(self._mean._version + self._var._version)
 
     def wrote_others(self) -> bool:
         """Whether a forward of the user's own ever wrote other statistics than those of its input; waits for them."""
@@ -155,6 +153,8 @@ class CollectedForward:
             self._merge()
         with _BatchNormCalls(self._inside["running_mean"], self._given):
             output = self._forward(*args, **kwargs)
+        if not self._holds(self._inside):
+            raise not_written(self.name)
         if self.count == NOT_CALLED:
             self._given(batch)
             if self._alone and not self._by_hand:
