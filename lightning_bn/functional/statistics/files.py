@@ -43,7 +43,7 @@ class CheckpointFile:
             ValueError: If it has not.
             ModuleNotFoundError: If the library of that format is not installed.
         """
-        if out.suffix != ".safetensors":
+        if not _is_safetensors(out):
             return
         _safetensors(out)
         others = [name for name, value in self.content.items() if not isinstance(value, Tensor)]
@@ -63,7 +63,7 @@ class CheckpointFile:
         out.parent.mkdir(parents=True, exist_ok=True)
         part = out.with_name(f".{out.name}.{os.getpid()}.part")
         try:
-            if out.suffix == ".safetensors":
+            if _is_safetensors(out):
                 # Copies, since the format refuses tensors that share memory, as tied weights do.
                 tensors = {name: value.contiguous().clone() for name, value in self.content.items()}
                 _safetensors(out).save_file(tensors, part, self.metadata or {"format": "pt"})
@@ -93,7 +93,7 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
             f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} OUT.pt`, one of Lightning with `python -m "
             f"pytorch_lightning.utilities.consolidate_checkpoint {path}`."
         )
-    read = _read_safetensors(path) if path.suffix == ".safetensors" else CheckpointFile(path, _read_torch(path))
+    read = _read_safetensors(path) if _is_safetensors(path) else CheckpointFile(path, _read_torch(path))
     if not state_dicts_in(read.content):
         raise ValueError(f"{path.name} holds no state dict: neither the file itself nor an entry of it is one.")
     return read
@@ -113,7 +113,9 @@ def _read_torch(path: Path) -> dict[str, Any]:
                 f"{path.name} holds objects besides tensors and plain values ({kind[1]}), which reading would execute: "
                 f"load it yourself if you trust it, save its state dict alone, and pass that."
             ) from error
-        why = re.sub(r"\x1b\[\d*m", "", str(error)).strip().partition("\n")[0]
+        first = re.sub(r"\x1b\[\d*m", "", str(error)).strip().partition("\n")[0]
+        # Not its advice to execute what is in the file.
+        why = "" if "weights_only" in first else first
         raise ValueError(
             f"{path.name} cannot be read as a file of torch.save: it is of another kind, or cut off "
             f"({type(error).__name__}{': ' * bool(why)}{why})."
@@ -132,6 +134,10 @@ def _read_safetensors(path: Path) -> CheckpointFile:
             return CheckpointFile(path, {name: file.get_tensor(name) for name in names}, file.metadata())
     except SafetensorError as error:
         raise ValueError(f"{path.name} cannot be read as a file of safetensors: {error}.") from error
+
+
+def _is_safetensors(path: Path) -> bool:
+    return path.suffix.lower() == ".safetensors"
 
 
 def _safetensors(path: Path) -> Any:

@@ -194,3 +194,23 @@ def test_without_the_library_safetensors_is_an_error_that_says_how_to_install_it
         recalibrate_checkpoint(tmp_path / "old.pt", nn.BatchNorm1d(2), [torch.ones(2, 2)], tmp_path / "a.safetensors")
     assert path.read_bytes() == before
     assert len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("kind", ["pickle", "TorchScript"])
+def test_files_of_other_kinds_are_refused_without_the_advice_to_execute_them(tmp_path, kind):
+    path = tmp_path / "a.pt"
+    if kind == "pickle":
+        path.write_bytes(pickle.dumps({"a": 1}))
+    else:
+        torch.jit.script(nn.BatchNorm1d(2)).save(path)
+    with pytest.raises(ValueError, match=r"a\.pt cannot be read as a file of torch\.save") as caught:
+        read_checkpoint(path)
+    assert "weights_only" not in str(caught.value)
+
+
+def test_suffix_says_the_format_whatever_its_case(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = nn.BatchNorm1d(2).state_dict()
+    safetensors.save_file(state, tmp_path / "A.SAFETENSORS")
+    assert read_checkpoint(tmp_path / "A.SAFETENSORS").content.keys() == state.keys()
