@@ -87,21 +87,31 @@ class PlacedSets:
             ExchangeError: At the end, if another exchange lies on top in one of the layers.
         """
         self.resolve()
-        sets, found = self.sets[task], {}
+        sets = self.sets[task]
+        found: dict[str, Buffers] = {}
         self._stack.append(task)
         try:
             with exchanged(_HOLDER, [Entries(name, layer, buffers=sets[name]) for name, layer in self.layers.items()]):
                 try:
                     yield
                 finally:
-                    # What is lent to a layer goes back by itself, or is an error at the end.
-                    found = {
-                        name: sets[name] if _lent(layer) else buffers_in(layer) for name, layer in self.layers.items()
-                    }
+                    if not self._holds(sets):
+                        # What is lent to a layer goes back by itself, or is an error at the end.
+                        found = {
+                            name: sets[name] if _lent(layer) else buffers_in(layer)
+                            for name, layer in self.layers.items()
+                        }
         finally:
             self._stack.pop()
-            if found and not _same(found, self.sets[task]):
+            if found:
                 self._adopt(task, found)
+
+    def _holds(self, sets: Mapping[str, Buffers]) -> bool:
+        """Whether these tensors lie in the layers, or what somebody else has put in their place."""
+        return all(
+            buffers_of(layer).get("running_mean") is sets[name]["running_mean"] or _lent(layer)
+            for name, layer in self.layers.items()
+        )
 
     def resolve(self) -> None:
         """Look whether the layers are the model's and hold the tensors that they ought to; if not, take what is there.
@@ -109,11 +119,8 @@ class PlacedSets:
         Raises:
             ValueError: If a layer has gone or has other channels now.
         """
-        expected = self.sets[self.running]
-        if all(child_of(parent, key) is child for parent, key, child in self._edges) and all(
-            buffers_of(layer).get("running_mean") is expected[name]["running_mean"] or _lent(layer)
-            for name, layer in self.layers.items()
-        ):
+        kept = all(child_of(parent, key) is child for parent, key, child in self._edges)
+        if kept and self._holds(self.sets[self.running]):
             return
         layers = self._selection.tracked_layers(self._model)
         for name, own in self.own.items():
@@ -171,10 +178,6 @@ class PlacedSets:
 def _lent(layer: nn.Module) -> bool:
     """Whether somebody else has put something in the layer's place."""
     return any(holder != _HOLDER for holder in holders_of(layer))
-
-
-def _same(found: Mapping[str, Buffers], sets: Mapping[str, Buffers]) -> bool:
-    return all(found[name].get(key) is buffer for name, one in sets.items() for key, buffer in one.items())
 
 
 def _moved(sets: Mapping[str, Buffers], like: Mapping[str, Buffers]) -> dict[str, Buffers]:
