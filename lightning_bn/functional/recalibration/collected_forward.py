@@ -64,9 +64,8 @@ class CollectedForward:
             self._inside = {key: None if value is None else value.clone() for key, value in self._own.items()}
         if not self._by_hand:
             self._inside["running_mean"], self._inside["running_var"] = written
-        self._used = self._elsewhere = False
         self._differs: Tensor | None = None
-        self._versions = self._own_versions()
+        self.begin_batch()
 
     def entries(self) -> Entries:
         """What the layer is to hold meanwhile; on the instance, where compiled code run as written finds it."""
@@ -105,7 +104,7 @@ class CollectedForward:
     def begin_batch(self) -> None:
         """Forget how the last batch was used."""
         self._used = self._elsewhere = False
-        self._versions = self._own_versions()
+        self._versions = self._mean._version + self._var._version
 
     def end_batch(self) -> None:
         """Look whether the batch left its statistics here.
@@ -116,15 +115,12 @@ class CollectedForward:
         """
         if not self._holds(self._own) or (self._elsewhere and not self._used):
             raise not_written(self.name)
-        if self._used and self._own_versions() != self._versions:
+        if self._used and self._mean._version + self._var._version != self._versions:
             raise RecalibrationError(
                 f"something inside the forward writes to the running statistics of BatchNorm layer {named(self.name)}: "
                 f"it is not known which of its forwards training would keep. Nothing was changed; run those that are "
                 f"not to count inside without_updates, or pass a forward= without them."
             )
-
-    def _own_versions(self) -> int:
-        return int(self._mean._version + self._var._version)
 
     def wrote_others(self) -> bool:
         """Whether a forward of the user's own ever wrote other statistics than those of its input; waits for them."""
