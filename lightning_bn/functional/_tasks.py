@@ -25,8 +25,8 @@ def task(name: str) -> Iterator[None]:
         ...     pass  # loss = self.seg_loss(self.backbone(x))
     """
     _current.append(name)
-    _tell(name)
     try:
+        _tell(name)
         yield
     finally:
         _current.pop()
