@@ -1,11 +1,10 @@
-"""The task that the running part of a training step belongs to, and who is told of it."""
+"""The task that the running part of a training step belongs to, and who does something while it runs."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-
-Listener = Callable[[str | None], None]
+from dataclasses import dataclass
 
 _current: list[str] = []
 _listeners: list[Listener] = []
@@ -15,7 +14,7 @@ _listeners: list[Listener] = []
 def task(name: str) -> Iterator[None]:
     """What is run inside belongs to the task ``name``; for training steps that serve several tasks at once.
 
-    Contexts may be nested, the innermost counts. Outside of training they change nothing.
+    Contexts may be nested, the innermost counts. Where no callback knows tasks they change nothing.
 
     Args:
         name: As the callbacks know it, for instance a key of ``BatchNormFreezer(by_task=...)``.
@@ -24,27 +23,66 @@ def task(name: str) -> Iterator[None]:
         >>> with task("seg"):
         ...     pass  # loss = self.seg_loss(self.backbone(x))
     """
-    _current.append(name)
+    outer = current_task()
     try:
-        _tell(name)
+        _current.append(name)
+        _change(outer, name)
         yield
     finally:
         _current.pop()
-        _tell(_current[-1] if _current else None)
+        _change(name, outer)
 
 
-def _tell(name: str | None) -> None:
-    for listener in list(_listeners):
-        listener(name)
+def current_task() -> str | None:
+    """The task of the innermost context, None outside of any."""
+    return _current[-1] if _current else None
 
 
-def listen(listener: Listener) -> None:
-    """Have ``listener`` called with the task, or None, whenever a :func:`task` context begins or ends."""
-    if listener not in _listeners:
-        _listeners.append(listener)
+@dataclass(eq=False)
+class Listener:
+    """Who does something while a task runs, from :meth:`begin` to :meth:`end`, for one batch.
+
+    At a change of the task all leave, the one that began last first, and then enter: what one has put over that of
+    another is taken back before it.
+
+    Attributes:
+        enter: Called with the task that runs next, None for none.
+        leave: Called when it runs no more; harmless when repeated.
+        batch_task: The task where no context says another.
+    """
+
+    enter: Callable[[str | None], None]
+    leave: Callable[[], None]
+    batch_task: str | None = None
+
+    def begin(self) -> None:
+        """Enter what runs now, and listen."""
+        if self not in _listeners:
+            _listeners.append(self)
+        self.enter(self.task_in(current_task()))
+
+    def end(self) -> None:
+        """Leave, and listen no more; harmless when repeated."""
+        if self in _listeners:
+            _listeners.remove(self)
+        self.leave()
+
+    def task_in(self, context: str | None) -> str | None:
+        """The task that runs in a context, or outside of any."""
+        return self.batch_task if context is None else context
 
 
-def stop_listening(listener: Listener) -> None:
-    """Undo :func:`listen`; harmless when repeated."""
-    if listener in _listeners:
-        _listeners.remove(listener)
+def end_batch() -> None:
+    """End all that listen, the one that began last first, whoever of them is told first that the batch is over."""
+    for listener in reversed(tuple(_listeners)):
+        listener.end()
+
+
+def _change(old: str | None, new: str | None) -> None:
+    listeners = tuple(_listeners)
+    if all(listener.task_in(old) == listener.task_in(new) for listener in listeners):
+        return
+    for listener in reversed(listeners):
+        listener.leave()
+    for listener in listeners:
+        listener.enter(listener.task_in(new))

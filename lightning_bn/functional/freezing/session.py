@@ -12,7 +12,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
-from lightning_bn.functional._tasks import listen, stop_listening
+from lightning_bn.functional._tasks import Listener
 from lightning_bn.functional.freezing.baseline import Baseline
 from lightning_bn.functional.freezing.change import Change
 from lightning_bn.functional.freezing.eval_mode import pin_in_eval, release
@@ -74,7 +74,7 @@ class FreezeSession:
         self.step = self._batches = 0
         self._since: int | None = None
         self._baselines: list[Baseline] = []
-        self._batch_task: str | None = None
+        self._listener = Listener(self._enter_task, lambda: self._record(self._tasks.switch(None)))
         self.tasks_seen, self._hooks = set[str](), dict[str, RemovableHandle]()
 
     @property
@@ -123,9 +123,8 @@ class FreezeSession:
             self._compare_with_checkpoint(own)
         self.quick_check()
         if self.task_layers:
-            self._batch_task = task
-            listen(self._on_task)
-            self._on_task(None)
+            self._listener.batch_task = task
+            self._listener.begin()
 
     def after_backward(self) -> None:
         """Drop the gradients of affine parameters frozen during every batch."""
@@ -147,7 +146,7 @@ class FreezeSession:
         self.step = step
         self._batches += 1
         self.quick_check(thorough=self._batches % CHECK_EVERY == 0)
-        stop_listening(self._on_task)
+        self._listener.end()
         self._record(self._tasks.end_batch())
 
     def quick_check(self, *, thorough: bool = False) -> None:
@@ -206,7 +205,7 @@ class FreezeSession:
 
     def close(self, step: int) -> FreezeReport:
         """Unfreeze all layers after a last check, and return the report; a session may be switched on again."""
-        stop_listening(self._on_task)
+        self._listener.end()
         self.switch(False, step)
         return self.report()
 
@@ -242,9 +241,8 @@ class FreezeSession:
                 hook.remove()
             self._baselines, self._hooks = [], {}
 
-    def _on_task(self, task: str | None) -> None:
-        """Freeze by the task of what runs next: that of the innermost context, else the batch's own."""
-        task = self._batch_task if task is None else task
+    def _enter_task(self, task: str | None) -> None:
+        """Freeze by the task of what runs next."""
         if self.on:
             self.tasks_seen |= set() if task is None else {task}
             self._record(self._tasks.switch(task))
