@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from lightning_bn.functional._text import named
 from lightning_bn.functional.layers.torch_private import attributes_of, buffers_of, parameters_of
 
+COLLECTING = "recalibrate"
+"""Who collects what a layer is given, instead of having it normalize with or move its running statistics."""
 _HOLDINGS = "_lightning_bn_exchanged_by"
-_ABSENT = object()
 _serial = count()
 
 _Holding: TypeAlias = tuple[int, str, frozenset[str], int]
@@ -54,6 +55,7 @@ class exchanged:  # a context manager is named for what is so inside
 
     Exchanges of the same entries nest: the last one in is the first one out. Who holds a module's place is recorded on
     the module. After an exception these entries are as they were before, whatever was put on top of them and left.
+    It may be used again after it has ended, which is then all the faster.
 
     Args:
         holder: Who exchanges, for errors.
@@ -65,19 +67,25 @@ class exchanged:  # a context manager is named for what is so inside
     """
 
     def __init__(self, holder: str, entries: Sequence[Entries]) -> None:
-        self._holder, self._entries = holder, entries
-        self._found: list[tuple[Entries, list[dict[str, Any]], _Holding]] = []
+        self._holder = holder
+        self._places = [_Place(one, attributes_of(one.module), one.places()) for one in entries]
+        self._begin_anew()
+        self._found: list[tuple[_Place, list[dict[str, Any]]]] = []
+
+    def __len__(self) -> int:
+        return len(self._places)
 
     def __enter__(self) -> None:
-        serial = next(_serial)
+        if any(_HOLDINGS in place.attributes for place in self._places):
+            # It lies on top of what began later than it was made.
+            self._begin_anew()
+        found = self._found
         try:
-            for index, one in enumerate(self._entries):
-                places = one.places()
-                holding = (serial, self._holder, frozenset(key for _, new in places for key in new), index)
-                own = [{key: home.get(key, _ABSENT) for key in new} for home, new in places]
-                self._found.append((one, own, holding))
-                _record(one.module, (*_holdings(one.module), holding))
-                for home, new in places:
+            for place in self._places:
+                found.append((place, [{key: home[key] for key in new if key in home} for home, new in place.homes]))
+                others = place.attributes.get(_HOLDINGS)
+                place.attributes[_HOLDINGS] = _Holdings((*others, place.holding)) if others else place.alone
+                for home, new in place.homes:
                     home.update(new)
         except BaseException:
             self._put_back()
@@ -85,23 +93,46 @@ class exchanged:  # a context manager is named for what is so inside
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if kind is None:
-            for one, _own, holding in self._found:
-                _check_on_top(one, holding)
+            for place, _own in self._found:
+                if place.attributes.get(_HOLDINGS) is not place.alone:
+                    _check_on_top(place.one, place.holding)
         self._put_back()
+
+    def _begin_anew(self) -> None:
+        serial = next(_serial)
+        for index, place in enumerate(self._places):
+            keys = frozenset(key for _, new in place.homes for key in new)
+            place.holding = (serial, self._holder, keys, index)
+            place.alone = _Holdings((place.holding,))
 
     def _put_back(self) -> None:
         found, self._found = self._found, []
-        for one, own, holding in reversed(found):
-            holdings = _holdings(one.module)
-            if holding not in holdings:
+        for place, own in reversed(found):
+            holdings = place.attributes.get(_HOLDINGS, ())
+            if holdings is place.alone:
+                del place.attributes[_HOLDINGS]
+            elif place.holding not in holdings:
                 # Put back already, by one that lies below and failed.
                 continue
-            gone = [*_above(one.module, holding), holding]
-            _record(one.module, tuple(other for other in holdings if other not in gone))
-            for (home, _), values in zip(one.places(), own, strict=True):
+            else:
+                gone = [*_above(place.one.module, place.holding), place.holding]
+                _record(place.one.module, tuple(other for other in holdings if other not in gone))
+            for (home, new), values in zip(place.homes, own, strict=True):
                 home.update(values)
-                for key in [key for key, value in values.items() if value is _ABSENT]:
-                    del home[key]
+                if len(values) < len(new):
+                    for key in new.keys() - values.keys():
+                        del home[key]
+
+
+@dataclass(slots=True, eq=False)
+class _Place:
+    """Where entries go: the module's dictionaries, what is to be put into each, and the record of who does it."""
+
+    one: Entries
+    attributes: dict[str, Any]
+    homes: list[tuple[dict[str, Any], Mapping[str, Any]]]
+    holding: _Holding = (0, "", frozenset(), 0)
+    alone: Any = ()
 
 
 class _Holdings(tuple[_Holding, ...]):
@@ -112,6 +143,11 @@ class _Holdings(tuple[_Holding, ...]):
 
     def __reduce__(self) -> tuple[Any, ...]:
         return (tuple, ())
+
+
+def is_held(module: nn.Module) -> bool:
+    """Whether anybody holds the place of what a module holds itself."""
+    return _HOLDINGS in attributes_of(module)
 
 
 def holders_of(module: nn.Module) -> tuple[str, ...]:

@@ -37,9 +37,15 @@ def in_backward() -> bool:
     return torch._C._current_graph_task_id() != -1
 
 
+def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The submodules, by name; a copy where they lie in TorchScript."""
+    own: Any = module._modules
+    return own if isinstance(own, dict) else dict(own.items())
+
+
 def child_of(module: nn.Module, name: str) -> nn.Module | None:
     """The submodule of that name, None if there is none."""
-    return dict(module._modules.items()).get(name)
+    return children_of(module).get(name)
 
 
 def places_of(layer: nn.Module, names: Iterable[str]) -> Iterator[tuple[str, dict[str, Any], str]]:

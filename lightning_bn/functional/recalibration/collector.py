@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.layers.exchange import exchanged
+from lightning_bn.functional.layers.exchange import COLLECTING, exchanged
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.recalibration.arena import Arena
 from lightning_bn.functional.recalibration.population import Population
@@ -130,5 +130,5 @@ def collecting(layers: Mapping[str, _BatchNorm]) -> Iterator[Collector]:
         ValueError: If a layer has no running statistics.
     """
     collector = Collector(layers)
-    with exchanged("recalibrate", collector.arena.entries()):
+    with exchanged(COLLECTING, collector.arena.entries()):
         yield collector

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import difflib
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, get_args
 
 import torch
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._checks import check_choice
+from lightning_bn.functional._tasks import task as running_task
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of, write_snapshot
 from lightning_bn.functional.tasks.mixture import mixture_of
+from lightning_bn.functional.tasks.outside import OutsideOfContexts
 from lightning_bn.functional.tasks.placed_sets import PlacedSets
 from lightning_bn.functional.tasks.saved_sets import sets_in, state_of
 from lightning_bn.functional.tasks.task_sets import Beginning, Buffers, checked_tasks
@@ -82,7 +84,8 @@ class TaskStatistics:
         tasks: Names of the tasks.
         default: The one that owns the layers' own tensors.
         start: How the others begin.
-        outside: How often a context began after a forward outside of any had moved the default's statistics.
+        outside: What moved the default's statistics outside of any context.
+        task_of: Tells the task of a training batch and its index, for a recalibration; None where only contexts do.
     """
 
     def __init__(
@@ -93,9 +96,10 @@ class TaskStatistics:
         check_choice("default", self.default, names)
         check_choice("start", start, get_args(Start))
         self.tasks, self.start = tuple(names), start
-        self._placed = PlacedSets(model, selection, self.default)
+        self._placed = PlacedSets(model, selection, self.default, self)
         self._beginnings: dict[str, Beginning] = {}
-        self._used, self.outside = False, 0
+        self.outside = OutsideOfContexts(self.default)
+        self.task_of: Callable[[Any, int], str | None] | None = None
         for task in self.tasks:
             if task != self.default:
                 self._begin(task)
@@ -119,26 +123,44 @@ class TaskStatistics:
     def task(self, name: str) -> Iterator[None]:
         """Inside, the layers hold the statistics of a task; contexts may be nested, the innermost counts.
 
+        It is a context of :func:`lightning_bn.task` as well: who listens to these is told.
+
         Raises:
             ValueError: If there is no such task.
             ExchangeError: At the end, if something else that was put into a layer inside was not taken out.
         """
-        placed, beginning = self._placed, self._beginnings.get(self._known(name))
-        if placed.stack and name == self.running:
+        self._known(name)
+        with running_task(name), self.in_place(name):
+            yield
+
+    @contextmanager
+    def in_place(self, task: str) -> Iterator[None]:
+        """As :meth:`task`, and nobody is told of it."""
+        placed, beginning = self._placed, self._beginnings.get(self._known(task))
+        if placed.stack and task == self.running:
             yield
             return
-        self._tell_of_others()
+        if not placed.stack:
+            self.outside.look(placed)
         if beginning is not None and not beginning.before:
             placed.resolve()
-            beginning.begin(placed.sets[name], placed.layers)
+            beginning.begin(placed.sets[task], placed.layers)
         try:
-            with placed.in_place(name):
+            with placed.in_place(task):
                 yield
         finally:
-            if beginning is not None and name not in placed.stack and beginning.end(placed.sets[name], placed.layers):
-                self._beginnings.pop(name, None)
-            placed.see_own()
-            self._used = True
+            if beginning is not None and task not in placed.stack and beginning.end(placed.sets[task], placed.layers):
+                self._beginnings.pop(task, None)
+            self.outside.seen(placed)
+
+    def home_of(self, layer: _BatchNorm, task: str) -> dict[str, Any]:
+        """Where a task's tensors of a layer are kept, whichever lie in the layer."""
+        return self._placed.home_of(layer, self._known(task))
+
+    def wrote(self, task: str) -> None:
+        """A task's tensors were written to: it goes on from there as an ordinary moving average."""
+        self._placed.see_own()
+        self._beginnings.pop(task, None)
 
     def snapshot(self, task: str) -> Snapshot:
         """Return copies of a task's statistics."""
@@ -158,8 +180,7 @@ class TaskStatistics:
             )
         with self._placed.in_place(self._known(task)):
             write_snapshot(self._placed.layers, snapshot)
-        self._placed.see_own()
-        self._beginnings.pop(task, None)
+        self.wrote(task)
 
     def add(self, task: str, like: str | None = None) -> None:
         """Add a task.
@@ -176,7 +197,7 @@ class TaskStatistics:
         if like is None:
             self._begin(task)
         else:
-            self._placed.sets[task] = self._placed.copy(self._known(like))
+            self._placed.put(task, self._placed.copy(self._known(like)))
         self.tasks = names
 
     def remove(self, task: str) -> None:
@@ -188,7 +209,7 @@ class TaskStatistics:
         if self._known(task) in (self.default, *self._placed.stack):
             raise ValueError(f"task {task!r} is running or owns the layers' own tensors: it cannot be removed.")
         self.tasks = tuple(other for other in self.tasks if other != task)
-        del self._placed.sets[task]
+        self._placed.put(task, None)
         self._beginnings.pop(task, None)
 
     def mixture(self, weights: Mapping[str, float] | None = None) -> Snapshot:
@@ -261,7 +282,7 @@ class TaskStatistics:
         if kept != self.default:
             with torch.no_grad():
                 _copy(self._placed.sets[kept], self._placed.own)
-        self._placed.leave()
+        self._placed.detach()
         self.tasks, self._placed.layers, self._placed.sets = (), {}, {}
 
     def _known(self, task: str) -> str:
@@ -273,25 +294,12 @@ class TaskStatistics:
 
     def _begin(self, task: str) -> None:
         """Begin a task's statistics from the default's."""
-        self._placed.sets[task] = self._placed.copy(self.default)
+        self._placed.put(task, self._placed.copy(self.default))
         if self.start == "cumulative":
             self._beginnings[task] = Beginning()
             for one in self._placed.sets[task].values():
                 if "num_batches_tracked" in one:
                     one["num_batches_tracked"].zero_()
-
-    def _tell_of_others(self) -> None:
-        """Tell once of forwards outside of any context that moved the default's statistics, while contexts are used."""
-        moved = [] if self._placed.stack or not self._used else self._placed.moved_outside()
-        self.outside += bool(moved)
-        if moved and self.outside == 1:
-            warnings.warn(
-                f"a forward in train mode outside of any task's context moved the statistics of the default task "
-                f"{self.default!r} in BatchNorm layer {quoted(moved)}: run it inside `with bank.task(name):`, or in "
-                f"eval mode.",
-                UserWarning,
-                stacklevel=4,
-            )
 
 
 def _copy(sets: Mapping[str, Buffers], into: Mapping[str, Buffers]) -> None:

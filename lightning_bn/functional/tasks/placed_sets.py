@@ -5,20 +5,19 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._text import counted, named, quoted
-from lightning_bn.functional.layers.exchange import Entries, exchanged, holders_of
+from lightning_bn.functional.layers.exchange import COLLECTING, Entries, exchanged, holders_of, is_held
 from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
-from lightning_bn.functional.layers.torch_private import buffers_of, child_of
+from lightning_bn.functional.layers.sets_per_task import SetsPerTask, claim, disclaim, sets_of
+from lightning_bn.functional.layers.torch_private import buffers_of, child_of, children_of
 from lightning_bn.functional.tasks.state_dicts import DefaultInStateDicts
 from lightning_bn.functional.tasks.task_sets import Buffers, buffers_in, copies
 
 _HOLDER = "task_statistics"
-_taken: WeakKeyDictionary[nn.Module, ReferenceType[PlacedSets]] = WeakKeyDictionary()
-"""Layers, and whose they are; a copy of a layer is nobody's."""
 
 
 class PlacedSets:
@@ -28,6 +27,7 @@ class PlacedSets:
         model: Where the layers are.
         selection: Which.
         default: The task of the layers' own tensors.
+        owner: Who is asked for the layers' statistics by others.
 
     Attributes:
         layers: By name.
@@ -39,20 +39,16 @@ class PlacedSets:
         RuntimeError: If a layer has such sets already.
     """
 
-    def __init__(self, model: nn.Module, selection: LayerSelection, default: str) -> None:
+    def __init__(self, model: nn.Module, selection: LayerSelection, default: str, owner: SetsPerTask) -> None:
         self.layers, self.default = selection.tracked_layers(model), default
-        taken = [name for name, layer in self.layers.items() if layer in _taken and _taken[layer]() is not None]
-        if taken:
-            raise RuntimeError(
-                f"BatchNorm layer {quoted(taken)} has statistics per task already: release those first, or leave the "
-                f"layer out with exclude."
-            )
-        self._model, self._selection = model, selection
+        self._model, self._selection, self._owner = model, selection, owner
         self._stack: list[str] = []
+        self._exchanges: dict[str, exchanged] = {}
+        self._state_dicts = DefaultInStateDicts({}, lambda: None, self.see_own)
         self.sets: dict[str, dict[str, Buffers]] = {
             default: {name: buffers_in(layer) for name, layer in self.layers.items()}
         }
-        self._take()
+        self.attach()
         self.see_own()
 
     @property
@@ -74,28 +70,43 @@ class PlacedSets:
         """Return names of all BatchNorm layers of the model."""
         return tuple(batch_norm_layers(self._model))
 
+    def home_of(self, layer: _BatchNorm, task: str) -> Buffers:
+        """Return the dictionary that holds a task's tensors of a layer."""
+        return self.sets[task][self._names[layer]]
+
     def copy(self, task: str) -> dict[str, Buffers]:
         """Return copies of a task's tensors."""
         self.resolve()
         return copies(self.sets[task])
 
+    def put(self, task: str, sets: dict[str, Buffers] | None) -> None:
+        """Take these tensors as a task's; None for a task that is no more."""
+        self._exchanges.pop(task, None)
+        if sets is None:
+            del self.sets[task]
+        else:
+            self.sets[task] = sets
+
     @contextmanager
     def in_place(self, task: str) -> Iterator[None]:
         """Inside, a task's tensors lie in the layers; what others put over them, as ``.to()`` does, is the task's then.
+
+        Not in layers whose statistics are being collected: their forwards neither read nor move any.
 
         Raises:
             ExchangeError: At the end, if another exchange lies on top in one of the layers.
         """
         self.resolve()
-        sets = self.sets[task]
+        sets, exchange = self.sets[task], self._exchange_for(task)
+        self._exchanges.pop(task, None)  # not again while it is in use
         found: dict[str, Buffers] = {}
         self._stack.append(task)
         try:
-            with exchanged(_HOLDER, [Entries(name, layer, buffers=sets[name]) for name, layer in self.layers.items()]):
+            with exchange:
                 try:
                     yield
                 finally:
-                    if not self._holds(sets):
+                    if not self._lie_there(sets):
                         # What is lent to a layer goes back by itself, or is an error at the end.
                         found = {
                             name: sets[name] if _lent(layer) else buffers_in(layer)
@@ -103,15 +114,29 @@ class PlacedSets:
                         }
         finally:
             self._stack.pop()
+            if self.sets.get(task) is sets and len(exchange) == len(self.layers):
+                self._exchanges[task] = exchange
             if found:
                 self._adopt(task, found)
 
-    def _holds(self, sets: Mapping[str, Buffers]) -> bool:
+    def _exchange_for(self, task: str) -> exchanged:
+        """One that is not in use, and used again if nothing has changed since."""
+        names = [name for name, layer in self.layers.items() if is_held(layer) and COLLECTING in holders_of(layer)]
+        sets = self.sets[task]
+        if task in self._exchanges and not names:
+            return self._exchanges[task]
+        entries = [Entries(name, layer, buffers=sets[name]) for name, layer in self.layers.items() if name not in names]
+        return exchanged(_HOLDER, entries)
+
+    def _lie_there(self, sets: Mapping[str, Buffers]) -> bool:
         """Whether these tensors lie in the layers, or what somebody else has put in their place."""
-        return all(
-            buffers_of(layer).get("running_mean") is sets[name]["running_mean"] or _lent(layer)
-            for name, layer in self.layers.items()
-        )
+        for home, one in zip(self._homes, sets.values(), strict=True):
+            if home.get("running_mean") is not one["running_mean"]:
+                return all(
+                    buffers_of(layer).get("running_mean") is sets[name]["running_mean"] or _lent(layer)
+                    for name, layer in self.layers.items()
+                )
+        return True
 
     def resolve(self) -> None:
         """Look whether the layers are the model's and hold the tensors that they ought to; if not, take what is there.
@@ -119,9 +144,12 @@ class PlacedSets:
         Raises:
             ValueError: If a layer has gone or has other channels now.
         """
-        kept = all(child_of(parent, key) is child for parent, key, child in self._edges)
-        if kept and self._holds(self.sets[self.running]):
-            return
+        for children, key, child in self._edges:  # plain loops: this runs at every switch
+            if children.get(key) is not child:
+                break
+        else:
+            if self._lie_there(self.sets[self.running]):
+                return
         layers = self._selection.tracked_layers(self._model)
         for name, own in self.own.items():
             size = layers[name].num_features if name in layers else None
@@ -131,16 +159,35 @@ class PlacedSets:
                     f"BatchNorm layer {named(name)} {there}; its statistics per task have {len(own['running_mean'])}: "
                     f"release them before the model is changed."
                 )
-        self.leave()
+        self.detach()
         self.layers = {name: layers[name] for name in self.layers}
-        self._take()
+        self.attach()
         self._adopt(self.running, {name: buffers_in(layer) for name, layer in self.layers.items()})
 
-    def leave(self) -> None:
+    def attach(self) -> None:
+        """Have the layers known as those of these sets.
+
+        Raises:
+            RuntimeError: If a layer has others.
+        """
+        others = (None, self._owner)
+        taken = [name for name, layer in self.layers.items() if not any(sets_of(layer) is one for one in others)]
+        if taken:
+            raise RuntimeError(
+                f"BatchNorm layer {quoted(taken)} has statistics per task already: release those first, or leave the "
+                f"layer out with exclude."
+            )
+        claim(self.layers.values(), self._owner)
+        self._edges = list(_edges_to(self._model, self.layers.values()))
+        self._homes = [buffers_of(layer) for layer in self.layers.values()]
+        self._exchanges, self._names = {}, {layer: name for name, layer in self.layers.items()}
+        self._state_dicts.remove()
+        self._state_dicts = DefaultInStateDicts(self.layers, lambda: self.own if self._stack else None, self.see_own)
+
+    def detach(self) -> None:
         """Leave no trace on the layers."""
         self._state_dicts.remove()
-        for layer in self.layers.values():
-            _taken.pop(layer, None)
+        disclaim(layer for layer in self.layers.values() if sets_of(layer) is self._owner)
 
     def moved_outside(self) -> list[str]:
         """Return layers whose own statistics a forward in train mode has moved since :meth:`see_own`."""
@@ -155,12 +202,6 @@ class PlacedSets:
         counters = (own.get("num_batches_tracked") for own in self.own.values())
         return [0 if counter is None else counter._version for counter in counters]
 
-    def _take(self) -> None:
-        for layer in self.layers.values():
-            _taken[layer] = ref(self)
-        self._edges = list(_edges_to(self._model, self.layers.values()))
-        self._state_dicts = DefaultInStateDicts(self.layers, lambda: self.own if self._stack else None, self.see_own)
-
     def _adopt(self, task: str, found: Mapping[str, Buffers]) -> None:
         """Take tensors that others put into the layers as a task's, and move those of all tasks to where they are."""
         warnings.warn(
@@ -169,6 +210,7 @@ class PlacedSets:
             UserWarning,
             stacklevel=5,
         )
+        self._exchanges = {}
         self.sets = {other: dict(found) if other == task else _moved(sets, found) for other, sets in self.sets.items()}
         for name, layer in self.layers.items():
             buffers_of(layer).update(self.sets[self.running][name])
@@ -188,8 +230,10 @@ def _moved(sets: Mapping[str, Buffers], like: Mapping[str, Buffers]) -> dict[str
     }
 
 
-def _edges_to(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[tuple[nn.Module, str, nn.Module]]:
-    """Every step on the way to one of the layers: a module, a name in it, and what has it."""
+def _edges_to(
+    model: nn.Module, layers: Iterable[nn.Module]
+) -> Iterator[tuple[dict[str, nn.Module | None], str, nn.Module]]:
+    """Every step on the way to one of the layers: a module's submodules, a name in it, and what has it."""
     wanted, seen = {id(layer) for layer in layers}, set[tuple[int, str]]()
     for path, module in model.named_modules(remove_duplicate=False):
         parent: nn.Module | None = model
@@ -197,5 +241,5 @@ def _edges_to(model: nn.Module, layers: Iterable[nn.Module]) -> Iterator[tuple[n
             child = None if parent is None else child_of(parent, key)
             if parent is not None and child is not None and (id(parent), key) not in seen:
                 seen.add((id(parent), key))
-                yield parent, key, child
+                yield children_of(parent), key, child
             parent = child
