@@ -6,6 +6,11 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
+
+class RecomputationError(RuntimeError):
+    """A forward that was run for one task would be run again, by the backward, for another one."""
+
+
 _current: list[str] = []
 _listeners: list[Listener] = []
 

@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._bits import Flat, same_bits
 from lightning_bn.functional.freezing.change import Change, changes_of
+from lightning_bn.functional.layers.sets_per_task import sets_of
 from lightning_bn.functional.layers.torch_private import AFFINE, STATISTICS, places_of
 
 
@@ -93,5 +94,10 @@ class Baseline:
         names = (STATISTICS if self._stats else ()) + (AFFINE if self._affine else ())
         for name, layer in self._layers.items():
             for value, home, key in places_of(layer, names):
-                if (tensor := home.get(key)) is not None:
-                    yield (name, value), home, key, tensor
+                # Of every task, and whichever lies in the layer now.
+                sets = sets_of(layer) if value in STATISTICS else None
+                for task in (None,) if sets is None else sets.tasks:
+                    of_task = home if sets is None or task is None else sets.home_of(layer, task)
+                    if (tensor := of_task.get(key)) is not None:
+                        own = task is None or (sets is not None and task == sets.default)
+                        yield (name, value if own else f"{value} of task {task!r}"), of_task, key, tensor

@@ -19,7 +19,8 @@ class Change:
 
     Attributes:
         layer: Name of the layer.
-        value: ``running_mean``, ``running_var``, ``num_batches_tracked``, ``weight`` or ``bias``.
+        value: ``running_mean``, ``running_var``, ``num_batches_tracked``, ``weight`` or ``bias``; where a
+            layer has statistics per task, which task's.
         largest_change: Largest absolute difference over its elements; NaN where one is not finite or it was replaced by
             a tensor of another shape.
         cause: What did it, as far as that can be told; else empty.
@@ -57,7 +58,7 @@ def changes_of(key: tuple[str, str], before: Tensor, now: Tensor | None) -> list
     largest = math.nan
     if now.numel() == before.numel():
         largest = float((now.to(before.device, torch.float64) - before.to(torch.float64)).abs().max())
-    initial = _INITIAL.get(key[1])
+    initial = _INITIAL.get(key[1].partition(" ")[0])
     reset = initial is not None and bool((now == initial).all())
     cause = "reset to its initial value, as StochasticWeightAveraging and update_bn do" if reset else ""
     return [Change(*key, largest, cause)]

@@ -10,12 +10,9 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.hooks import RemovableHandle
 
+from lightning_bn.functional._tasks import RecomputationError
 from lightning_bn.functional._text import named
 from lightning_bn.functional.layers.torch_private import in_backward
-
-
-class RecomputationError(RuntimeError):
-    """A forward that was run with a layer frozen would be run again with the layer training."""
 
 
 class RecomputationGuard:

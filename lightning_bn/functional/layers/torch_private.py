@@ -32,9 +32,15 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     return module.__dict__
 
 
+def running_backward() -> int | None:
+    """The number of the backward that runs this code, as it does with checkpointed forwards; None outside of any."""
+    number = torch._C._current_graph_task_id()
+    return None if number == -1 else int(number)
+
+
 def in_backward() -> bool:
-    """Whether this code is run by a backward, as forwards that activation checkpointing repeats are."""
-    return torch._C._current_graph_task_id() != -1
+    """Whether this code is run by a backward."""
+    return running_backward() is not None
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:

@@ -21,7 +21,7 @@ from lightning_bn.functional.tasks.mixture import mixture_of
 from lightning_bn.functional.tasks.outside import OutsideOfContexts
 from lightning_bn.functional.tasks.placed_sets import PlacedSets
 from lightning_bn.functional.tasks.saved_sets import sets_in, state_of
-from lightning_bn.functional.tasks.task_sets import Beginning, Buffers, checked_tasks
+from lightning_bn.functional.tasks.task_sets import Beginnings, Buffers, checked_tasks
 
 Start: TypeAlias = Literal["cumulative", "shared"]
 
@@ -97,7 +97,7 @@ class TaskStatistics:
         check_choice("start", start, get_args(Start))
         self.tasks, self.start = tuple(names), start
         self._placed = PlacedSets(model, selection, self.default, self)
-        self._beginnings: dict[str, Beginning] = {}
+        self._beginnings = Beginnings()
         self.outside = OutsideOfContexts(self.default)
         self.task_of: Callable[[Any, int], str | None] | None = None
         for task in self.tasks:
@@ -108,6 +108,11 @@ class TaskStatistics:
     def layers(self) -> tuple[str, ...]:
         """Names of the layers."""
         return tuple(self._placed.layers)
+
+    @property
+    def layers_by_name(self) -> dict[str, _BatchNorm]:
+        """The layers."""
+        return dict(self._placed.layers)
 
     @property
     def all_layers(self) -> tuple[str, ...]:
@@ -129,42 +134,42 @@ class TaskStatistics:
             ValueError: If there is no such task.
             ExchangeError: At the end, if something else that was put into a layer inside was not taken out.
         """
-        self._known(name)
+        self.known(name)
         with running_task(name), self.in_place(name):
             yield
 
     @contextmanager
     def in_place(self, task: str) -> Iterator[None]:
         """As :meth:`task`, and nobody is told of it."""
-        placed, beginning = self._placed, self._beginnings.get(self._known(task))
-        if placed.stack and task == self.running:
+        placed, known = self._placed, self.known(task)
+        if placed.stack and known == self.running:
             yield
             return
-        if not placed.stack:
-            self.outside.look(placed)
-        if beginning is not None and not beginning.before:
-            placed.resolve()
-            beginning.begin(placed.sets[task], placed.layers)
+        self.look_outside()
+        placed.resolve()
         try:
-            with placed.in_place(task):
+            with self._beginnings.around(task, lambda: placed.sets[task], placed.layers), placed.in_place(task):
                 yield
         finally:
-            if beginning is not None and task not in placed.stack and beginning.end(placed.sets[task], placed.layers):
-                self._beginnings.pop(task, None)
             self.outside.seen(placed)
+
+    def look_outside(self) -> None:
+        """Tell of what moved the default's statistics outside of contexts."""
+        if not self._placed.stack:
+            self.outside.look(self._placed)
 
     def home_of(self, layer: _BatchNorm, task: str) -> dict[str, Any]:
         """Where a task's tensors of a layer are kept, whichever lie in the layer."""
-        return self._placed.home_of(layer, self._known(task))
+        return self._placed.home_of(layer, self.known(task))
 
     def wrote(self, task: str) -> None:
         """A task's tensors were written to: it goes on from there as an ordinary moving average."""
         self._placed.see_own()
-        self._beginnings.pop(task, None)
+        self._beginnings.drop(task)
 
     def snapshot(self, task: str) -> Snapshot:
         """Return copies of a task's statistics."""
-        with self._placed.in_place(self._known(task)):
+        with self._placed.in_place(self.known(task)):
             return snapshot_of(self._placed.layers)
 
     def write(self, task: str, snapshot: Snapshot) -> None:
@@ -178,7 +183,7 @@ class TaskStatistics:
                 f"the snapshot is of {quoted(snapshot.names)}, the statistics per task are of {quoted(self.layers)}: "
                 f"take it of the same layers."
             )
-        with self._placed.in_place(self._known(task)):
+        with self._placed.in_place(self.known(task)):
             write_snapshot(self._placed.layers, snapshot)
         self.wrote(task)
 
@@ -197,7 +202,7 @@ class TaskStatistics:
         if like is None:
             self._begin(task)
         else:
-            self._placed.put(task, self._placed.copy(self._known(like)))
+            self._placed.put(task, self._placed.copy(self.known(like)))
         self.tasks = names
 
     def remove(self, task: str) -> None:
@@ -206,11 +211,11 @@ class TaskStatistics:
         Raises:
             ValueError: If there is no such task, it is the default, or it runs.
         """
-        if self._known(task) in (self.default, *self._placed.stack):
+        if self.known(task) in (self.default, *self._placed.stack):
             raise ValueError(f"task {task!r} is running or owns the layers' own tensors: it cannot be removed.")
         self.tasks = tuple(other for other in self.tasks if other != task)
         self._placed.put(task, None)
-        self._beginnings.pop(task, None)
+        self._beginnings.drop(task)
 
     def mixture(self, weights: Mapping[str, float] | None = None) -> Snapshot:
         """Return the statistics of all tasks together: the mean of means; the mean of variances plus that of means.
@@ -225,13 +230,13 @@ class TaskStatistics:
         Source: the law of total variance.
         """
         given = dict.fromkeys(self.tasks, 1.0) if weights is None else dict(weights)
-        return mixture_of({self._known(task): self.snapshot(task) for task in given}, given)
+        return mixture_of({self.known(task): self.snapshot(task) for task in given}, given)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and plain values: all but the default's statistics, which are the model's own state."""
         self._placed.resolve()
         sets = {task: self._placed.sets[task] for task in self.tasks}
-        return state_of(sets, self.default, start=self.start, beginning=[*self._beginnings])
+        return state_of(sets, self.default, start=self.start, beginning=self._beginnings.tasks())
 
     def load_state_dict(self, state: Mapping[str, Any], *, given_up: Sequence[str] = ()) -> list[str]:
         """Take statistics that were saved; call it after the model's own state was loaded.
@@ -258,7 +263,7 @@ class TaskStatistics:
         with torch.no_grad():
             for task, sets in read.items():
                 _copy(sets, placed.sets[task])
-        self._beginnings = {task: Beginning() for task in state.get("beginning", ()) if task in self.tasks}
+        self._beginnings = Beginnings(task for task in state.get("beginning", ()) if task in self.tasks)
         for task in new:
             self._begin(task)
             told.append(f"task {task!r} is new and begins from the default's statistics (start={self.start!r})")
@@ -275,7 +280,7 @@ class TaskStatistics:
             ValueError: If there is no such task.
             RuntimeError: Inside a context.
         """
-        kept = self._known(self.default if keep is None else keep)
+        kept = self.known(self.default if keep is None else keep)
         if self._placed.stack:
             raise RuntimeError(f"the context of task {self.running!r} has not ended: release after it.")
         self._placed.resolve()
@@ -285,7 +290,12 @@ class TaskStatistics:
         self._placed.detach()
         self.tasks, self._placed.layers, self._placed.sets = (), {}, {}
 
-    def _known(self, task: str) -> str:
+    def known(self, task: str) -> str:
+        """Return the name of a task.
+
+        Raises:
+            ValueError: If there is no such task, with the closest.
+        """
         if task not in self.tasks:
             close = difflib.get_close_matches(str(task), self.tasks, n=1)
             hint = f" Closest: {close[0]!r}." if close else ""
@@ -296,7 +306,7 @@ class TaskStatistics:
         """Begin a task's statistics from the default's."""
         self._placed.put(task, self._placed.copy(self.default))
         if self.start == "cumulative":
-            self._beginnings[task] = Beginning()
+            self._beginnings.add(task)
             for one in self._placed.sets[task].values():
                 if "num_batches_tracked" in one:
                     one["num_batches_tracked"].zero_()

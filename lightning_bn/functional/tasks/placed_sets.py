@@ -210,8 +210,10 @@ class PlacedSets:
             UserWarning,
             stacklevel=5,
         )
-        self._exchanges = {}
-        self.sets = {other: dict(found) if other == task else _moved(sets, found) for other, sets in self.sets.items()}
+        for other, sets in self.sets.items():
+            for name, one in sets.items():
+                # In the dictionaries that others know.
+                one.update(found[name] if other == task else _moved(one, found[name]))
         for name, layer in self.layers.items():
             buffers_of(layer).update(self.sets[self.running][name])
         self.see_own()
@@ -222,12 +224,9 @@ def _lent(layer: nn.Module) -> bool:
     return any(holder != _HOLDER for holder in holders_of(layer))
 
 
-def _moved(sets: Mapping[str, Buffers], like: Mapping[str, Buffers]) -> dict[str, Buffers]:
-    """Sets in the dtypes and on the devices of others, which may lack some."""
-    return {
-        name: {key: buffer.to(like[name][key]) if key in like[name] else buffer for key, buffer in one.items()}
-        for name, one in sets.items()
-    }
+def _moved(one: Buffers, like: Buffers) -> Buffers:
+    """A set in the dtypes and on the devices of another, which may lack some."""
+    return {key: buffer.to(like[key]) for key, buffer in one.items() if key in like}
 
 
 def _edges_to(

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +99,41 @@ class Beginning:
                 if after * momentum >= 1:
                     self.grown.add(name)
         return all(name in self.grown or layer.num_batches_tracked is None for name, layer in layers.items())
+
+
+class Beginnings:
+    """The tasks that begin, each with its average."""
+
+    def __init__(self, tasks: Iterable[str] = ()) -> None:
+        self._of = {task: Beginning() for task in tasks}
+
+    def tasks(self) -> list[str]:
+        """Return their names."""
+        return list(self._of)
+
+    def add(self, task: str) -> None:
+        """A task begins."""
+        self._of[task] = Beginning()
+
+    def drop(self, task: str) -> None:
+        """A task goes on as an ordinary moving average, or is no more."""
+        self._of.pop(task, None)
+
+    @contextmanager
+    def around(
+        self, task: str, sets: Callable[[], Mapping[str, Buffers]], layers: Mapping[str, _BatchNorm]
+    ) -> Iterator[None]:
+        """Weigh anew what is updated inside, the outermost of several contexts of one task."""
+        beginning = self._of.get(task)
+        if beginning is None or beginning.before:
+            yield
+            return
+        beginning.begin(sets(), layers)
+        try:
+            yield
+        finally:
+            if beginning.end(sets(), layers):
+                self.drop(task)
 
 
 def _averages(layer: _BatchNorm) -> bool:
