@@ -12,12 +12,13 @@ if TYPE_CHECKING:
     from lightning_bn.callbacks.freezer import BatchNormFreezer
     from lightning_bn.callbacks.monitor import BatchNormMonitor
     from lightning_bn.callbacks.precise import PreciseBatchNorm
+    from lightning_bn.callbacks.tasks import TaskBatchNorm
     from lightning_bn.functional._tasks import task
     from lightning_bn.functional.monitoring import BatchNormDriftError
     from lightning_bn.metrics import BatchNormDrift
 
 __all__ = ["BatchNormDrift", "BatchNormDriftError", "BatchNormFreezer", "BatchNormMonitor", "PreciseBatchNorm"]
-__all__ += ["__version__", "task"]
+__all__ += ["TaskBatchNorm", "__version__", "task"]
 
 _HOME = {
     "BatchNormDrift": "lightning_bn.metrics",
@@ -25,6 +26,7 @@ _HOME = {
     "BatchNormFreezer": "lightning_bn.callbacks.freezer",
     "BatchNormMonitor": "lightning_bn.callbacks.monitor",
     "PreciseBatchNorm": "lightning_bn.callbacks.precise",
+    "TaskBatchNorm": "lightning_bn.callbacks.tasks",
     "task": "lightning_bn.functional._tasks",
 }
 

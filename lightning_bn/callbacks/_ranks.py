@@ -38,6 +38,28 @@ def agree_on_ranks(trainer: Trainer, doing: str, layers: Callable[[], ChannelLay
     agree(facts, device, doing=doing)
 
 
+def agree_on_task(trainer: Trainer, doing: str, task: Callable[[], str | None], needed: str) -> str | None:
+    """Return the task of a batch, where it is the same on all ranks, and raise on all of them otherwise.
+
+    Args:
+        trainer: Of the run; every rank has to call this.
+        doing: What is to be done, for the error.
+        task: Finds it; its own errors are raised, and told to the other ranks.
+        needed: What the ranks need, for the error.
+
+    Raises:
+        DisagreementError: On every rank, with the task that each has.
+    """
+    device = trainer.strategy.root_device
+    try:
+        found = task()
+    except BaseException:
+        tell_failure(device, doing)
+        raise
+    agree({"task": found}, device, doing=doing, needed=needed)
+    return found
+
+
 def refuse_unequal_validation(trainer: Trainer, callback: Callback) -> None:
     """Raise on all ranks if some of them have validation batches and some have none; every rank has to call this.
 

@@ -17,13 +17,14 @@ class TaskOf:
     Args:
         task_key: A key of the batch, or the import path (with a dot) of a function of batch and batch index. None: only
             :func:`lightning_bn.task` contexts tell.
+        needed: Whether a batch without the key is an error; else nothing tells its task.
 
     Raises:
         MisconfigurationException: If the import path leads nowhere or to something that cannot be called.
     """
 
-    def __init__(self, task_key: str | None) -> None:
-        self._key = task_key
+    def __init__(self, task_key: str | None, *, needed: bool = True) -> None:
+        self._key, self._needed = task_key, needed
         self._function = _imported(task_key) if task_key is not None and "." in task_key else None
 
     def __call__(self, batch: Any, batch_idx: int) -> str | None:
@@ -38,6 +39,8 @@ class TaskOf:
         if self._key is None:
             return None
         if not isinstance(batch, Mapping) or self._key not in batch:
+            if not self._needed:
+                return None
             keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
             raise MisconfigurationException(
                 f"task_key={self._key!r}: the batch is {keys} and has no such key. Name a key of the batch, or give "

@@ -18,9 +18,11 @@ def is_asked_by(function: str) -> bool:
     return sys._getframe(2).f_code.co_name == function
 
 
-def put_first(trainer: Trainer, callback: Callback) -> None:
-    """Move a callback in front of all others."""
-    _set_callbacks(trainer, [callback, *(other for other in callbacks_of(trainer) if other is not callback)])
+def put_first(trainer: Trainer, callback: Callback, *, but_for: type[Callback] | None = None) -> None:
+    """Move a callback in front of all others but those of a class."""
+    others = [other for other in callbacks_of(trainer) if other is not callback]
+    before = [other for other in others if but_for is not None and isinstance(other, but_for)]
+    _set_callbacks(trainer, [*before, callback, *(other for other in others if other not in before)])
 
 
 def put_before_checkpoints(trainer: Trainer, callback: Callback) -> None:

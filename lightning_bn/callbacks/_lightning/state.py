@@ -9,10 +9,14 @@ import torch.distributed as dist
 from lightning_bn.callbacks._lightning.namespaces import Callback, MisconfigurationException, Trainer
 
 
+def fits(trainer: Trainer) -> bool:
+    """Whether this is a fit, sanity check and validations included."""
+    return str(getattr(trainer.state.fn, "value", trainer.state.fn)) == "fit"
+
+
 def in_training_fit(trainer: Trainer) -> bool:
     """Whether this is a fit that counts: past the sanity check, and not barebones."""
-    fitting = str(getattr(trainer.state.fn, "value", trainer.state.fn)) == "fit"
-    return fitting and not trainer.sanity_checking and not trainer.barebones
+    return fits(trainer) and not trainer.sanity_checking and not trainer.barebones
 
 
 def has_validation_batches(trainer: Trainer) -> bool:

@@ -14,6 +14,7 @@ from lightning_bn.functional.distributed.waiting import waiting
 from lightning_bn.functional.statistics.channels import ChannelLayout
 
 Facts = Mapping[str, Hashable]
+_NEEDED = "All ranks need the same model, selection, settings and frozen layers."
 
 
 class DisagreementError(RuntimeError):
@@ -35,7 +36,11 @@ def tell_failure(device: torch.device, doing: str = "recalibrate") -> bool:
 
 
 def agree(
-    facts: Facts | None, device: torch.device, group: dist.ProcessGroup | None = None, doing: str = "recalibrate"
+    facts: Facts | None,
+    device: torch.device,
+    group: dist.ProcessGroup | None = None,
+    doing: str = "recalibrate",
+    needed: str = _NEEDED,
 ) -> None:
     """Return where all processes have the same facts in the same order, and raise on all of them otherwise.
 
@@ -47,6 +52,7 @@ def agree(
         device: Where the process group can communicate.
         group: Which processes; None for all.
         doing: What they are about to do, for the error.
+        needed: What they need, for the error.
 
     Raises:
         DisagreementError: On every process, with the facts that differ and what each process has.
@@ -66,8 +72,7 @@ def agree(
     with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
         dist.all_gather_object(of_ranks, told, group=group)
     raise DisagreementError(
-        f"the processes would {doing} differently: {_differences(of_ranks)}. All ranks need the same model, selection, "
-        f"settings and frozen layers. Nothing was changed."
+        f"the processes would {doing} differently: {_differences(of_ranks)}. {needed} Nothing was changed."
     )
 
 

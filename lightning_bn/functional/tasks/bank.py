@@ -167,6 +167,27 @@ class TaskStatistics:
         self._placed.see_own()
         self._beginnings.drop(task)
 
+    def parts(self) -> list[tuple[str, dict[str, Buffers]]]:
+        """Return the tasks and their tensors by layer, the very ones."""
+        self._placed.resolve()
+        return [(task, self._placed.sets[task]) for task in self.tasks]
+
+    def is_of(self, model: nn.Module) -> bool:
+        """Whether these are statistics of a model's layers."""
+        return self._placed.model is model
+
+    def attach(self) -> None:
+        """Have others know again that the layers have these statistics.
+
+        Raises:
+            RuntimeError: If a layer has others by now.
+        """
+        self._placed.attach()
+
+    def detach(self) -> None:
+        """Leave no trace on the layers, which hold their own tensors; the statistics can still be read and written."""
+        self._placed.detach()
+
     def snapshot(self, task: str) -> Snapshot:
         """Return copies of a task's statistics."""
         with self._placed.in_place(self.known(task)):

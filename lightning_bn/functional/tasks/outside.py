@@ -25,9 +25,9 @@ class OutsideOfContexts:
         self.times = 0
         self.tell: Callable[[str], object] = _warn
 
-    def begin(self) -> None:
-        """Tell once more, in a new fit; what was moved until now was meant."""
-        self._used = self._told = False
+    def begin(self, tell: Callable[[str], object]) -> None:
+        """Tell somebody once more, in a new fit; what was moved until now was meant."""
+        self._used, self._told, self.tell = False, False, tell
 
     def look(self, placed: PlacedSets) -> None:
         """Look, before a context begins."""

@@ -30,6 +30,7 @@ class PlacedSets:
         owner: Who is asked for the layers' statistics by others.
 
     Attributes:
+        model: Where the layers are.
         layers: By name.
         default: The task of the layers' own tensors.
         sets: By task.
@@ -41,7 +42,7 @@ class PlacedSets:
 
     def __init__(self, model: nn.Module, selection: LayerSelection, default: str, owner: SetsPerTask) -> None:
         self.layers, self.default = selection.tracked_layers(model), default
-        self._model, self._selection, self._owner = model, selection, owner
+        self.model, self._selection, self._owner = model, selection, owner
         self._stack: list[str] = []
         self._exchanges: dict[str, exchanged] = {}
         self._state_dicts = DefaultInStateDicts({}, lambda: None, self.see_own)
@@ -68,7 +69,7 @@ class PlacedSets:
 
     def all_layers(self) -> tuple[str, ...]:
         """Return names of all BatchNorm layers of the model."""
-        return tuple(batch_norm_layers(self._model))
+        return tuple(batch_norm_layers(self.model))
 
     def home_of(self, layer: _BatchNorm, task: str) -> Buffers:
         """Return the dictionary that holds a task's tensors of a layer."""
@@ -150,7 +151,7 @@ class PlacedSets:
         else:
             if self._lie_there(self.sets[self.running]):
                 return
-        layers = self._selection.tracked_layers(self._model)
+        layers = self._selection.tracked_layers(self.model)
         for name, own in self.own.items():
             size = layers[name].num_features if name in layers else None
             if size != len(own["running_mean"]):
@@ -178,7 +179,7 @@ class PlacedSets:
                 f"layer out with exclude."
             )
         claim(self.layers.values(), self._owner)
-        self._edges = list(_edges_to(self._model, self.layers.values()))
+        self._edges = list(_edges_to(self.model, self.layers.values()))
         self._homes = [buffers_of(layer) for layer in self.layers.values()]
         self._exchanges, self._names = {}, {layer: name for name, layer in self.layers.items()}
         self._state_dicts.remove()

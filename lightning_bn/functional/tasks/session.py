@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from contextlib import ExitStack
 
 from lightning_bn.functional._tasks import Listener, end_batch
@@ -39,16 +40,17 @@ class TaskSession:
         self._in_place = ExitStack()
         self._watch: ForwardWatch | None = None
         self._running: str | None = None
-        self._contexts, self._open, self._training, self._samples = 0, False, False, 0
+        self._contexts, self._open, self._training = 0, False, False
+        self._samples: Mapping[str, int] = {}
         self.samples: dict[str, int] = {}
         self.seen = set[str]()
 
-    def start_batch(self, task: str | None, *, samples: int = 0, training: bool = True) -> None:
+    def start_batch(self, task: str | None, *, samples: Mapping[str, int] | None = None, training: bool = True) -> None:
         """Put a task in place; what an earlier batch that was skipped has left is ended before.
 
         Args:
             task: The batch's own; None where contexts inside its step tell.
-            samples: In the batch, as the weight of what this process knows of its tasks.
+            samples: That a task has in the batch, if it has any: the weight of what this process knows of it.
             training: Whether the batch is trained on.
 
         Raises:
@@ -56,7 +58,7 @@ class TaskSession:
         """
         self.end_skipped_batch()
         own = self._unlabelled if task is None else self._bank.known(task)
-        self._contexts, self._training, self._samples, self._open = 0, training, samples, True
+        self._contexts, self._training, self._samples, self._open = 0, training, samples or {}, True
         self._listener.batch_task = own
         if own is None and self._watch is None:
             self._watch = ForwardWatch(self._bank.layers_by_name, lambda: self._running)
@@ -111,7 +113,7 @@ class TaskSession:
             self._watch = ForwardWatch(self._bank.layers_by_name, lambda: self._running)
         if self._training:
             self.seen.add(task)
-            self.samples[task] = self.samples.get(task, 0) + self._samples
+            self.samples[task] = self.samples.get(task, 0) + self._samples.get(task, 0)
 
     def _leave(self) -> None:
         self._running = None

@@ -73,8 +73,8 @@ class Beginning:
             for name, updates in zip(self.before, _counts(self.before.values()), strict=True):
                 if not updates:
                     # What the first batch replaces would only round it off.
-                    sets[name]["running_mean"].zero_()
-                    sets[name]["running_var"].zero_()
+                    sets[name]["running_mean"].data.zero_()
+                    sets[name]["running_var"].data.zero_()
 
     def end(self, sets: Mapping[str, Buffers], layers: Mapping[str, _BatchNorm]) -> bool:
         """Weigh anew what was updated since; return whether all layers have had enough updates."""
@@ -86,7 +86,8 @@ class Beginning:
                 weight = 1 - (1 - momentum) ** updates
                 wanted = max(weight, updates / after) if after else 0.0
                 for key in ("running_mean", "running_var"):
-                    new, was = sets[name][key], old[key]
+                    # A backward to come has saved the tensor, which it does not read in train mode: no new version.
+                    new, was = sets[name][key].data, old[key]
                     if not updates:
                         # As it was, unless somebody else wrote to it.
                         new.copy_(new if seen or new.any() else was)
@@ -95,7 +96,7 @@ class Beginning:
                         new.copy_(start + (new.double() - start) * (wanted / weight))
                 if updates:
                     # Rounding may leave a little below zero.
-                    sets[name]["running_var"].clamp_(min=0)
+                    sets[name]["running_var"].data.clamp_(min=0)
                 if after * momentum >= 1:
                     self.grown.add(name)
         return all(name in self.grown or layer.num_batches_tracked is None for name, layer in layers.items())

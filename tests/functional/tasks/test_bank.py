@@ -644,3 +644,17 @@ def test_context_in_which_nothing_trains_leaves_what_a_task_begins_from() -> Non
     with bank.task("b"):
         pass
     assert bank.snapshot("b").same_bits(before)
+
+
+def test_backward_may_come_after_the_context_of_a_task_that_begins() -> None:
+    model, copy_ = network(), network()
+    bank = task_statistics(model, TASKS)
+    for seed in range(3):
+        with bank.task("b"):
+            first = model(batch("b", seed))
+        with bank.task("b"):
+            second = model(batch("b", seed + 10))
+        loss = first.square().sum() + second.square().sum()
+        found = torch.autograd.grad(loss, list(model.parameters()))
+        plain = copy_(batch("b", seed)).square().sum() + copy_(batch("b", seed + 10)).square().sum()
+        assert all(map(torch.equal, found, torch.autograd.grad(plain, list(copy_.parameters()))))
