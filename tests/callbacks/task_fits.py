@@ -1,4 +1,4 @@
-"""Small fits with statistics per task: data of unlike tasks, modules of each kind, and separate networks as an oracle."""
+"""Small fits with statistics per task: data of unlike tasks, modules, and separate networks as an oracle."""
 
 import copy
 from collections.abc import Callable, Iterable, Sequence
@@ -16,7 +16,7 @@ import lightning_bn
 from lightning_bn import TaskBatchNorm
 from lightning_bn.functional import TaskStatistics
 from tests.callbacks.fits import quiet
-from tests.models import bits, seeded
+from tests.models import bits, fill_statistics, seeded
 
 TASKS = ["det", "seg", "depth"]
 SHIFT = {"det": 0.0, "seg": 3.0, "depth": -2.0}
@@ -59,9 +59,9 @@ def loader_of(batches: Sequence[Any]) -> DataLoader[Any]:
 class MultiTask(pl.LightningModule):
     """Every batch is of one task, or a dict of parts by task, each in its context; keeps what validation put out."""
 
-    def __init__(self, in_contexts: bool = False) -> None:
+    def __init__(self, in_contexts: bool = False, initial: bool = True) -> None:
         super().__init__()
-        self.net = seeded(Net)
+        self.net = seeded(Net) if initial else fill_statistics(seeded(Net))
         self.in_contexts = in_contexts
         self.put_out: list[bytes] = []
         self.losses: list[bytes] = []

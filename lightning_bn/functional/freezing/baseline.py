@@ -32,6 +32,8 @@ class Baseline:
     def __init__(self, layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool) -> None:
         self._layers = dict(layers)
         self._stats, self._affine = stats, affine
+        # Also when nobody else knows of them any more.
+        self._sets = {name: sets_of(layer) for name, layer in layers.items()}
         self.rearm()
         self._keys = [key for key, *_ in self._values()]
         self._copies = Flat([tensor for _, _, tensor, _ in self._watched])
@@ -95,7 +97,7 @@ class Baseline:
         for name, layer in self._layers.items():
             for value, home, key in places_of(layer, names):
                 # Of every task, and whichever lies in the layer now.
-                sets = sets_of(layer) if value in STATISTICS else None
+                sets = self._sets[name] if value in STATISTICS else None
                 for task in (None,) if sets is None else sets.tasks:
                     of_task = home if sets is None or task is None else sets.home_of(layer, task)
                     if (tensor := of_task.get(key)) is not None:
