@@ -38,9 +38,7 @@ class BatchNormMonitor(BatchNormCallback):
     all channels of all layers, go to the loggers as curves, and at the end of every validation run and training epoch
     to ``trainer.callback_metrics``, where ModelCheckpoint and EarlyStopping find them. What is measured are training's
     statistics, before a recalibration replaces them. Training is not disturbed.
-
-    Of layers that have statistics per task each task's are measured too, from a reference of their own:
-    ``<prefix>/<task>/<measure>_mean`` and ``_max``, 0 until the task was seen; thresholds look at the largest of all.
+    Statistics per task are measured too, each task's from its own, as ``<prefix>/<task>/<measure>_mean`` and ``_max``.
 
     Beside drift it names, once for each layer: statistics that are not finite; a layer in train mode that is not
     updated, one that is updated twice per batch, a frozen one that moves; a moving average that lags behind its batches
@@ -178,7 +176,7 @@ class BatchNormMonitor(BatchNormCallback):
             self._sample(trainer, right_after=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Before averaged weights are swapped in and statistics are recalibrated.
+        # Before averaged weights and recalibrated statistics are put in.
         if in_training_fit(trainer):
             self._sample(trainer)
 

@@ -370,6 +370,36 @@ def test_a_sample_of_several_tasks_reads_no_value_one_by_one_also_while_a_task_b
     assert reads.count == 0
 
 
+def test_processes_exchange_as_much_as_without_tasks_and_as_often() -> None:
+    exchanged: dict[bool, list[str]] = {True: [], False: []}
+    for tasks in (True, False):
+        model = net()
+        bank = task_statistics(model, TASKS if tasks else ["det"])
+        if not tasks:
+            bank.release()
+
+        def mean(values: Tensor, seen: list[str] = exchanged[tasks]) -> Tensor:
+            seen.append(f"mean of {values.numel()}")
+            return values
+
+        def largest(values: Tensor, seen: list[str] = exchanged[tasks]) -> Tensor:
+            seen.append("max")
+            return values
+
+        session = MonitorSession(layers_of(model), 7, mean_over_ranks=mean, max_over_ranks=largest, processes=2)
+        for step in range(1, 51):
+            session.before_batch()
+            if tasks:
+                with bank.task(TASKS[step % 2]):
+                    model(batch(step))
+            else:
+                model(batch(step))
+            if session.after_batch(batch(0), step):
+                session.sample(step, right_after=True)
+    assert exchanged[True] == exchanged[False]
+    assert exchanged[True].count("max") == 7
+
+
 def test_a_batch_that_is_not_judged_runs_nothing_on_the_device() -> None:
     model, bank = banked()
     session = MonitorSession(layers_of(model), 1000)
