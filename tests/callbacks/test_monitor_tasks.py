@@ -24,7 +24,7 @@ FAR = {"det": -3.0, "seg": 3.0}
 KEYS = {f"bn/{task}/jeffreys_{what}" for task in TASKS for what in ("mean", "max")}
 
 
-class TwoTasks(pl.LightningModule):
+class TakingTurns(pl.LightningModule):
     """Batches of two tasks take turns, each in the context of its own; the sets are saved with the module."""
 
     def __init__(self, lr: float = 1e-3, modules: Any = None, bank: bool = True) -> None:
@@ -101,7 +101,7 @@ def largest(one: Any, other: Any) -> float:
 
 def test_curves_of_every_task_are_there_from_the_first_sample_on(tmp_path: Path) -> None:
     logger, seen = CSVLogger(tmp_path), Seen()
-    module = TwoTasks()
+    module = TakingTurns()
     # A task that has begun is measured once it is warm.
     with module.bank.task("seg"), torch.no_grad():
         for seed in range(60):
@@ -122,19 +122,19 @@ def test_curves_of_every_task_are_there_from_the_first_sample_on(tmp_path: Path)
 def test_checkpoints_and_early_stopping_find_a_tasks_drift(tmp_path: Path) -> None:
     best = ModelCheckpoint(tmp_path, monitor="bn/seg/jeffreys_max", filename="{epoch}")
     stop = EarlyStopping("bn/det/jeffreys_max", divergence_threshold=1.0, patience=10**6)
-    trainer, _ = fit(TwoTasks(), monitor(), best, stop, enable_checkpointing=True, max_epochs=5)
+    trainer, _ = fit(TakingTurns(), monitor(), best, stop, enable_checkpointing=True, max_epochs=5)
     assert set(trainer.callback_metrics) >= KEYS
     assert best.best_model_path
     assert stop.stopped_epoch or trainer.current_epoch < 5
 
 
 def test_a_fit_with_statistics_per_task_that_are_healthy_is_called_so() -> None:
-    _, said = fit(TwoTasks(), monitor(every_n_steps=3), max_epochs=4)
+    _, said = fit(TakingTurns(), monitor(every_n_steps=3), max_epochs=4)
     assert said == []
 
 
 def test_layers_without_sets_of_their_own_are_told_what_to_give() -> None:
-    _, said = fit(TwoTasks(modules="net.head"), monitor(every_n_steps=3), max_epochs=4)
+    _, said = fit(TakingTurns(modules="net.head"), monitor(every_n_steps=3), max_epochs=4)
     [line] = said
     assert "net.features.1" in line
     assert "is fed by sources that alternate" in line
@@ -142,7 +142,7 @@ def test_layers_without_sets_of_their_own_are_told_what_to_give() -> None:
 
 
 def test_a_remedy_means_no_layer_that_is_not_watched() -> None:
-    class Wide(TwoTasks):
+    class Wide(TakingTurns):
         def __init__(self) -> None:
             super().__init__(modules="net.head")
             self.net.features.append(torch.nn.BatchNorm2d(4))
@@ -152,7 +152,7 @@ def test_a_remedy_means_no_layer_that_is_not_watched() -> None:
 
 
 def test_one_tasks_own_sources_that_alternate_are_named_with_it() -> None:
-    class Alternating(TwoTasks):
+    class Alternating(TakingTurns):
         def fault(self, x: Tensor, task: str, batch_idx: int) -> Tensor:
             return x + (6.0 if batch_idx // 2 % 2 else -6.0) if task == "seg" else x
 
@@ -163,7 +163,7 @@ def test_one_tasks_own_sources_that_alternate_are_named_with_it() -> None:
 
 @pytest.mark.parametrize("task", ["det", "seg"])
 def test_a_bad_batch_of_one_task_is_named_with_it(task: str) -> None:
-    class Bad(TwoTasks):
+    class Bad(TakingTurns):
         def fault(self, x: Tensor, task_of: str, batch_idx: int) -> Tensor:
             return x * (torch.inf if (task_of, batch_idx // 2) == (task, 5) else 1)
 
@@ -175,7 +175,7 @@ def test_a_bad_batch_of_one_task_is_named_with_it(task: str) -> None:
 
 
 def test_drift_of_one_task_stops_training_and_names_it() -> None:
-    class Shifted(TwoTasks):
+    class Shifted(TakingTurns):
         def fault(self, x: Tensor, task: str, batch_idx: int) -> Tensor:
             return x + 20 if task == "seg" and self.trainer.current_epoch == 2 else x
 
@@ -196,13 +196,13 @@ def test_a_resumed_fit_measures_as_the_uninterrupted_one_does(tmp_path: Path, re
         return monitor(every_n_steps=3, reference=reference)
 
     whole = watched()
-    fit(TwoTasks(), whole, max_epochs=4, count=512)
+    fit(TakingTurns(), whole, max_epochs=4, count=512)
     options = {"every_n_train_steps": 90} if middle else {"every_n_epochs": 1}
     saving = ModelCheckpoint(tmp_path, filename="{step}", save_top_k=-1, **options)
-    fit(TwoTasks(), watched(), saving, enable_checkpointing=True, max_epochs=2, count=512)
+    fit(TakingTurns(), watched(), saving, enable_checkpointing=True, max_epochs=2, count=512)
     path = tmp_path / f"step={90 if middle else 128}.ckpt"
     resumed = watched()
-    fit(TwoTasks(), resumed, max_epochs=4, count=512, ckpt_path=path)
+    fit(TakingTurns(), resumed, max_epochs=4, count=512, ckpt_path=path)
     one, other = whole._session, resumed._session
     assert one is not None
     assert other is not None
@@ -216,7 +216,7 @@ def test_a_resumed_fit_measures_as_the_uninterrupted_one_does(tmp_path: Path, re
 
 
 def test_a_checkpoint_of_before_the_sets_is_gone_on_from_and_that_is_told(tmp_path: Path) -> None:
-    class Plain(TwoTasks):
+    class Plain(TakingTurns):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             return F.cross_entropy(self.net(batch[0]), batch[1])
 
@@ -228,7 +228,7 @@ def test_a_checkpoint_of_before_the_sets_is_gone_on_from_and_that_is_told(tmp_pa
     saving = ModelCheckpoint(tmp_path, save_last=True)
     fit(Plain(bank=False), monitor(), saving, enable_checkpointing=True, max_epochs=1, count=64)
     watching = monitor()
-    _, said = fit(TwoTasks(), watching, max_epochs=2, count=64, ckpt_path=tmp_path / "last.ckpt")
+    _, said = fit(TakingTurns(), watching, max_epochs=2, count=64, ckpt_path=tmp_path / "last.ckpt")
     assert [line for line in said if "had not these layers of task 'det', 'seg', 'never'" in line]
     assert watching.history.steps == list(range(1, 17))
 
@@ -236,14 +236,14 @@ def test_a_checkpoint_of_before_the_sets_is_gone_on_from_and_that_is_told(tmp_pa
 # --- a checkpoint as the reference ---------------------------------------------------------------------------------
 
 
-def saved(module: TwoTasks, path: Path, **changed: Any) -> Path:
+def saved(module: TakingTurns, path: Path, **changed: Any) -> Path:
     state = {**module.bank.state_dict(), **changed}
     torch.save({"state_dict": module.state_dict(), "callbacks": {"TaskBatchNorm[x]": state}}, path)
     return path
 
 
-def moved(seed: int = 0) -> TwoTasks:
-    module = TwoTasks()
+def moved(seed: int = 0) -> TakingTurns:
+    module = TakingTurns()
     for shift, task in enumerate(TASKS):
         with module.bank.task(task), torch.no_grad():
             for again in range(50):
@@ -305,7 +305,7 @@ def test_a_set_of_other_channels_in_a_checkpoint_is_an_error_that_names_task_and
     state["sets"]["seg"]["net.bn.running_mean"] = torch.zeros(7)
     torch.save({"state_dict": there.state_dict(), "callbacks": {"TaskBatchNorm": state}}, tmp_path / "x.ckpt")
     with pytest.raises(Exception, match=r"task 'seg': layer 'net.bn' has 7 channels there and 4 here"):
-        fit(TwoTasks(), monitor(reference=str(tmp_path / "x.ckpt")))
+        fit(TakingTurns(), monitor(reference=str(tmp_path / "x.ckpt")))
 
 
 # --- with the others -----------------------------------------------------------------------------------------------
@@ -316,7 +316,7 @@ def test_training_is_bit_identical_with_and_without(frozen: bool) -> None:
     def run(*watching: Any) -> Any:
         used = [BatchNormFreezer("net.bn")] if frozen else []
         return trajectory(
-            TwoTasks, lambda: {"train_dataloaders": loader(64), "val_dataloaders": val_loader()}, *used, *watching
+            TakingTurns, lambda: {"train_dataloaders": loader(64), "val_dataloaders": val_loader()}, *used, *watching
         )
 
     trace, parameters, module = run()
@@ -331,7 +331,7 @@ def test_training_is_bit_identical_with_and_without(frozen: bool) -> None:
 def test_a_layer_that_the_freezer_keeps_is_no_fault_of_any_task() -> None:
     for first in (True, False):
         callbacks = [BatchNormFreezer("net.bn"), monitor()]
-        _, said = fit(TwoTasks(), *(callbacks if first else callbacks[::-1]))
+        _, said = fit(TakingTurns(), *(callbacks if first else callbacks[::-1]))
         assert said == []
 
 
@@ -351,6 +351,6 @@ def test_a_context_that_lies_in_the_layers_at_every_hook_changes_nothing() -> No
     outcomes = []
     for before in (False, True):
         watching = monitor(every_n_steps=3)
-        _, said = fit(TwoTasks(), *([Labels()] if before else []), watching, count=128)
+        _, said = fit(TakingTurns(), *([Labels()] if before else []), watching, count=128)
         outcomes.append((said, [bits(one.history.values()) for one in watching._session._sets]))  # type: ignore[union-attr]
     assert outcomes[0] == outcomes[1]

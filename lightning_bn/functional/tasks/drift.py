@@ -38,6 +38,14 @@ class TaskDrift:
         """Return of each layer the largest drift between any two tasks."""
         return dict(zip(self.layers, self.values.amax((0, 1)).tolist(), strict=True))
 
+    def pairs(self) -> dict[tuple[str, str], list[float]]:
+        """Return the drift of each layer for each two tasks, the larger one of its two directions."""
+        larger = torch.maximum(self.values, self.values.transpose(0, 1))
+        return {
+            (one, other): larger[row, column].tolist()
+            for (row, one), (column, other) in combinations(enumerate(self.tasks), 2)
+        }
+
     def worst(self) -> tuple[str, str, str, float]:
         """Return the layer and the two tasks that lie furthest apart, and how far."""
         index = int(self.values.argmax())
