@@ -8,6 +8,7 @@ from math import inf, isfinite
 from typing import Any
 
 from lightning_bn.functional.monitoring.history import DriftHistory
+from lightning_bn.functional.tasks.drift import APART, TaskDrift
 
 _TITLE = "How far running statistics are from their reference"
 _MARKS = {
@@ -67,6 +68,53 @@ def drift_figure(history: DriftHistory, measure: str, threshold: float | None = 
     every = max(1, -(-layers // 60))
     axes.set_yticks(range(0, layers, every), history.names[::every], fontsize=8 if layers <= 30 else 6)
     axes.set(xlim=(columns[0], columns[-1]), ylim=(rows[-1], rows[0]))
+    return figure
+
+
+def task_drift_figure(drift: TaskDrift, above: float = APART) -> Any:
+    """How far tasks lie apart in each layer: layers by depth against pairs of tasks, on a logarithmic scale.
+
+    Args:
+        drift: What :func:`~lightning_bn.functional.task_drift` gave.
+        above: Where the color scale changes from blue to red: the drift from which on a layer needs a set for each
+            task, as for ``TaskDrift.suggest``.
+
+    Returns:
+        A ``matplotlib.figure.Figure`` that belongs to no window.
+
+    Raises:
+        ImportError: If matplotlib is not installed (``pip install lightning-bn[plot]``).
+    """
+    from matplotlib import colormaps
+    from matplotlib.colors import LogNorm
+    from numpy import array, clip, ma, nan_to_num
+
+    pairs, names = drift.pairs(), [name or "(the model itself)" for name in drift.layers]
+    labels = [" / ".join(pair) for pair in pairs]
+    # Fixed, so that one layer that is far off does not make all others look alike; beyond it is one color.
+    least, most = above / 100, above * 100
+    values = array([*pairs.values()]).T
+    shown = ma.masked_invalid(clip(nan_to_num(values, nan=float("nan"), posinf=most), least, most))
+    width = max(0.3 * len(labels), 3) + 2.4 + 0.07 * min(max(map(len, names)), 60)
+    height = 0.24 * len(names) + 1.9 + 0.075 * max(map(len, labels))
+    figure, axes = _figure_for(None, (width, min(max(height, 3.4), 17)))
+    cmap = colormaps["RdYlBu_r"].with_extremes(bad="black")
+    mesh = axes.pcolormesh(shown, cmap=cmap, norm=LogNorm(least, most), edgecolors="white", linewidth=0.5)
+    ticks = [least, above / 10, above, above * 10, most]
+    bar = figure.colorbar(mesh, ax=axes, extend="both", ticks=ticks)
+    bar.ax.set_yticklabels([f"{value:.3g}" for value in ticks])
+    bar.ax.minorticks_off()
+    bar.set_label(f"drift (mean over channels)\nabove {above:g}: a set for each task", fontsize=8)
+    every = max(1, -(-len(names) // 60))
+    rows = range(0, len(names), every)
+    axes.set_yticks([row + 0.5 for row in rows], names[::every], fontsize=8 if len(names) <= 30 else 6)
+    upright = max(map(len, labels)) * len(labels) > 30
+    axes.set_xticks([column + 0.5 for column in range(len(labels))], labels, fontsize=8, rotation=90 if upright else 0)
+    axes.set(ylim=(len(names), 0), ylabel="BatchNorm layer, first one on top", title="How far tasks lie apart")
+    if ma.getmaskarray(shown).any():
+        from matplotlib.patches import Patch
+
+        figure.legend(handles=[Patch(color="black", label="not a number")], loc="outside lower center", fontsize=8)
     return figure
 
 

@@ -6,13 +6,13 @@ import math
 from collections.abc import Collection, Mapping, Sequence
 
 import torch
-from rich.box import SIMPLE_HEAD
 from rich.console import Console
 from rich.markup import escape
-from rich.padding import PaddingDimensions
 from rich.table import Column, Table
 from torch import nn
 
+from lightning_bn._tables import plain_table
+from lightning_bn._task_table import task_drift_table
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.freezing.freeze_plan import FreezePlan
 from lightning_bn.functional.layers.behavior import LayerBehavior, describe
@@ -25,6 +25,7 @@ from lightning_bn.functional.statistics.drift_measures import Measure, of_standa
 from lightning_bn.functional.statistics.snapshots import Snapshot
 
 __all__ = ["behavior_table", "drift_table", "plan_table", "print_behavior", "print_plan", "sparkline"]
+__all__ += ["task_drift_table"]
 
 
 def print_behavior(
@@ -75,7 +76,7 @@ def behavior_table(
         # "train" is longer than "mode".
         width = max(_longest_word(heading), len("train"))
         columns.append(Column(heading, justify="right" if numbers else "left", min_width=width))
-    table = _table(title, "\n".join(surprises), columns, padding=(0, 1, 0, 0))
+    table = plain_table(title, "\n".join(surprises), columns, padding=(0, 1, 0, 0))
     for layer in behaviors:
         status = (statuses or {}).get(layer.name, LayerStatus())
         table.add_row(
@@ -112,7 +113,7 @@ def plan_table(plan: FreezePlan) -> Table:
     title = f"{len(plan.frozen)} of {counted(len(plan.layers), 'BatchNorm layer')} will be frozen"
     caption = f"{others}: only BatchNorm is frozen." if plan.others else None
     folded = [Column(heading, overflow="fold") for heading in ("layer", "kind", "selected by")]
-    table = _table(title, caption, [*folded, Column("frozen"), Column("when")])
+    table = plain_table(title, caption, [*folded, Column("frozen"), Column("when")])
     for layer in plan.layers:
         what = ", ".join(word for word, on in (("statistics", layer.stats), ("affine", layer.affine)) if on)
         when = f"task {', '.join(layer.tasks)}; {plan.schedule}" if layer.tasks else str(plan.schedule)
@@ -173,7 +174,7 @@ def drift_table(
     columns.append(Column("history", no_wrap=True, width=7))
     title = f"Running statistics of {counted(len(order), 'BatchNorm layer')}, the worst first ({measure})"
     said = [f"... {rest} more that moved less"] * (rest > 0) + _not_listed(others)
-    table = _table(title, "\n".join(said) or None, columns, padding=0)
+    table = plain_table(title, "\n".join(said) or None, columns, padding=0)
     curves = dict(zip(history.names, history.values().T.tolist(), strict=True)) if len(history) else {}
     for name in shown:
         layer, at = layers[name], worst[name]
@@ -206,12 +207,6 @@ def sparkline(values: Sequence[float], width: int = 12) -> str:
     top = max((value for value in bins if math.isfinite(value)), default=0.0) or 1.0
     bars = "▁▂▃▄▅▆▇█"
     return "".join(bars[round(7 * max(value, 0.0) / top)] if math.isfinite(value) else "!" for value in bins)
-
-
-def _table(title: str, caption: str | None, columns: Sequence[Column], padding: PaddingDimensions = (0, 1)) -> Table:
-    return Table(
-        *columns, title=title, caption=caption, caption_justify="left", box=SIMPLE_HEAD, pad_edge=False, padding=padding
-    )
 
 
 def _not_listed(others: Mapping[str, nn.Module] | None) -> list[str]:

@@ -9,8 +9,9 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.collections import QuadMesh
 from torch import Tensor
 
+from lightning_bn.functional import TaskDrift
 from lightning_bn.functional.monitoring.history import DriftHistory
-from lightning_bn.plotting import drift_figure
+from lightning_bn.plotting import drift_figure, task_drift_figure
 
 FEW = ("net.features.1", "net.bn", "net.head.1")
 MANY = tuple(
@@ -192,8 +193,77 @@ def test_marks_of_layers_that_are_gone_are_left_out() -> None:
     assert figure.axes[0].get_legend() is None
 
 
+# the drift between tasks
+
+
+def between(layers: tuple[str, ...] = FEW, tasks: int = 3, scale: float = 0.1) -> TaskDrift:
+    names = ("detection", "segmentation", "depth", "normals", "edges", "keypoints", "saliency", "parts")[:tasks]
+    values = scale * torch.rand(tasks, tasks, len(layers), generator=torch.Generator().manual_seed(1)).double()
+    return TaskDrift(names, layers, values * (1 - torch.eye(tasks)[..., None]))
+
+
+def drawn_between(drift: TaskDrift, **options: Any) -> Any:
+    figure = task_drift_figure(drift, **options)
+    FigureCanvasAgg(figure).draw()
+    return figure
+
+
+@pytest.mark.parametrize("bad", [True, False])
+@pytest.mark.parametrize(("layers", "tasks"), [(MANY[:53], 3), (FEW, 8), (MANY[:3], 8), (MANY, 2), (("",), 2)])
+def test_no_text_of_the_drift_between_tasks_is_cut_off_or_lies_on_another(
+    layers: tuple[str, ...], tasks: int, bad: bool
+) -> None:
+    drift = between(layers, tasks)
+    drift.values[0, 1, 0] = float("nan") if bad else 0.0
+    figure = drawn_between(drift)
+    renderer = figure.canvas.get_renderer()
+    width, height = figure.canvas.get_width_height()
+    labels = [*texts(figure), *figure.axes[0].get_xticklabels()]
+    boxes = [(text.get_text(), text.get_window_extent(renderer)) for text in labels if text.get_text()]
+    for index, (said, box) in enumerate(boxes):
+        assert min(box.x0, box.y0) >= -1, said
+        assert box.x1 <= width + 1, said
+        assert box.y1 <= height + 1, said
+        for other, of_other in boxes[:index]:
+            apart = box.x0 >= of_other.x1 - 1 or of_other.x0 >= box.x1 - 1
+            assert apart or box.y0 >= of_other.y1 - 1 or of_other.y0 >= box.y1 - 1, (said, other)
+
+
+def test_every_pair_of_tasks_and_every_layer_has_its_place() -> None:
+    drift = between()
+    axes = drawn_between(drift).axes[0]
+    assert [label.get_text() for label in axes.get_yticklabels()] == list(FEW)
+    assert [label.get_text() for label in axes.get_xticklabels()] == [" / ".join(pair) for pair in drift.pairs()]
+    bottom, top = axes.get_ylim()
+    assert top < bottom, "the first layer is on top"
+    shown = torch.as_tensor(mesh(drawn_between(drift)).get_array())
+    assert torch.allclose(shown, torch.tensor([*drift.pairs().values()]).T.double())
+
+
+@pytest.mark.parametrize("above", [0.1, 0.5])
+def test_the_colors_of_tasks_turn_where_a_layer_needs_a_set_for_each(above: float) -> None:
+    figure = drawn_between(between(), above=above)
+    norm = mesh(figure).norm
+    assert float(norm(above)) == pytest.approx(0.5)
+    assert float(norm(above * 10)) == pytest.approx(0.75), "logarithmic"
+    assert f"{above:g}" in [label.get_text() for label in figure.axes[1].get_yticklabels()]
+
+
+@pytest.mark.parametrize(("bad", "color"), [(float("nan"), "black"), (float("inf"), "red")])
+def test_a_drift_between_tasks_that_is_not_finite_is_not_drawn_as_healthy(bad: float, color: str) -> None:
+    drift = between()
+    drift.values[1, 0, 0] = bad
+    figure = drawn_between(drift)
+    colors = mesh(figure)
+    red, green, blue, _ = colors.to_rgba(colors.get_array())[0, 0]
+    assert (red + green + blue == 0) if color == "black" else (red > 0.5 and red > blue)
+    said = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert said == (["not a number"] if color == "black" else [])
+
+
 def test_no_window_is_opened_and_no_setting_changed() -> None:
     before = dict(mpl.rcParams)
     drawn(history(), "jeffreys")
+    drawn_between(between())
     assert dict(mpl.rcParams) == before
     assert mpl._pylab_helpers.Gcf.get_num_fig_managers() == 0

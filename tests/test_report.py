@@ -9,10 +9,18 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from lightning_bn.functional import FreezeSchedule, SelectionError, describe, freeze_batch_norm, plan, take_snapshot
+from lightning_bn.functional import (
+    FreezeSchedule,
+    SelectionError,
+    TaskDrift,
+    describe,
+    freeze_batch_norm,
+    plan,
+    take_snapshot,
+)
 from lightning_bn.functional.layers.status import LayerStatus, status_by_name
 from lightning_bn.functional.monitoring.history import DriftHistory
-from lightning_bn.report import behavior_table, drift_table, print_behavior, print_plan, sparkline
+from lightning_bn.report import behavior_table, drift_table, print_behavior, print_plan, sparkline, task_drift_table
 from tests.models import SMALL_RESNET_NAMES, Holder, SmallResNet, fill_statistics, seeded
 
 
@@ -304,3 +312,81 @@ def test_what_looks_like_batch_norm_and_is_not_torchs_is_named_below_the_table()
     net = nn.Sequential(nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True))
     assert "Not listed, since not torch's BatchNorm: 1 (InstanceNorm1d)." in printed(net, 200)
     assert "Not listed" not in printed(net, 200, exclude="1")
+
+
+# the drift between tasks
+
+
+def between(
+    values: dict[str, list[float]], tasks: tuple[str, ...] = ("detection", "segmentation", "depth")
+) -> TaskDrift:
+    """With these values of each layer for the pairs of tasks, in their order; the other direction is a half."""
+    matrix = torch.zeros(len(tasks), len(tasks), len(values), dtype=torch.float64)
+    rows, columns = torch.triu_indices(len(tasks), len(tasks), 1)
+    matrix[rows, columns] = torch.tensor([*values.values()], dtype=torch.float64).T
+    matrix[columns, rows] = matrix[rows, columns] / 2
+    return TaskDrift(tasks, tuple(values), matrix)
+
+
+THREE = {"stem.bn": [0.02, 1.5, 0.3], "body.0.bn": [0.01, 0.02, 0.03], "body.1.bn": [3.0, 0.2, 2.0]}
+
+
+def between_text(drift: TaskDrift, width: int = 80, **options: Any) -> str:
+    console = Console(width=width)
+    with console.capture() as capture:
+        console.print(task_drift_table(drift, **options))
+    return capture.get()
+
+
+def test_the_drift_between_tasks_is_shown_for_each_two_the_furthest_layer_first() -> None:
+    lines = [line.split() for line in between_text(between(THREE)).splitlines()]
+    rows = [line for line in lines if line and line[0] in THREE]
+    assert rows == [
+        ["body.1.bn", "3", "0.2", "2", "per", "task"],
+        ["stem.bn", "0.02", "1.5", "0.3", "per", "task"],
+        ["body.0.bn", "0.01", "0.02", "0.03", "one"],
+    ]
+    heads = [line for line in lines if line and line[-1] in ("segmentation", "sets")]
+    assert heads == [["detection", "detection", "segmentation"], ["layer", "segmentation", "depth", "depth", "sets"]]
+
+
+def test_below_the_table_stands_what_to_give_and_that_the_others_need_none() -> None:
+    text = " ".join(between_text(between(THREE)).split())
+    assert "A set for each task: modules: [stem, body.1]. In others one set is enough: at most 0.03." in text
+    text = " ".join(between_text(between(THREE), above=5.0).split())
+    assert "One set serves all tasks: no layer's drift is above 5." in text
+    assert "per task" not in text
+
+
+def test_of_many_pairs_the_two_that_lie_furthest_apart_are_named() -> None:
+    tasks = ("detection", "segmentation", "depth", "normals", "edges")
+    values = {"a.bn": [0.0] * 9 + [0.7], "b.bn": [0.0, 0.9] + [0.0] * 8}
+    rows = {
+        line.split()[0]: line.split()[1:] for line in between_text(between(values, tasks)).splitlines() if ".bn" in line
+    }
+    assert rows["b.bn"] == ["detection,", "depth", "0.9", "per", "task"]
+    assert rows["a.bn"] == ["normals,", "edges", "0.7", "per", "task"]
+
+
+def test_a_layer_whose_tasks_are_not_comparable_comes_first() -> None:
+    text = between_text(between({**THREE, "head.bn": [0.1, float("nan"), 0.1]}))
+    rows = [line.split() for line in text.splitlines() if ".bn " in line]
+    assert rows[0] == ["head.bn", "0.1", "nan", "0.1", "per", "task"]
+
+
+@pytest.mark.parametrize("tasks", [2, 3, 4, 8])
+@pytest.mark.parametrize("long", [True, False])
+def test_the_drift_between_tasks_fits_eighty_columns_and_loses_nothing(tasks: int, long: bool) -> None:
+    names = ("detection", "segmentation", "depth", "normals", "edges", "keypoints", "saliency", "parts")[:tasks]
+    layers = [f"{LONG}.{index}" if long else f"layer.{index}" for index in range(14)]
+    drift = between({name: [1.0 + index] * (tasks * (tasks - 1) // 2) for index, name in enumerate(layers)}, names)
+    text = between_text(drift)
+    assert "…" not in text
+    assert max(map(len, text.splitlines())) <= 80
+    assert "... 4 more in which tasks lie closer" in text
+    folded = "".join(line.split()[0] for line in text.splitlines() if line.strip())
+    assert all(name in folded for name in layers[4:]) or not long
+
+
+def test_brackets_in_names_of_tasks_are_shown() -> None:
+    assert "[b]" in between_text(between({"a.bn": [1.0]}, ("[b]", "c")))

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from rich.table import Table
 from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks._base import BatchNormCallback
 from lightning_bn.callbacks._lightning.figures import log_figure, not_ending_the_fit, print_table
@@ -17,15 +16,16 @@ from lightning_bn.callbacks._lightning.state import in_training_fit
 from lightning_bn.callbacks._ranks import agree_on_ranks, max_over_ranks, mean_over_ranks
 from lightning_bn.functional._checks import check_choice, check_flag, check_text, check_whole
 from lightning_bn.functional.layers.behavior import describe_layers
+from lightning_bn.functional.layers.selection import batch_norm_layers
+from lightning_bn.functional.layers.sets_per_task import statistics_by_task
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.monitor_state import MonitorState
+from lightning_bn.functional.monitoring.saved_reference import read_reference
 from lightning_bn.functional.monitoring.session import MonitorSession
-from lightning_bn.functional.monitoring.settings import REFERENCES, check_settings
+from lightning_bn.functional.monitoring.settings import check_settings
 from lightning_bn.functional.monitoring.threshold import BatchNormDriftError
 from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.drift_measures import Measure
-from lightning_bn.functional.statistics.files import snapshot_of_checkpoint
-from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of
 from lightning_bn.report import drift_table
 
 __all__ = ["BatchNormDriftError", "BatchNormMonitor"]
@@ -38,6 +38,7 @@ class BatchNormMonitor(BatchNormCallback):
     all channels of all layers, go to the loggers as curves, and at the end of every validation run and training epoch
     to ``trainer.callback_metrics``, where ModelCheckpoint and EarlyStopping find them. What is measured are training's
     statistics, before a recalibration replaces them. Training is not disturbed.
+    Statistics per task are measured too, each task's from its own, as ``<prefix>/<task>/<measure>_mean`` and ``_max``.
 
     Beside drift it names, once for each layer: statistics that are not finite; a layer in train mode that is not
     updated, one that is updated twice per batch, a frozen one that moves; a moving average that lags behind its batches
@@ -120,31 +121,31 @@ class BatchNormMonitor(BatchNormCallback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Ranks that sample at other steps or other layers would wait for each other.
         names = ("every_n_steps", "measure", "reference", "act_above", "action")
-        settings = {name: getattr(self, name) for name in names}
-        agree_on_ranks(trainer, "monitor", lambda: self._layout(pl_module), settings)
+        agree_on_ranks(
+            trainer, "monitor", lambda: self._layout(pl_module), {name: getattr(self, name) for name in names}
+        )
 
     def _layout(self, module: LightningModule) -> ChannelLayout:
-        self._checkpoint(self._selection.tracked_layers(module))
-        return super()._layout(module)
-
-    def _checkpoint(self, layers: Mapping[str, _BatchNorm], *, tell: bool = False) -> Snapshot | None:
-        if self.reference in REFERENCES:
-            return None
-        read, entry = snapshot_of_checkpoint(self.reference, snapshot_of(layers))
-        if tell and str(entry):
-            rank_zero_info(f"BatchNormMonitor: reference {Path(self.reference).name}: {entry}")
-        return read
+        layers = self._selection.tracked_layers(module)
+        read_reference(self.reference, layers)
+        own, tasks = statistics_by_task(layers)
+        of_tasks = {f"{name} of {task}": one for task, sets in tasks.items() for name, one in sets.items()}
+        return ChannelLayout.of({**own, **of_tasks})
 
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.barebones:
             return
         layers = self._selection.tracked_layers(pl_module)
+        saved = read_reference(self.reference, layers)
+        if saved is not None and str(saved.entry):
+            rank_zero_info(f"BatchNormMonitor: reference {Path(self.reference).name}: {saved.entry}")
         session = MonitorSession(
             layers,
             self.every_n_steps,
             measure=self.measure,
             reference=str(self.reference),
-            checkpoint=self._checkpoint(layers, tell=True),
+            checkpoint=saved.own if saved else None,
+            checkpoint_of_tasks=saved.tasks if saved else None,
             warn_above=self.warn_above,
             act_above=self.act_above,
             history=DriftHistory(self.history.most),
@@ -152,6 +153,7 @@ class BatchNormMonitor(BatchNormCallback):
             mean_over_ranks=mean_over_ranks(trainer),
             max_over_ranks=max_over_ranks(trainer),
             processes=trainer.world_size,
+            others=[name for name in batch_norm_layers(pl_module) if name not in layers],
         )
         warning = "" if self._restored is None else session.resume(self._restored)
         if warning:
@@ -174,7 +176,7 @@ class BatchNormMonitor(BatchNormCallback):
             self._sample(trainer, right_after=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Before averaged weights are swapped in and statistics are recalibrated.
+        # Before averaged weights and recalibrated statistics are put in.
         if in_training_fit(trainer):
             self._sample(trainer)
 
@@ -241,14 +243,14 @@ class BatchNormMonitor(BatchNormCallback):
             raise RuntimeError("BatchNormMonitor has no sample yet: there is a table from the first one of a fit on.")
         return drift_table(
             describe_layers(self._selection.layers(module)),
-            session.reference,
-            session.sampled,
-            session.history,
+            session.own.reference,
+            session.own.sampled,
+            session.own.history,
             session.last.updates,
             self.measure,
             session.statuses,
             session.training,
-            session.warm_up.layers,
+            session.own.warm_up.layers,
             self._selection.lookalikes(module),
             most=most,
         )
@@ -284,8 +286,7 @@ class BatchNormMonitor(BatchNormCallback):
     def _log_monitorable(self, trainer: Trainer) -> None:
         if self._running is None or self._running.last is None:
             return
-        key, summary = f"{self.prefix}/{self.measure}", self._running.last.summary
-        values = {f"{key}_mean": summary.mean, f"{key}_max": summary.max}
+        values = self._running.last.monitorable(self.prefix, self.measure)
         # The loggers have their curve already.
         log_dict: Any = self.log_dict  # type: ignore[attr-defined]
         log_dict(values, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=trainer.world_size > 1)

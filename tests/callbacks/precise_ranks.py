@@ -222,7 +222,7 @@ def run_fit(name: str, folder: Path) -> dict[str, Any]:
     monitors = [callback for callback in used if isinstance(callback, BatchNormMonitor)]
     return {
         "identical": [report.identical for report in reports],
-        "sampled": [callback._session.sampled.mean for callback in monitors],
+        "sampled": [callback._session.own.sampled.mean for callback in monitors],
         "kinds_in_validation": [[type(layer).__name__ for layer in norms(net)] for _, net, _ in module.validated],
         "kinds_after": [type(layer).__name__ for layer in norms(module)],
         "trace": [(list(seen), loss) for seen, loss in recorder.trace],

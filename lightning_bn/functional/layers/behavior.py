@@ -12,6 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.properties import affine_parameters, has_running_statistics, is_lazy, processes_of
 from lightning_bn.functional.layers.selection import LayerSelection
+from lightning_bn.functional.layers.sets_per_task import Statistics
 
 
 @dataclass(frozen=True)
@@ -148,7 +149,7 @@ def _surprises(layer: _BatchNorm, averaging: str) -> list[str]:
     return found
 
 
-def has_initial_statistics(layer: _BatchNorm) -> bool:
+def has_initial_statistics(layer: Statistics) -> bool:
     """Whether the running statistics are those of construction, never updated: mean 0, variance 1, count 0."""
     mean, var, counter = layer.running_mean, layer.running_var, layer.num_batches_tracked
     if mean is None or var is None or counter is None or is_lazy(mean):

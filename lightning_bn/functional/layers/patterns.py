@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from fnmatch import fnmatchcase
 from typing import TypeAlias
 
@@ -80,6 +80,38 @@ def as_patterns(patterns: Patterns, argument: str) -> list[Pattern]:
 def is_below(name: str, path: str) -> bool:
     """Whether ``name`` is ``path`` or below it, by whole components."""
     return not path or name == path or name.startswith(path + ".")
+
+
+def shortest_paths(chosen: Collection[str], everything: Collection[str]) -> list[str]:
+    """The shortest paths that mean some layers and no other, those of the fewest components first.
+
+    Args:
+        chosen: Names of the layers.
+        everything: Names of all layers, these among them.
+
+    Example:
+        >>> shortest_paths(["a.0", "a.1", "b.bn"], ["a.0", "a.1", "b.bn", "b.norm"])
+        ['a', 'b.bn']
+    """
+    return sorted(_paths("", chosen, everything), key=lambda path: (path.count("."), path))
+
+
+def _paths(path: str, chosen: Collection[str], everything: Collection[str]) -> list[str]:
+    """The shortest paths below ``path`` that mean chosen layers alone."""
+    below = [name for name in everything if is_below(name, path)]
+    if not any(name in chosen for name in below):
+        return []
+    if path and all(name in chosen for name in below):
+        return [path]
+    deeper = {name[: _end(name, len(path) + bool(path))] for name in below if name != path}
+    found = [part for start in sorted(deeper) for part in _paths(start, chosen, everything)]
+    return found + [path] * (path in chosen)
+
+
+def _end(name: str, start: int) -> int:
+    """Where the component of a name that begins at ``start`` ends."""
+    end = name.find(".", start)
+    return len(name) if end < 0 else end
 
 
 def _at_or_below(components: tuple[str, ...], pattern: tuple[str, ...]) -> bool:

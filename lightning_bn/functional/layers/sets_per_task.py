@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 
@@ -27,6 +27,9 @@ class SetsPerTask(Protocol):
 
     def in_place(self, task: str) -> AbstractContextManager[None]:
         """Inside, the tensors of a task lie in the layers; nobody is told of it."""
+
+    def resolve(self) -> None:
+        """Look what others have put into the layers, as ``.to()`` does; the sets go along."""
 
     def home_of(self, layer: _BatchNorm, task: str) -> dict[str, Any]:
         """Where a task's tensors of a layer are kept, by the names of the buffers, whichever lie in the layer."""
@@ -55,3 +58,91 @@ def disclaim(layers: Iterable[nn.Module]) -> None:
     """Record that layers have none any more."""
     for layer in layers:
         _of.pop(layer, None)
+
+
+class StatisticsOf:
+    """One task's running statistics of a layer, read where they are kept, whichever lie in the layer.
+
+    Nothing is switched: nobody is told, and a set that begins does not take this for an end of its context. Of a task
+    that was removed the last ones are read.
+
+    Args:
+        layer: Which; it has statistics per task.
+        task: One of them.
+
+    Attributes:
+        running_mean: As the layer's; those of the last :meth:`look`.
+        running_var: As the layer's.
+        num_batches_tracked: As the layer's.
+        momentum: The layer's.
+        eps: The layer's.
+        num_features: The layer's.
+    """
+
+    def __init__(self, layer: _BatchNorm, task: str) -> None:
+        self._layer, self._task = layer, task
+        self.running_mean: Tensor | None = None
+        self.running_var: Tensor | None = None
+        self.num_batches_tracked: Tensor | None = None
+        self.momentum, self.eps, self.num_features = layer.momentum, layer.eps, layer.num_features
+        self.look()
+
+    @property
+    def weight(self) -> Any:
+        """The layer's, which tasks share."""
+        return self._layer.weight
+
+    def look(self, resolved: SetsPerTask | None = None) -> SetsPerTask | None:
+        """Take the tensors that are the task's now.
+
+        Args:
+            resolved: Sets that have been resolved a moment ago.
+
+        Returns:
+            Those that have been now.
+        """
+        sets = sets_of(self._layer)
+        if sets is not None and sets is not resolved:
+            sets.resolve()
+        # A layer that was replaced has none any more.
+        if sets is not None and sets_of(self._layer) is sets and self._task in sets.tasks:
+            home = sets.home_of(self._layer, self._task)
+            self.running_mean, self.running_var = home.get("running_mean"), home.get("running_var")
+            self.num_batches_tracked = home.get("num_batches_tracked")
+        self.momentum, self.eps = self._layer.momentum, self._layer.eps
+        return sets
+
+    def is_unseen(self) -> bool:
+        """Whether these are values of the default task that no batch has updated yet; waits for the device."""
+        sets, counter = sets_of(self._layer), self.num_batches_tracked
+        return sets is not None and self._task != sets.default and counter is not None and not int(counter)
+
+    def updates(self) -> int:
+        """How often the counter was written to, by every update among others; known without waiting for a device."""
+        return 0 if self.num_batches_tracked is None else self.num_batches_tracked._version
+
+
+Statistics: TypeAlias = _BatchNorm | StatisticsOf
+"""What is read of running statistics and of the layer that they are of; a layer has its own."""
+
+
+def look_again(layers: Iterable[Statistics]) -> None:
+    """Have those of them that are a task's take the tensors that are it now."""
+    sets: SetsPerTask | None = None
+    for layer in layers:
+        if isinstance(layer, StatisticsOf):
+            sets = layer.look(sets)
+
+
+def statistics_by_task(
+    layers: Mapping[str, _BatchNorm],
+) -> tuple[dict[str, Statistics], dict[str, dict[str, Statistics]]]:
+    """Return the layers' own statistics, those of the default task, and those of each task of the layers with sets."""
+    own: dict[str, Statistics] = {}
+    of_tasks: dict[str, dict[str, Statistics]] = {}
+    for name, layer in layers.items():
+        sets = sets_of(layer)
+        own[name] = layer if sets is None else StatisticsOf(layer, sets.default)
+        for task in () if sets is None else sets.tasks:
+            of_tasks.setdefault(task, {})[name] = StatisticsOf(layer, task)
+    return own, of_tasks

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from lightning_bn.functional._text import counted
+from lightning_bn.functional.monitoring.finding_in_words import told_of
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.sample import Sample
 from lightning_bn.functional.monitoring.threshold import Threshold
@@ -23,12 +24,14 @@ class DriftSentences:
         reference: What it is measured from.
         history: The samples.
         warm_up: Of the layers.
+        task: Whose statistics they are of; None for the layers' own.
     """
 
     measure: str
     reference: str
     history: DriftHistory
     warm_up: WarmUp
+    task: str | None = None
 
     def overall(self, summary: DriftSummary) -> str:
         """Return how far all layers moved, at the end of a fit."""
@@ -52,7 +55,8 @@ class DriftSentences:
         moves = self.reference in ("previous_epoch", "recalibrated")
         step = None if moves else self.history.jumped_at(worst)
         jump = "" if step is None else f"; its inputs changed at about step {step:,}"
-        return f"{summary.in_words()} since {self._since(worst)}{jump}"
+        whose = "" if self.task is None else f"task {self.task!r}: "
+        return f"{whose}{summary.in_words()} since {self._since(worst)}{jump}"
 
     def _since(self, layer: str) -> str:
         step = self.warm_up.measured_since.get(layer)
@@ -75,42 +79,42 @@ class Announcer:
         act_above: Drift in two samples in a row that asks for an action.
 
     Attributes:
-        told: Layers and kinds of findings that were said.
+        told: Layers and kinds of findings that were said, with the task where it was one's.
     """
 
     def __init__(self, warn_above: float | None, act_above: float | None) -> None:
         # One noisy sample does not stop a run.
         self.warning, self.action = Threshold(warn_above), Threshold(act_above, in_a_row=2)
-        self.told: frozenset[tuple[str, str]] = frozenset()
+        self.told: frozenset[tuple[str, ...]] = frozenset()
 
-    def announced(self, sample: Sample, largest: float, sentences: DriftSentences) -> Sample:
+    def announced(self, sample: Sample, worst: DriftSummary, largest: float, sentences: DriftSentences) -> Sample:
         """Return the sample with what is to be said of it.
 
         Args:
             sample: Of this process.
+            worst: The drift of the statistics that moved most, of all tasks.
             largest: The largest drift of all processes.
-            sentences: On drift.
+            sentences: On these statistics.
         """
-        messages = tuple(self._messages(sample, sentences))
-        return replace(sample, messages=messages, exceeded=self._exceeded(sample, largest, sentences))
+        messages = tuple(self._messages(sample, worst, sentences))
+        return replace(sample, messages=messages, exceeded=self._exceeded(sample.step, worst, largest, sentences))
 
-    def _messages(self, sample: Sample, sentences: DriftSentences) -> Iterator[str]:
+    def _messages(self, sample: Sample, worst: DriftSummary, sentences: DriftSentences) -> Iterator[str]:
         for one in sample.findings:
-            if (one.layer, one.kind) not in self.told:
-                self.told |= {(layer, one.kind) for layer in one.layers}
+            if told_of(one.layer, one.kind, one.task) not in self.told:
+                self.told |= one.told
                 yield f"step {sample.step:,}: {one.sentence}"
-        if self.warning.triggers(sample.summary.max):
-            moved = f"{sentences.moved(sample.summary)}; {sentences.measure} {sample.summary.max:.3g}"
+        if self.warning.triggers(worst.max):
+            moved = f"{sentences.moved(worst)}; {sentences.measure} {worst.max:.3g}"
             yield (
                 f"step {sample.step:,}: {moved} is above warn_above={self.warning.limit:g}. If it should not move, "
                 f"freeze it or give it statistics of its own; if it is meant to, leave it out with exclude."
             )
 
-    def _exceeded(self, sample: Sample, largest: float, sentences: DriftSentences) -> str:
+    def _exceeded(self, step: int, worst: DriftSummary, largest: float, sentences: DriftSentences) -> str:
         # One rank's drift is every rank's: they have to stop together.
         if not self.action.triggers(largest):
             return ""
-        here = self.action.is_above(sample.summary.max)
-        moved = sentences.moved(sample.summary) if here else "statistics of another rank moved most"
+        moved = sentences.moved(worst) if self.action.is_above(worst.max) else "statistics of another rank moved most"
         above = f"above act_above={self.action.limit:g} in two samples in a row"
-        return f"step {sample.step:,}: {moved}; {sentences.measure} {largest:.3g} is {above}"
+        return f"step {step:,}: {moved}; {sentences.measure} {largest:.3g} is {above}"

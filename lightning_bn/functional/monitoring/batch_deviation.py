@@ -8,13 +8,13 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.functional.layers.sets_per_task import Statistics
 from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.snapshots import Snapshot
 
 
-def momenta(layers: Iterable[_BatchNorm], device: torch.device) -> Tensor:
+def momenta(layers: Iterable[Statistics], device: torch.device) -> Tensor:
     """Return each layer's weight of a new batch, ``(L,)``; NaN for a cumulative average, whose weight changes."""
     known = tuple(torch.nan if layer.momentum is None else layer.momentum for layer in layers)
     return on_device(known, device, torch.float64)
@@ -108,7 +108,7 @@ class BatchWindow:
         self.innovations = self.gaps = self.uses = BatchDeviations.none(like)
         self.judged = 0
 
-    def add(self, before: Snapshot, after: Snapshot, momentum: Tensor, most: float, everywhere: Tensor | None) -> None:
+    def add(self, before: Snapshot, after: Snapshot, momentum: Tensor, most: float) -> None:
         """Add the batch between two snapshots.
 
         Args:
@@ -116,12 +116,20 @@ class BatchWindow:
             after: Right after it.
             momentum: Of the layers.
             most: Standard deviations that it can add.
-            everywhere: Running means of all processes right after it, averaged, ``(C,)``; None in one process.
         """
         self.innovations = self.innovations.with_batch(innovation(before, after, momentum), most)
         self.judged += 1
-        if everywhere is not None:
-            self.gaps = self.gaps.with_batch(_in_sigma(after.mean, everywhere, momentum, after), most)
+
+    def add_gap(self, after: Snapshot, everywhere: Tensor, momentum: Tensor, most: float) -> None:
+        """Add how far the batch of this process was from those of all.
+
+        Args:
+            after: The statistics right after it.
+            everywhere: Running means of all processes right after it, averaged, ``(C,)``.
+            momentum: Of the layers.
+            most: Standard deviations that it can add.
+        """
+        self.gaps = self.gaps.with_batch(_in_sigma(after.mean, everywhere, momentum, after), most)
 
     def add_uses(self, apart: Tensor) -> None:
         """Add how far the uses of layers in one batch lay apart, ``(C,)``; NaN where there was but one."""

@@ -19,6 +19,7 @@ class Cadence:
         self._per_batch = 1
         self._samples = step // every_n_steps
         self._sampled = False
+        self._since_sample: int | None = None
 
     def judges(self) -> bool:
         """Whether the batch that comes is to be judged: the last one before a sample, and the first one after it.
@@ -34,4 +35,15 @@ class Cadence:
         self._step = step
         self._sampled = step // self._every > self._samples
         self._samples = step // self._every
+        if self._sampled:
+            self._since_sample = 0
+        elif self._since_sample is not None:
+            self._since_sample += 1
         return self._sampled
+
+    def judges_tasks(self, tasks: int) -> bool:
+        """Whether the batch that comes is to be judged for the statistics of its task.
+
+        Two of each task in a row come within twice as many batches as there are tasks, where these take turns.
+        """
+        return self.judges() or (self._since_sample is not None and self._since_sample < 2 * tasks)

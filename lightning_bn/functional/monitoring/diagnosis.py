@@ -8,7 +8,7 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
-from lightning_bn.functional.monitoring.finding_in_words import OF_COUNTERS, Finding, FindingKind
+from lightning_bn.functional.monitoring.finding_in_words import OF_COUNTERS, Finding, FindingKind, told_of
 from lightning_bn.functional.monitoring.measure import Evidence
 
 JUDGED_BY_BATCHES: tuple[FindingKind, ...] = ("lagging", "alternating", "ranks differ", "small batches")
@@ -33,12 +33,13 @@ FEWEST_BATCHES = 8
 """That a judgment on batches rests on."""
 
 
-def diagnose(evidence: Evidence, told: Container[tuple[str, str]] = ()) -> list[Finding]:
+def diagnose(evidence: Evidence, told: Container[tuple[str, ...]] = ()) -> list[Finding]:
     """Return every fault; empty for a healthy model.
 
     Args:
         evidence: What was measured.
-        told: Layers and kinds that were said before: those of the counters are not said again.
+        told: Layers and kinds that were said before, with the task where it was one's: those of the counters are not
+            said again.
     """
     t = evidence.table
     frozen = torch.tensor([bool(one) for one in evidence.frozen_by], device="cpu")
@@ -62,7 +63,8 @@ def diagnose(evidence: Evidence, told: Container[tuple[str, str]] = ()) -> list[
         layers = where.nonzero().flatten().tolist()
         if kind in OF_COUNTERS:
             same = ("shared", "updated twice") if kind in ("shared", "updated twice") else (kind,)
-            layers = [i for i in layers if not any((evidence.names[i], one) in told for one in same)]
+            names, task = evidence.names, evidence.task
+            layers = [i for i in layers if not any(told_of(names[i], one, task) in told for one in same)]
         if kind == "shared":
             layers.sort(key=lambda index: -float(t.apart[index]))
         if layers:

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from lightning_bn.functional._text import counted
+from lightning_bn.functional.layers.patterns import shortest_paths
 from lightning_bn.functional.monitoring.measure import Evidence
 
 FindingKind: TypeAlias = Literal[
@@ -62,7 +63,8 @@ _SENTENCES: dict[FindingKind, str] = {
     ),
     "alternating": (
         "{who} is fed by sources that alternate: means of batches differ by {scatter:.1f} sigma, and the moving "
-        "average describes none of them. Give each source statistics of its own, or mix them in every batch."
+        "average describes none of them. Give each source statistics of its own, as tasks of "
+        "TaskBatchNorm(modules=[{paths}]), or mix them in every batch."
     ),
     "small batches": (
         "{who} normalizes the {samples} of each rank on their own, and means of such batches scatter by {scatter:.1f} "
@@ -85,12 +87,19 @@ class Finding:
         kind: Of the fault.
         sentence: What a person is told.
         layers: All for which that counts as said.
+        task: Whose statistics have it; None for the layers' own.
     """
 
     layer: str
     kind: FindingKind
     sentence: str
     layers: tuple[str, ...]
+    task: str | None = None
+
+    @property
+    def told(self) -> frozenset[tuple[str, ...]]:
+        """What is said with it."""
+        return frozenset(told_of(layer, self.kind, self.task) for layer in self.layers)
 
     @classmethod
     def of(cls, evidence: Evidence, kind: FindingKind, layers: Sequence[int]) -> Finding:
@@ -101,10 +110,13 @@ class Finding:
         first, samples = layers[0], evidence.samples or 0
         name, measured = evidence.names[first], evidence.table.row(first)
         shown = name or "(the model itself)"
+        more = f" (and {counted(len(layers) - 1, 'more layer')})" if len(layers) > 1 else ""
+        paths = shortest_paths([evidence.names[index] for index in layers], {*evidence.names, *evidence.others})
         sentence = _SENTENCES[kind].format(
             **measured,
             name=shown,
-            who=f"{shown} (and {counted(len(layers) - 1, 'more layer')})" if len(layers) > 1 else shown,
+            who=shown + more + ("" if evidence.task is None else f" with the statistics of task {evidence.task!r}"),
+            paths=", ".join(map(repr, paths)),
             bad=counted(int(measured["nonfinite_anywhere"]), "channel"),
             limit=_LIMITS.get(evidence.dtypes[first], ""),
             where="" if measured["nonfinite"] else " on another rank",
@@ -117,4 +129,9 @@ class Finding:
             together=counted(samples * evidence.processes, "sample"),
         )
         named = tuple(evidence.names[index] for index in layers) if kind in OF_COUNTERS else (name,)
-        return cls(name, kind, sentence, named)
+        return cls(name, kind, sentence, named, evidence.task)
+
+
+def told_of(layer: str, kind: str, task: str | None) -> tuple[str, ...]:
+    """How it is written down that a fault was said."""
+    return (layer, kind) if task is None else (layer, kind, task)

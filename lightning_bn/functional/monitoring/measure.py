@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor
@@ -48,20 +48,33 @@ class LayerTable(Health):
     nonfinite_anywhere: Tensor
     largest_anywhere: Tensor
 
-    def over_ranks(self, max_over_ranks: Callable[[Tensor], Tensor]) -> LayerTable:
-        """Return the same table with what is of all processes."""
-        here = torch.stack((self.gap, self.nonfinite_anywhere, self.largest_anywhere))
-        gap, nonfinite, largest = max_over_ranks(here)
-        return replace(self, gap=gap, nonfinite_anywhere=nonfinite, largest_anywhere=largest)
+    def without(self, layers: Tensor) -> LayerTable:
+        """Return the same table with nothing of some layers, ``(L,)``, but the gap between processes."""
+        kept = ("summary", "gap")
+        blank = {name: torch.where(layers, 0, one) for name, one in vars(self).items() if name not in kept}
+        return replace(self, **blank)
 
     def row(self, index: int) -> dict[str, float]:
         """Return what was measured of one layer, by name."""
         return {name: float(column[index]) for name, column in vars(self).items() if name != "summary"}
 
-    def to_host(self) -> LayerTable:
-        """Return the same table on the CPU; waits for the device once."""
-        columns = [column.to(torch.float64) for column in vars(self).values()]
-        return LayerTable(*torch.cat(columns).cpu().split([len(column) for column in columns]))
+
+def over_ranks(tables: Sequence[LayerTable], max_over_ranks: Callable[[Tensor], Tensor]) -> list[LayerTable]:
+    """Return the same tables with what is of all processes, which exchange one tensor."""
+    here = [torch.stack((one.gap, one.nonfinite_anywhere, one.largest_anywhere)) for one in tables]
+    everywhere = max_over_ranks(torch.cat(here, 1)).split([one.shape[1] for one in here], 1)
+    return [
+        replace(one, gap=gap, nonfinite_anywhere=nonfinite, largest_anywhere=largest)
+        for one, (gap, nonfinite, largest) in zip(tables, everywhere, strict=True)
+    ]
+
+
+def to_host(tables: Sequence[LayerTable]) -> list[LayerTable]:
+    """Return the same tables on the CPU, in float64; waits for the device once."""
+    columns = [column.to(torch.float64) for one in tables for column in vars(one).values()]
+    there = torch.cat(columns).cpu().split([len(column) for column in columns])
+    width = len(fields(LayerTable))
+    return [LayerTable(*there[start : start + width]) for start in range(0, len(there), width)]
 
 
 @dataclass(frozen=True)
@@ -79,6 +92,8 @@ class Evidence:
         samples: In a training batch; None if that is not known.
         judged: How many batches bias, scatter and gap rest on.
         processes: That train together.
+        task: Whose statistics these are; None for the layers' own.
+        others: Names of the model's other BatchNorm layers.
     """
 
     table: LayerTable
@@ -91,6 +106,8 @@ class Evidence:
     samples: int | None
     judged: int
     processes: int
+    task: str | None = None
+    others: tuple[str, ...] = ()
 
 
 def measure(

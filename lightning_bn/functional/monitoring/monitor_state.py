@@ -22,7 +22,8 @@ class MonitorState:
         measured_since: The step from which on layers are measured that were warming up, or were reset.
         warning: State of the threshold ``warn_above``.
         action: State of the threshold ``act_above``.
-        told: Layers and kinds of findings that were said.
+        told: Layers and kinds of findings that were said, with the task where it was one's.
+        tasks: The same of each task's statistics: reference, history and layers.
     """
 
     reference: Snapshot
@@ -32,13 +33,16 @@ class MonitorState:
     measured_since: Mapping[str, int] = field(default_factory=dict)
     warning: Mapping[str, int] = field(default_factory=dict)
     action: Mapping[str, int] = field(default_factory=dict)
-    told: frozenset[tuple[str, str]] = frozenset()
+    told: frozenset[tuple[str, ...]] = frozenset()
+    tasks: Mapping[str, MonitorState] = field(default_factory=dict)
 
     def state_dict(self) -> dict[str, Any]:
         """Return tensors, strings, numbers, lists and dicts only."""
         nested = {"reference": self.reference.state_dict(), "history": self.history.state_dict()}
         sets = {"warming_up": sorted(self.warming_up), "told": [list(pair) for pair in sorted(self.told)]}
-        return {"format": 1, **vars(self), **nested, **sets}
+        state = {"format": 1, **vars(self), **nested, **sets}
+        tasks = {task: one.state_dict() for task, one in state.pop("tasks").items()}
+        return {**state, "tasks": tasks} if tasks else state
 
     @classmethod
     def from_state_dict(cls, state: Mapping[str, Any]) -> MonitorState | None:
@@ -53,5 +57,6 @@ class MonitorState:
             dict(state.get("measured_since", {})),
             dict(state.get("warning", {})),
             dict(state.get("action", {})),
-            frozenset((layer, kind) for layer, kind in state.get("told", ())),
+            frozenset(tuple(one) for one in state.get("told", ())),
+            {task: one for task, saved in state.get("tasks", {}).items() if (one := cls.from_state_dict(saved))},
         )

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 from lightning_bn.functional.monitoring.finding_in_words import Finding
 from lightning_bn.functional.statistics.summary import DriftSummary
@@ -21,6 +22,8 @@ class Sample:
         findings: Every fault, also those that were said before.
         messages: What is to be said now.
         exceeded: Said when drift triggers ``act_above``; empty if it does not.
+        tasks: Of the drift of each task's statistics from its own reference; empty where no layer has statistics per
+            task. ``summary``, ``largest``, ``updates`` and ``collapsed`` are of the layers' own.
     """
 
     step: int
@@ -31,6 +34,22 @@ class Sample:
     findings: tuple[Finding, ...]
     messages: tuple[str, ...] = ()
     exceeded: str = ""
+    tasks: Mapping[str, DriftSummary] = field(default_factory=dict)
+
+    def monitorable(self, prefix: str, measure: str) -> dict[str, float]:
+        """Return mean and largest drift by key, of the layers' own statistics and of each task's.
+
+        Args:
+            prefix: Of the keys.
+            measure: Its name, for the keys.
+        """
+        of = {f"{prefix}/{measure}": self.summary}
+        of |= {f"{prefix}/{task}/{measure}": summary for task, summary in self.tasks.items()}
+        return {
+            key: value
+            for name, one in of.items()
+            for key, value in ((f"{name}_mean", one.mean), (f"{name}_max", one.max))
+        }
 
     def metrics(self, prefix: str, measure: str, log_worst: int = 0) -> dict[str, float]:
         """Return curves by key, the same keys at every sample.
@@ -51,4 +70,5 @@ class Sample:
             f"{key}_max": self.summary.max,
             **({} if share is None else {f"{key}_share_above": share}),
             **{f"{key}_worst_{rank}": value for rank, value in enumerate(worst, 1)},
+            **self.monitorable(prefix, measure),
         }

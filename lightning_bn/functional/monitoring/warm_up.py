@@ -7,9 +7,9 @@ from dataclasses import replace
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional.layers.behavior import has_initial_statistics
+from lightning_bn.functional.layers.sets_per_task import Statistics, StatisticsOf
 from lightning_bn.functional.monitoring.batch_deviation import on_device
 from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.measure import LayerTable
@@ -38,9 +38,9 @@ class WarmUp:
         self.layers = self._marked = frozenset(layers)
         self.measured_since = dict(measured_since or {})
 
-    def start(self, layers: Mapping[str, _BatchNorm]) -> None:
+    def start(self, layers: Mapping[str, Statistics]) -> None:
         """Have those warm up that were never updated, too."""
-        self.layers |= {name for name, layer in layers.items() if has_initial_statistics(layer)}
+        self.layers |= {name for name, layer in layers.items() if has_initial_statistics(layer) or _unseen(layer)}
 
     def mask(self, device: torch.device) -> Tensor:
         """Return which layers are warming up, ``(L,)``."""
@@ -79,3 +79,7 @@ def following(reference: Snapshot, current: Snapshot, which: Tensor) -> Snapshot
         var=torch.where(channels, current.var, reference.var),
         num_batches_tracked=torch.where(which, current.num_batches_tracked, reference.num_batches_tracked),
     )
+
+
+def _unseen(layer: Statistics) -> bool:
+    return isinstance(layer, StatisticsOf) and layer.is_unseen()

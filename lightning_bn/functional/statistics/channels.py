@@ -8,8 +8,9 @@ from functools import cached_property, lru_cache
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
+
+from lightning_bn.functional.layers.sets_per_task import Statistics
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ class ChannelLayout:
     sizes: tuple[int, ...]
 
     @classmethod
-    def of(cls, layers: Mapping[str, _BatchNorm]) -> Self:
+    def of(cls, layers: Mapping[str, Statistics]) -> Self:
         """Of layers, in their order."""
         return cls(tuple(layers), tuple(layer.num_features for layer in layers.values()))
 

@@ -166,13 +166,20 @@ def snapshot_of_checkpoint(
         OSError: As for ``read_checkpoint``.
         pickle.UnpicklingError: As for ``read_checkpoint``.
     """
+    return snapshot_in(read_checkpoint(path), like, key=key, prefix=prefix)
+
+
+def snapshot_in(
+    file: CheckpointFile, like: Snapshot, *, key: str | None = None, prefix: str | None = None
+) -> tuple[Snapshot, FileEntry]:
+    """As :func:`snapshot_of_checkpoint`, of a file that has been read."""
     sizes = dict(zip(like.names, like.layout.sizes, strict=True))
     wanted = {
         _join(name, value): torch.Size((size,))
         for name, size in sizes.items()
         for value in ("running_mean", "running_var")
     }
-    entry = read_checkpoint(path).entry(wanted, "the BatchNorm layers", key=key, prefix=prefix)
+    entry = file.entry(wanted, "the BatchNorm layers", key=key, prefix=prefix)
 
     def gather(value: str) -> Tensor:
         values = [entry[_join(name, value)] for name in like.names]

@@ -16,6 +16,7 @@ from lightning_bn.functional._text import named, quoted
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.properties import is_lazy
 from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
+from lightning_bn.functional.layers.sets_per_task import Statistics
 from lightning_bn.functional.layers.status import is_frozen
 from lightning_bn.functional.statistics.channels import ChannelLayout
 
@@ -128,7 +129,7 @@ def take_snapshot(model: nn.Module, modules: Patterns = None, *, exclude: Patter
     return snapshot_of(LayerSelection(modules, exclude, root).tracked_layers(model))
 
 
-def snapshot_of(layers: Mapping[str, _BatchNorm], weight: Tensor | None = None) -> Snapshot:
+def snapshot_of(layers: Mapping[str, Statistics], weight: Tensor | None = None) -> Snapshot:
     """Return the snapshot of layers that are already resolved; each must have running statistics.
 
     Args:
@@ -249,7 +250,7 @@ def _flat(tensors: list[Tensor]) -> Tensor:
     return torch.cat([tensor.detach().to(device=device, dtype=dtype) for tensor in tensors])
 
 
-def _counters(layers: list[_BatchNorm]) -> Tensor:
+def _counters(layers: list[Statistics]) -> Tensor:
     device = _tensor(layers[0].running_mean).device
     counters = [layer.num_batches_tracked for layer in layers]
     there = [counter for counter in counters if counter is not None and counter.device == device]
@@ -259,7 +260,7 @@ def _counters(layers: list[_BatchNorm]) -> Tensor:
     return torch.stack([missing if counter is None else counter.to(device) for counter in counters])
 
 
-def _weight(layer: _BatchNorm) -> Tensor:
+def _weight(layer: Statistics) -> Tensor:
     weight: Tensor | None = layer.weight
     return torch.ones_like(_tensor(layer.running_mean)) if weight is None else weight
 

@@ -158,6 +158,10 @@ class TaskStatistics:
         if not self._placed.stack:
             self.outside.look(self._placed)
 
+    def resolve(self) -> None:
+        """Look what others have put into the layers, as ``.to()`` does; the sets go along."""
+        self._placed.resolve()
+
     def home_of(self, layer: _BatchNorm, task: str) -> dict[str, Any]:
         """Where a task's tensors of a layer are kept, whichever lie in the layer."""
         return self._placed.home_of(layer, self.known(task))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -10,7 +9,7 @@ import torch
 from torch import Tensor
 
 from lightning_bn.functional._text import quoted
-from lightning_bn.functional.layers.patterns import is_below
+from lightning_bn.functional.layers.patterns import shortest_paths
 from lightning_bn.functional.statistics.drift_measures import Measure, drift
 from lightning_bn.functional.tasks.bank import TaskStatistics
 
@@ -39,6 +38,14 @@ class TaskDrift:
         """Return of each layer the largest drift between any two tasks."""
         return dict(zip(self.layers, self.values.amax((0, 1)).tolist(), strict=True))
 
+    def pairs(self) -> dict[tuple[str, str], list[float]]:
+        """Return the drift of each layer for each two tasks, the larger one of its two directions."""
+        larger = torch.maximum(self.values, self.values.transpose(0, 1))
+        return {
+            (one, other): larger[row, column].tolist()
+            for (row, one), (column, other) in combinations(enumerate(self.tasks), 2)
+        }
+
     def worst(self) -> tuple[str, str, str, float]:
         """Return the layer and the two tasks that lie furthest apart, and how far."""
         index = int(self.values.argmax())
@@ -52,7 +59,7 @@ class TaskDrift:
             above: The drift from which on a layer needs a set for each task.
         """
         chosen = {name for name, value in self.largest().items() if not value <= above}
-        return sorted(_paths("", chosen, {*self.layers, *self.others}), key=lambda path: (path.count("."), path))
+        return shortest_paths(chosen, {*self.layers, *self.others})
 
     def __str__(self) -> str:
         layer, one, other, value = self.worst()
@@ -89,21 +96,3 @@ def task_drift(bank: TaskStatistics, measure: Measure = "jeffreys") -> TaskDrift
             values[place[0], place[1]] = torch.stack([channels.abs().mean() for channels in by_layer]).cpu()
     others = tuple(name for name in bank.all_layers if name not in bank.layers)
     return TaskDrift(bank.tasks, bank.layers, values, others)
-
-
-def _paths(path: str, chosen: Collection[str], everything: Collection[str]) -> list[str]:
-    """The shortest paths below ``path`` that mean chosen layers alone."""
-    below = [name for name in everything if is_below(name, path)]
-    if not any(name in chosen for name in below):
-        return []
-    if path and all(name in chosen for name in below):
-        return [path]
-    deeper = {name[: _end(name, len(path) + bool(path))] for name in below if name != path}
-    found = [part for start in sorted(deeper) for part in _paths(start, chosen, everything)]
-    return found + [path] * (path in chosen)
-
-
-def _end(name: str, start: int) -> int:
-    """Where the component of a name that begins at ``start`` ends."""
-    end = name.find(".", start)
-    return len(name) if end < 0 else end

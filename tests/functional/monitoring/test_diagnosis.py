@@ -103,7 +103,19 @@ def test_a_healthy_model_has_nothing() -> None:
             {"scatter": [0.1, 3.0, 0.1]},
             "body.bn",
             "alternating",
-            ["sources that alternate", "3.0 sigma", "statistics of its own"],
+            ["sources that alternate", "3.0 sigma", "statistics of its own", "TaskBatchNorm(modules=['body'])"],
+        ),
+        (
+            {"scatter": [3.0, 0.1, 3.0], "others": ("stem.other",)},
+            "stem.bn",
+            "alternating",
+            ["(and 1 more layer)", "TaskBatchNorm(modules=['head', 'stem.bn'])"],
+        ),
+        (
+            {"scatter": [0.1, 3.0, 0.1], "task": "seg"},
+            "body.bn",
+            "alternating",
+            ["body.bn with the statistics of task 'seg' is fed by"],
         ),
         ({"gap": [0.0, 2.0, 0.0]}, "body.bn", "ranks differ", ["2.0 sigma", "rank 0's", "SyncBatchNorm"]),
     ],
@@ -131,6 +143,12 @@ def test_one_cause_in_many_layers_is_one_line_with_the_first_of_them(row: str, k
 @pytest.mark.parametrize(("samples", "processes", "found_some"), [(4, 2, True), (5, 2, False), (4, 1, False)])
 def test_only_small_batches_of_several_ranks_are_called_small(samples: int, processes: int, found_some: bool) -> None:
     assert bool(found(scatter=[0.5] * 3, samples=samples, processes=processes)) is found_some
+
+
+def test_what_was_said_of_one_task_was_not_said_of_another() -> None:
+    twice = evidence(updates=[2.0, 1.0, 1.0], task="seg")
+    assert diagnose(twice, {("stem.bn", "updated twice"), ("stem.bn", "updated twice", "det")})
+    assert diagnose(twice, {("stem.bn", "updated twice", "seg")}) == []
 
 
 def test_a_layer_fed_by_alternating_sources_is_not_also_called_lagging() -> None:

@@ -9,8 +9,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bn.functional import freeze_batch_norm, layer_status
 from lightning_bn.functional.layers.status import update_status
+from lightning_bn.functional.monitoring import session as monitoring_session
 from lightning_bn.functional.monitoring.history import DriftHistory
-from lightning_bn.functional.monitoring.measure import LayerTable
+from lightning_bn.functional.monitoring.measure import to_host
 from lightning_bn.functional.monitoring.monitor_state import MonitorState
 from lightning_bn.functional.monitoring.sample import Sample
 from lightning_bn.functional.monitoring.session import MonitorSession
@@ -78,13 +79,12 @@ def test_a_sample_after_a_reset_waits_once_too(monkeypatch: pytest.MonkeyPatch) 
     trained(layer, session)
     session.sample(1, 0)
     copies = []
-    to_host = LayerTable.to_host
 
-    def counted(table):
-        copies.append(table)
-        return to_host(table)
+    def counted(tables):
+        copies.append(tables)
+        return to_host(tables)
 
-    monkeypatch.setattr(LayerTable, "to_host", counted)
+    monkeypatch.setattr(monitoring_session, "to_host", counted)
     session.before_batch()
     layer.reset_running_stats()
     layer(batch(3))
@@ -128,9 +128,9 @@ def test_the_batch_after_a_recalibration_is_not_judged_and_the_next_one_is() -> 
     assert session.recalibrated(5)
     trained(layer, session)
     assert sampled(session, 6).step == 6
-    assert session._window.judged == 0
+    assert session.own.window.judged == 0
     trained(layer, session)
-    assert session._window.judged == 1
+    assert session.own.window.judged == 1
 
 
 def test_values_that_a_recalibration_wrote_are_no_fault_of_a_layer_that_is_frozen_then() -> None:
@@ -155,7 +155,7 @@ def test_momentum_is_read_again_when_a_layer_was_reset() -> None:
     trained(layer, session)
     session.sample(1, 0)
     # One update of a cumulative average leaves nothing of the initial values.
-    assert session.warm_up.layers == frozenset()
+    assert session.own.warm_up.layers == frozenset()
 
 
 def test_a_moving_average_far_behind_its_batches_lags() -> None:

@@ -85,5 +85,8 @@ def test_matrix_is_from_the_row_to_the_column() -> None:
     assert found.values.shape == (2, 2, 1)
     assert found.values[0, 1, 0] == found.values[1, 0, 0] == pytest.approx(3.0, rel=1e-4)
     assert found.values[0, 0, 0] == 0
+    assert found.pairs() == {("a", "b"): [found.values[0, 1, 0]]}
+    lopsided = TaskDrift(("a", "b"), ("x",), torch.tensor([[[0.0], [1.0]], [[4.0], [0.0]]]))
+    assert lopsided.pairs() == {("a", "b"): [4.0]}, "the larger one of the two directions"
     with pytest.raises(ValueError, match="needs two"):
         task_drift(task_statistics(nn.BatchNorm1d(1), ["a"]))
