@@ -21,7 +21,7 @@ from lightning_bn.functional.layers.status import layer_status, update_status
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.result import AllFrozenError, Recalibration
 from lightning_bn.functional.statistics.file_entries import FileEntry
-from lightning_bn.functional.statistics.files import read_checkpoint
+from lightning_bn.functional.statistics.files import check_out, read_checkpoint
 
 _COUNTER = "num_batches_tracked"
 
@@ -96,10 +96,7 @@ def recalibrate_checkpoint(
         pickle.UnpicklingError: If the file holds more than tensors and plain values.
     """
     path, out = Path(path), Path(out)
-    if out.is_dir():
-        raise IsADirectoryError(f"out={str(out)!r} is a folder: name the file that is to be written.")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists: choose another out=, or pass overwrite=True to replace it.")
+    check_out(out, overwrite)
     checkpoint = read_checkpoint(path)
     checkpoint.refuse_format(out)
     wanted = {

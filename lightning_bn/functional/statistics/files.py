@@ -99,6 +99,19 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
     return read
 
 
+def check_out(out: Path, overwrite: bool) -> None:
+    """Raise where nothing may be written.
+
+    Raises:
+        IsADirectoryError: If ``out`` is a folder.
+        FileExistsError: If it exists and ``overwrite`` is not given.
+    """
+    if out.is_dir():
+        raise IsADirectoryError(f"out={str(out)!r} is a folder: name the file that is to be written.")
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{out} exists: choose another out=, or pass overwrite=True to replace it.")
+
+
 def _read_torch(path: Path) -> dict[str, Any]:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)

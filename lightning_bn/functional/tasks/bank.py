@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, get_args
@@ -21,7 +20,7 @@ from lightning_bn.functional.tasks.mixture import mixture_of
 from lightning_bn.functional.tasks.outside import OutsideOfContexts
 from lightning_bn.functional.tasks.placed_sets import PlacedSets
 from lightning_bn.functional.tasks.saved_sets import sets_in, state_of
-from lightning_bn.functional.tasks.task_sets import Beginnings, Buffers, checked_tasks
+from lightning_bn.functional.tasks.task_sets import Beginnings, Buffers, check_known, checked_tasks
 
 Start: TypeAlias = Literal["cumulative", "shared"]
 
@@ -321,10 +320,7 @@ class TaskStatistics:
         Raises:
             ValueError: If there is no such task, with the closest.
         """
-        if task not in self.tasks:
-            close = difflib.get_close_matches(str(task), self.tasks, n=1)
-            hint = f" Closest: {close[0]!r}." if close else ""
-            raise ValueError(f"there is no task {task!r}, but {', '.join(map(repr, self.tasks)) or 'none'}.{hint}")
+        check_known(task, self.tasks)
         return task
 
     def _begin(self, task: str) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -46,6 +47,18 @@ def checked_tasks(tasks: Sequence[str]) -> list[str]:
             f"empty; {MIXTURE!r} means all tasks together."
         )
     return names
+
+
+def check_known(task: str, tasks: Sequence[str], where: str = "") -> None:
+    """Raise unless ``task`` is one of ``tasks``; ``where`` follows its name.
+
+    Raises:
+        ValueError: With the tasks that there are, and the closest.
+    """
+    if task not in tasks:
+        close = difflib.get_close_matches(str(task), tasks, n=1)
+        hint = f" Closest: {close[0]!r}." if close else ""
+        raise ValueError(f"there is no task {task!r}{where}, but {', '.join(map(repr, tasks)) or 'none'}.{hint}")
 
 
 @dataclass

@@ -18,6 +18,7 @@ from lightning_bn import BatchNormFreezer
 from lightning_bn.functional import RecalibrationError, SelectionError, recalibrate_checkpoint, take_snapshot
 from lightning_bn.functional.layers.status import status_by_name
 from tests.callbacks.fits import LAYERS, Classifier, Net, quiet, samples, train_loader, val_loader
+from tests.checkpoints import differences, read
 from tests.models import SharedNorm, SmallResNet, bits, fill_statistics, images, seeded, state_bits
 from tests.oracle import assert_all_statistics, layer_inputs
 
@@ -63,33 +64,6 @@ def averaged_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("averaged")
     fit(folder, ema())
     return folder / "last.ckpt"
-
-
-def read(path: Path) -> dict[str, Any]:
-    return torch.load(path, weights_only=True)
-
-
-def differences(one: Any, other: Any, path: str = "") -> list[str]:
-    """Where two nested values differ: type, order of keys, dtype or a bit."""
-    if type(one) is not type(other):
-        return [f"{path}: {type(one).__name__} became {type(other).__name__}"]
-    if isinstance(one, dict):
-        attributes = differences(getattr(one, "_metadata", None), getattr(other, "_metadata", None), f"{path}/metadata")
-        if list(one) != list(other):
-            return [f"{path}: keys {list(one)} became {list(other)}"]
-        return attributes + [place for key in one for place in differences(one[key], other[key], f"{path}/{key}")]
-    if isinstance(one, list | tuple):
-        if len(one) != len(other):
-            return [f"{path}: length {len(one)} became {len(other)}"]
-        return [
-            p for index, pair in enumerate(zip(one, other, strict=True)) for p in differences(*pair, f"{path}/{index}")
-        ]
-    if isinstance(one, Tensor):
-        same = (one.dtype, one.shape, one.device) == (other.dtype, other.shape, other.device) and bits(one) == bits(
-            other
-        )
-        return [] if same else [path]
-    return [] if one == other or (one != one and other != other) else [path]
 
 
 def assert_precise(state: dict[str, Tensor], prefix: str = "net.") -> None:
