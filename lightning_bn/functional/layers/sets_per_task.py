@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from typing import Any, Protocol
 from weakref import ReferenceType, WeakKeyDictionary, ref
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bn.functional._text import quoted
 
 
 class SetsPerTask(Protocol):
@@ -28,6 +30,9 @@ class SetsPerTask(Protocol):
     def in_place(self, task: str) -> AbstractContextManager[None]:
         """Inside, the tensors of a task lie in the layers; nobody is told of it."""
 
+    def at_rest(self, task: str) -> AbstractContextManager[None]:
+        """As :meth:`in_place`, with what a task holds outside of its contexts: to be read, or written to."""
+
     def home_of(self, layer: _BatchNorm, task: str) -> dict[str, Any]:
         """Where a task's tensors of a layer are kept, by the names of the buffers, whichever lie in the layer."""
 
@@ -43,6 +48,23 @@ def sets_of(layer: nn.Module) -> SetsPerTask | None:
     """The statistics per task that a layer has; None if it has but its own."""
     found = _of.get(layer)
     return None if found is None else found()
+
+
+def sets_among(layers: Mapping[str, nn.Module]) -> SetsPerTask | None:
+    """The statistics per task that some of the layers have; None if none of them has any.
+
+    Raises:
+        ValueError: If there are several such objects, whose tasks nothing tells apart.
+    """
+    found = {name: sets for name, layer in layers.items() if (sets := sets_of(layer)) is not None}
+    first = next(iter(found.values()), None)
+    others = [name for name, sets in found.items() if sets is not first]
+    if first is not None and others:
+        raise ValueError(
+            f"BatchNorm layer {quoted(others)} has statistics per task of another object than "
+            f"{quoted([name for name in found if name not in others])}: select with modules= those of one at a time."
+        )
+    return first
 
 
 def claim(layers: Iterable[nn.Module], sets: SetsPerTask) -> None:
