@@ -67,6 +67,11 @@ def sets_among(layers: Mapping[str, nn.Module]) -> SetsPerTask | None:
     return first
 
 
+def homes_of(layers: Iterable[_BatchNorm], sets: SetsPerTask) -> list[dict[str, Any]]:
+    """Where all tasks' tensors of those of the layers are kept that have these."""
+    return [sets.home_of(layer, task) for layer in layers if sets_of(layer) is sets for task in sets.tasks]
+
+
 def claim(layers: Iterable[nn.Module], sets: SetsPerTask) -> None:
     """Record that layers have these statistics per task."""
     for layer in layers:
