@@ -86,7 +86,8 @@ def package(gathered: Local) -> Callable[[], Statistics]:
 
     def run() -> Statistics:
         agree({**layer_facts(layout), "estimator": "pooled"}, device)
-        return across_processes(population, layout, eps, totals, device)[0].statistics("pooled")
+        layers = {None: (layout, eps)}
+        return across_processes({None: population}, layers, {None: totals}, device)[0][None].statistics("pooled")
 
     return run
 

@@ -57,7 +57,7 @@ def readings(network: nn.Module, batches: list[Tensor]) -> list[float]:
         for batch in batches:
             with collector.batch():
                 network(batch)
-            found.append(collector.largest_standard_error())
+            found.append(collector.parts[None].largest_standard_error())
     return found
 
 

@@ -7,12 +7,14 @@ that all of them go on.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import hashlib
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 
+from lightning_bn.functional.distributed.agreement import DisagreementError
 from lightning_bn.functional.distributed.waiting import waiting
 
 
@@ -21,35 +23,70 @@ class Lockstep:
 
     Args:
         device: Where the process group can communicate.
+        parts: How many things are estimated, each of which may have enough before the others.
+        tasks: Which a batch may belong to.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._device = device
+    def __init__(self, device: torch.device, parts: int = 1, tasks: Sequence[str] = ()) -> None:
+        self._device, self._parts = device, parts
+        self._tasks: tuple[str | None, ...] = (None, *tasks) if tasks else ()
         self._together = True
         self._over = False
 
-    def go_on(self, ended: bool, precise: bool, samples: int, enough_samples: int | None) -> bool:
-        """Whether all processes run another batch; every one of them has to ask.
+    def go_on(
+        self,
+        ended: bool,
+        precise: Sequence[bool],
+        samples: Sequence[int],
+        enough_samples: int | None,
+        *,
+        task: str | None = None,
+        ran: Sequence[str | None] = (),
+    ) -> list[bool]:
+        """Return of what all processes want more, as they run another batch; nothing if they run none.
+
+        Every one of them has to ask.
 
         Args:
             ended: Whether this process has no batch or wants none.
-            precise: Whether this process has as small an error as was asked for.
-            samples: Used so far in this process.
-            enough_samples: Over all processes; None does not limit.
+            precise: Of all that is estimated, whether this process has as small an error as was asked for.
+            samples: Used so far in this process, of each.
+            enough_samples: Over all processes, of each; None does not limit.
+            task: Of the batch that comes; None if none is told.
+            ran: Tasks that the last batch ran, in their order.
 
         Raises:
             RuntimeError: If another process failed.
+            DisagreementError: On every process, if they ran different tasks, or are about to.
         """
-        failed, anybody_ended, all_precise, total = self._tell(0, int(ended), int(precise), samples)
+        # By its square too: all are the same where the squared distances from the own one add up to nothing.
+        own = int.from_bytes(hashlib.sha256(repr(list(ran)).encode()).digest()[:3], "big")
+        coming = [int(not ended and one == task) for one in self._tasks]
+        failed, anybody_ended, sums, squares, *others = self._tell(
+            0, int(ended), own, own**2, *map(int, precise), *samples, *coming
+        )
+        world, parts = dist.get_world_size(), self._parts
         if failed:
             self._together = False
             raise RuntimeError(
-                f"recalibration failed on {failed} of {dist.get_world_size()} processes, whose own error "
+                f"recalibration failed on {failed} of {world} processes, whose own error "
                 f"says why. Nothing was changed on this one."
             )
-        enough = enough_samples is not None and total >= enough_samples
-        self._over = bool(anybody_ended) or enough or all_precise == dist.get_world_size()
-        return not self._over
+        mixed = {str(one): count for one, count in zip(self._tasks, others[2 * parts :], strict=True) if count}
+        if squares - 2 * own * sums + world * own**2 or (not anybody_ended and len(mixed) > 1):
+            self._together = False
+            found = ", ".join(f"{one!r} on {count}" for one, count in mixed.items())
+            what = f"the next batch is of task {found} of them" if len(mixed) > 1 else f"this one ran the tasks {ran}"
+            raise DisagreementError(
+                f"the processes run batches of different tasks at the same time ({what}), and the forwards of "
+                f"SyncBatchNorm layers wait for each other: give all of them a batch of one task. Nothing was changed."
+            )
+        wanted = [
+            all_precise < world and (enough_samples is None or total < enough_samples)
+            for all_precise, total in zip(others[:parts], others[parts : 2 * parts], strict=True)
+        ]
+        self._over = bool(anybody_ended) or not any(wanted)
+        return [] if self._over else wanted
 
     @contextmanager
     def forward(self) -> Iterator[None]:
@@ -70,11 +107,13 @@ class Lockstep:
         """
         if self._together and not self._over:
             self._together = False
-            self._tell(1, 0, 0, 0)
+            self._tell(1)
         return self._together
 
     def _tell(self, *values: int) -> list[int]:
-        told = torch.tensor(values, dtype=torch.int64, device=self._device)
+        told = torch.zeros(4 + 2 * self._parts + len(self._tasks), dtype=torch.int64)
+        told[: len(values)] = torch.tensor(values)
+        told = told.to(self._device)
         with waiting("this process"):
             dist.all_reduce(told)
             totals: list[int] = told.tolist()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -14,43 +16,74 @@ from lightning_bn.functional.statistics.sample_moments import Moments
 
 
 def across_processes(
-    gathered: Population | None, layout: ChannelLayout, eps: tuple[float, ...], counts: Counts, device: torch.device
-) -> tuple[Population, Counts]:
+    gathered: Mapping[str | None, Population] | None,
+    layers: Mapping[str | None, tuple[ChannelLayout, tuple[float, ...]]],
+    counts: Mapping[str | None, Counts],
+    device: torch.device,
+    told: tuple[int, int] = (0, 0),
+) -> tuple[dict[str | None, Population], dict[str | None, Counts], tuple[int, int]]:
     """Return what all processes gathered, the same bits on every one of them; one all_reduce.
 
     Args:
-        gathered: What this process gathered; None if it failed, so that the others are told instead of left waiting.
-        layout: Of the layers, the same on every process.
-        eps: Of the layers.
-        counts: Of this process.
+        gathered: What this process gathered, by task; None if it failed, so that the others are told instead of left
+            waiting.
+        layers: Of each task their layout and ``eps``, the same on every process.
+        counts: Of this process, by task.
         device: Where the process group can communicate.
+        told: Numbers that are summed up too.
 
     Raises:
         RuntimeError: On the processes that did not fail, if another one did.
     """
-    nothing = torch.zeros(len(layout) * 3 + 10 * layout.channels, dtype=torch.float64, device=device)
-    samples = counts.samples or 0, counts.samples is None
-    head = (gathered is None, counts.batches, counts.skipped, *samples, counts.ended_early)
-    head_tensor = torch.tensor(head, dtype=torch.float64, device=device)
-    flat = torch.cat((head_tensor, nothing if gathered is None else _packed(gathered).to(device)))
+    flat = torch.cat(
+        (
+            torch.tensor((gathered is None, *told), dtype=torch.float64, device=device),
+            *(_counted(one).to(device) for one in counts.values()),
+            *(
+                torch.zeros(_size(layout), dtype=torch.float64, device=device)
+                if gathered is None
+                else _packed(gathered[key]).to(device)
+                for key, (layout, _) in layers.items()
+            ),
+        )
+    )
     with waiting("this process"):
         dist.all_reduce(flat)
         flat = flat.cpu()
-    failed, batches, skipped, total, uncounted, ended_early = flat[: len(head)].int().tolist()
+    failed, *of_all = flat[:3].int().tolist()
     if failed and gathered is not None:
         raise RuntimeError(
             f"recalibration failed on {failed} of {dist.get_world_size()} processes, whose own error says "
             f"why. Nothing was changed on this one."
         )
-    uses, nonfinite, empty, rows = flat[len(head) :].split((*[len(layout)] * 3, 10 * layout.channels))
+    sizes = [5] * len(counts) + [_size(layout) for layout, _ in layers.values()]
+    parts = iter(flat[3:].split(sizes))
+    merged = {}
+    for key in counts:
+        batches, skipped, total, uncounted, ended_early = next(parts).int().tolist()
+        merged[key] = Counts(batches, skipped, None if uncounted else total, ended_early)
+    return {key: _unpacked(next(parts), *one) for key, one in layers.items()}, merged, (of_all[0], of_all[1])
+
+
+def _size(layout: ChannelLayout) -> int:
+    return len(layout) * 3 + 10 * layout.channels
+
+
+def _counted(counts: Counts) -> Tensor:
+    samples = counts.samples or 0, counts.samples is None
+    return torch.tensor((counts.batches, counts.skipped, *samples, counts.ended_early), dtype=torch.float64)
+
+
+def _unpacked(flat: Tensor, layout: ChannelLayout, eps: tuple[float, ...]) -> Population:
+    uses, nonfinite, empty, rows = flat.split((*[len(layout)] * 3, 10 * layout.channels))
     count, sums, squares, mean_error, var_error, *others, unknown = rows.view(10, -1)
     mean = sums / count.clamp(min=1)
     moments = Moments(count, mean, (squares - count * mean.square()).clamp(min=0))
     errors = torch.where(unknown > 0, torch.inf, torch.stack((mean_error, var_error)))
-    eps_of = layout.constant(eps, flat.device)
     averages, apart = torch.stack(others).split(2)
-    pooled = Population(layout, moments, errors, averages, apart, eps_of, uses, nonfinite, empty)
-    return pooled, Counts(batches, skipped, None if uncounted else total, ended_early)
+    return Population(
+        layout, moments, errors, averages, apart, layout.constant(eps, flat.device), uses, nonfinite, empty
+    )
 
 
 def _packed(gathered: Population) -> Tensor:

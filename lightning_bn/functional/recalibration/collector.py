@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
 
 import torch
-from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional.layers.exchange import COLLECTING, exchanged
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.recalibration.arena import Arena
+from lightning_bn.functional.recalibration.collected_forward import NOT_CALLED
+from lightning_bn.functional.recalibration.gathered import Gathered
 from lightning_bn.functional.recalibration.population import Population
-from lightning_bn.functional.recalibration.standard_error import ErrorSums
 from lightning_bn.functional.statistics.channels import ChannelLayout
-from lightning_bn.functional.statistics.sample_moments import Moments, merge
+from lightning_bn.functional.statistics.sample_moments import Moments
 
 
 class Collector:
@@ -27,6 +26,11 @@ class Collector:
 
     Args:
         layers: By name; each with running statistics. Whoever runs the forwards puts them in train mode.
+        tasks: What is to be told apart, the first one runs to begin with; none for all batches together.
+
+    Attributes:
+        arena: Where the forwards write.
+        parts: What was gathered, by task; under None where none is told apart.
 
     Example:
         >>> layer = torch.nn.BatchNorm1d(1)
@@ -40,95 +44,84 @@ class Collector:
         tensor([0.])
     """
 
-    def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
+    def __init__(self, layers: Mapping[str, _BatchNorm], tasks: Sequence[str] = ()) -> None:
         self.arena = Arena(layers, self.merge)
         device, dtype, layout = self.arena.device, self.arena.dtype, ChannelLayout.of(layers)
         # A layer whose tracking was switched off writes nothing; its own values are taken, whoever it normalizes with.
         sharing = tuple(processes_of(layer) if layer.track_running_stats else 1 for layer in layers.values())
-        self._together = layout.constant(sharing, device, dtype)
         none = torch.zeros(len(layout), device=device, dtype=torch.int64)
         zeros = torch.zeros(layout.channels, device=device, dtype=dtype)
         both, eps = torch.stack((zeros, zeros)), tuple(layer.eps for layer in layers.values())
         nothing, eps_of = Moments(zeros, zeros, zeros), layout.constant(eps, device, dtype)
-        self._population = Population(layout, nothing, both, both, both, eps_of, none, none, none)
-        self._error_sums = ErrorSums.none(zeros)
-        self._batch: Moments | None = None
+        population = Population(layout, nothing, both, both, both, eps_of, none, none, none)
+        together = layout.constant(sharing, device, dtype)
+        self.parts: dict[str | None, Gathered] = {task: Gathered(population, together) for task in tasks or (None,)}
+        self._running = next(iter(self.parts.values()))
 
     @contextmanager
     def batch(self) -> Iterator[None]:
         """Merge at the end what the forwards of one batch leave, or drop it after an exception."""
-        before, self._batch = self._population, None
+        parts = self.parts.values()
+        for part in parts:
+            part.begin_batch()
         self.arena.begin_batch()
         try:
             yield
             self.arena.end_batch()
         except BaseException:
             # Layers used twice had merged a part of it already.
-            self._population = before
+            for part in parts:
+                part.drop_batch()
             self.arena.clear()
             raise
-        # All uses together are one more sample of the population's.
-        batch = self.merge()
-        self._population = replace(self._population, moments=merge(self._population.moments, batch))
-        self._error_sums = self._error_sums.with_batch(batch)
+        self.merge()
+        for part in parts:
+            part.end_batch()
 
-    def merge(self) -> Moments:
-        """Return the batch with what lies in the arena, and clear that; layers not finite are left out."""
-        known, layout = self._population, self._population.layout
+    def change(self, task: str) -> None:
+        """What layers are given from now on is a task's; what lies in the arena is that of the one before."""
+        if self.called():
+            self.merge()
+        self._take_empty()
+        self._running = self.parts[task]
+
+    def called(self) -> bool:
+        """Whether something of the batch that runs has not been merged yet."""
+        return any(forward.count != NOT_CALLED for forward in self.arena.forwards)
+
+    def merge(self) -> None:
+        """Move what lies in the arena to the task that runs."""
         mean, var = self.arena.read()
-        counts = torch.tensor([forward.count for forward in self.arena.forwards], dtype=mean.dtype, device=mean.device)
-        bad = layout.sum((~torch.isfinite(mean + var)).to(counts.dtype)) > 0
-        called = counts >= 0
-        used = called & ~bad
-        taken = layout.expand(used)
-        count = torch.where(taken, layout.expand(counts), 0)
-        mean, var = torch.where(taken, mean, 0), torch.where(taken, var, 0)
-        # With N values in the batches of P processes the sum of squares is var (N - 1): of which this process has
-        # var (n - 1 / P) for its n, so that the shares add up without anybody knowing N.
-        use = Moments(count, mean, var * (count - 1 / self._together))
-        apart = known.apart
-        if self._batch is not None:
-            # In units of the input, with its sign: what a layer is given twice by chance averages out.
-            twice = (count > 0) & (self._batch.count > 0)
-            apart = apart + torch.where(twice, torch.stack((mean - self._batch.mean, torch.ones_like(mean))), 0)
-        self._batch = use if self._batch is None else merge(self._batch, use)
-        # Replaced, not written to: a batch that fails goes back to the old one.
-        self._population = replace(
-            known,
-            averages=known.averages + torch.stack((mean, var)),
-            uses=known.uses + used,
-            apart=apart,
-            nonfinite=known.nonfinite + (called & bad),
-        )
+        self._running.add(mean, var, [forward.count for forward in self.arena.forwards])
         self.arena.clear()
-        return self._batch
 
-    def largest_standard_error(self) -> float:
-        """Over all channels of all layers reached so far; infinite before the second batch."""
-        return replace(self._population, errors=self._errors()).standard_error()
-
-    def _errors(self) -> Tensor:
-        """Squared deviations, for which processes of one group have but one sample."""
-        return self._error_sums.squared(self._population.moments) * self._together
-
-    def population(self) -> Population:
-        """Return what was gathered of all layers so far, flat and in their order.
+    def population(self, task: str | None = None) -> Population:
+        """Return what was gathered of all layers so far, or of a task, flat and in their order.
 
         Raises:
             RecalibrationError: If a forward of the user's own wrote other statistics than those of its input.
         """
         self.arena.refuse_others()
-        empty = torch.tensor([forward.empty for forward in self.arena.forwards], device=self.arena.device)
-        return replace(self._population, errors=self._errors(), empty=empty)
+        self._take_empty()
+        return self.parts[task].population()
+
+    def _take_empty(self) -> None:
+        for index, forward in enumerate(self.arena.forwards):
+            self._running.empty[index] += forward.empty
+            forward.empty = 0
 
 
 @contextmanager
-def collecting(layers: Mapping[str, _BatchNorm]) -> Iterator[Collector]:
+def collecting(layers: Mapping[str, _BatchNorm], tasks: Sequence[str] = ()) -> Iterator[Collector]:
     """Yield a collector that the forwards of ``layers`` write into; afterwards they are exactly as they were.
+
+    Args:
+        layers: By name.
+        tasks: What is to be told apart, the first one runs to begin with; none for all batches together.
 
     Raises:
         ValueError: If a layer has no running statistics.
     """
-    collector = Collector(layers)
+    collector = Collector(layers, tasks)
     with exchanged(COLLECTING, collector.arena.entries()):
         yield collector

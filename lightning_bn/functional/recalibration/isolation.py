@@ -26,9 +26,16 @@ _PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 @contextmanager
 def isolated_statistics(
-    model: nn.Module, targets: Collection[_BatchNorm], *, containers_in_eval: bool = False
+    model: nn.Module,
+    targets: Collection[_BatchNorm],
+    *,
+    containers_in_eval: bool = False,
+    also: Collection[dict[str, Any]] = (),
 ) -> Iterator[None]:
-    """Run forwards that collect the statistics of ``targets``; all else is afterwards as it was, whatever happens."""
+    """Run forwards that collect the statistics of ``targets``; all else is afterwards as it was, whatever happens.
+
+    ``also`` are further dictionaries of tensors, which are put back as buffers are.
+    """
     # Layers without statistics normalize with the batch in every mode.
     always = {name: layer for name, layer in batch_norm_layers(model).items() if not has_running_statistics(layer)}
     with (
@@ -38,7 +45,7 @@ def isolated_statistics(
         preserved_rng(),
         preserved_modes(model),
         preserved_weights(model),
-        preserved_buffers(model),
+        preserved_buffers(model, also),
         single_values_refused(always),
     ):
         set_modes_for_statistics(model, targets, containers_in_eval=containers_in_eval)
@@ -74,15 +81,17 @@ def _generators() -> list[tuple[Callable[[Any], Any], Any]]:
 
 
 @contextmanager
-def preserved_buffers(model: nn.Module) -> Iterator[None]:
-    """Put back at the end all buffers of ``model``: the same objects with the same form and bits.
+def preserved_buffers(model: nn.Module, also: Collection[dict[str, Any]] = ()) -> Iterator[None]:
+    """Put back at the end all buffers of ``model`` and ``also``: the same objects with the same form and bits.
 
     Of sparse ones the objects; a buffer that was resized gets memory of its own.
 
     Costs a copy of them for the duration.
     """
-    found = [(buffers_of(module), dict(buffers_of(module))) for module in model.modules()]
-    real = [buffer for buffer in model.buffers() if not is_lazy(buffer) and is_plain(buffer)]
+    homes = [*map(buffers_of, model.modules()), *also]
+    found = [(home, dict(home)) for home in homes]
+    every = {id(buffer): buffer for home in homes for buffer in home.values() if buffer is not None}
+    real = [buffer for buffer in every.values() if not is_lazy(buffer) and is_plain(buffer)]
     values, forms = Flat(real), [_form(buffer) for buffer in real]
     try:
         yield

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from typing import Any, get_args
 
 import torch
@@ -14,24 +15,23 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._batches import default_forward, model_device
 from lightning_bn.functional._checks import check_choice, check_flag, check_positive
-from lightning_bn.functional._text import counted, named, quoted
 from lightning_bn.functional.distributed.agreement import agree, layer_facts, tell_failure
 from lightning_bn.functional.distributed.lockstep import Lockstep
 from lightning_bn.functional.layers.patterns import Patterns
-from lightning_bn.functional.layers.properties import is_synchronized, processes_of
-from lightning_bn.functional.layers.selection import LayerSelection
-from lightning_bn.functional.layers.status import is_frozen
+from lightning_bn.functional.layers.properties import is_synchronized
+from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
+from lightning_bn.functional.layers.sets_per_task import SetsPerTask, homes_of, sets_among
 from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.across_processes import across_processes
-from lightning_bn.functional.recalibration.collector import collecting
+from lightning_bn.functional.recalibration.collection import TaskOf, collecting_parts, no_task_told, parts_of
 from lightning_bn.functional.recalibration.isolation import generator_states, isolated_statistics
 from lightning_bn.functional.recalibration.population import Estimator, Population
 from lightning_bn.functional.recalibration.result import Recalibration
+from lightning_bn.functional.recalibration.rewriting import Rewriting, without_layers
 from lightning_bn.functional.recalibration.run import CollectionRun
 from lightning_bn.functional.recalibration.stopping import StoppingRule
-from lightning_bn.functional.recalibration.writing import blended, unheld_by, write
+from lightning_bn.functional.recalibration.targets import targets_of
 from lightning_bn.functional.statistics.channels import ChannelLayout
-from lightning_bn.functional.statistics.snapshots import snapshot_of
 
 
 def recalibrate(
@@ -42,6 +42,7 @@ def recalibrate(
     exclude: Patterns = None,
     root: str = "",
     forward: Callable[[Any, Any], Any] | None = None,
+    task_of: TaskOf | None = None,
     num_batches: int | None = None,
     num_samples: int | None = None,
     max_standard_error: float | None = None,
@@ -75,6 +76,12 @@ def recalibrate(
         forward: Runs the model on one batch: ``forward(model, batch)``. By default the model is called on a tensor, on
             the first element of a tuple or list, or with the items of a dict as keywords. The batch has been moved to
             the model's device. Of a model in DistributedDataParallel it is given the module inside.
+        task_of: Returns the task of a batch, where layers have statistics per task
+            (:func:`~lightning_bn.functional.tasks.task_statistics`): each task's are then those of its own batches, of
+            one pass. Contexts inside the forward count more; with None, and where it returns None, only they tell.
+            What runs outside of both is the default task's. The following limits hold for each task, and once for the
+            layers without such statistics, which are pooled over all batches: those of tasks that have enough are
+            passed over, but for 1,000 in a row, which end the pass.
         num_batches: How many batches at most, in each process; None for all.
         num_samples: How many samples at most, over all processes; None for all.
         max_standard_error: Stop as soon as the standard error of every channel's mean (in standard deviations) and
@@ -136,78 +143,74 @@ def recalibrate(
     device = model_device(model)
     with _failure_told(device) if distributed else nullcontext():
         rule = StoppingRule(num_batches, num_samples, max_standard_error, processes)
-        _check(batches, estimator, forward)
+        _check(batches, estimator, forward=forward, task_of=task_of)
         check_flag("containers_in_eval", containers_in_eval, none="to say where it matters")
         check_positive("prior", prior, none="to forget what the layers hold")
         selected = LayerSelection(modules, exclude, root).tracked_layers(model)
-        targets = _targets_of(model, selected, distributed=distributed)
+        targets = targets_of(model, selected, distributed=distributed)
+        sets = _sets_of(model, selected, task_of)
+        parts = parts_of(targets, sets)
         layout = ChannelLayout.of(targets)
         synchronized = [name for name, layer in targets.items() if is_synchronized(layer)]
     if distributed:
         kinds = {f"layer {name!r} is synchronized": True for name in synchronized}
-        agree(
-            {**layer_facts(layout), **kinds, "estimator": estimator, "num_samples": num_samples, "prior": prior}, device
-        )
-    lockstep = Lockstep(device) if synchronized and distributed else None
-    run, step = CollectionRun(rule, device, lockstep), forward or default_forward
+        tasks = {} if sets is None else {"tasks": sets.tasks, "default task": sets.default}
+        with_sets = {f"layer {name!r} has statistics per task": True for key in parts if key for name in parts[key]}
+        settings = {"estimator": estimator, "num_samples": num_samples, "prior": prior}
+        agree({**layer_facts(layout), **kinds, **tasks, **with_sets, **settings}, device)
+    lockstep = (
+        Lockstep(device, len(parts), () if sets is None else sets.tasks) if synchronized and distributed else None
+    )
+    run, step = CollectionRun(rule, device, parts, sets, task_of, lockstep), forward or default_forward
     # DDP's own forward exchanges buffers, for which a process with fewer batches would not come.
     inner = model.module if isinstance(model, nn.parallel.DistributedDataParallel) else model
-    gathered: Population | None = None
-    drew = False
+    gathered: dict[str | None, Population] | None = None
+    drew, told = False, (0, 0)
 
     def run_batch(batch: Any) -> None:
         nonlocal drew
         # Of the first batch: who draws at all, as dropout and stochastic depth, draws for every one.
-        watched = containers_in_eval is None and not run.counts.batches
+        watched = containers_in_eval is None and not run.counts[None].batches
         states = generator_states() if watched else b""
         step(inner, batch)
         drew = drew or (watched and generator_states() != states)
 
-    isolated = isolated_statistics(inner, targets.values(), containers_in_eval=bool(containers_in_eval))
+    kept = [] if sets is None else homes_of(batch_norm_layers(inner).values(), sets)
+    isolated = isolated_statistics(inner, targets.values(), containers_in_eval=bool(containers_in_eval), also=kept)
     try:
-        with isolated, collecting(targets) as collector:
-            run.feed(batches, run_batch, collector)
-            gathered = collector.population()
+        with isolated, collecting_parts(parts, sets) as collected:
+            run.feed(batches, run_batch, collected)
+            gathered, told = collected.populations(), (collected.told, collected.untold)
     finally:
         # Also after a failure here, which the other processes are waiting to hear of.
         counts = run.counts
         if distributed and (lockstep is None or lockstep.settle()):
-            eps = tuple(layer.eps for layer in targets.values())
-            gathered, counts = across_processes(gathered, layout, eps, counts, device)
-    reached = {name: targets[name] for name in gathered.reached()}
-    uses, nonfinite, empty = (gathered.by_layer(each) for each in (gathered.uses, gathered.nonfinite, gathered.empty))
-    if not reached:
-        why = _why_none(nonfinite, empty, counts.batches) if counts.batches else run.why_nothing()
-        raise result.NoUsableBatchError(why)
-    statistics = gathered.statistics(estimator)
-    if prior is not None:
-        statistics = blended(statistics, targets, prior, counts.samples, distributed=distributed)
-    unheld = {name: words for name, words in unheld_by(statistics, targets, layout).items() if name in reached}
-    written = {name: layer for name, layer in reached.items() if name not in unheld}
-    if not written:
-        raise result.NoUsableBatchError(f"nothing was changed: {result.unheld_in_words(unheld)}")
-    before = snapshot_of(written)
-    write(written, layout.split(statistics))
-    return Recalibration(
-        layers=tuple(written),
-        before=before,
-        after=snapshot_of(written),
-        num_batches=counts.batches,
-        num_samples=counts.samples,
-        requested_batches=num_batches,
-        skipped_batches=counts.skipped,
-        standard_error=gathered.standard_error(),
-        processes=processes,
-        ended_early=counts.ended_early,
-        nonfinite={name: count for name, count in nonfinite.items() if count},
-        unreached=tuple(name for name in layout.names if not uses[name] and not nonfinite[name] and not empty[name]),
-        empty=tuple(name for name in layout.names if empty[name] and not uses[name] and not nonfinite[name]),
-        unheld=unheld,
-        drew_random_numbers=drew,
-        uses_apart=gathered.uses_apart(),
-        frozen=tuple(name for name in selected if name not in targets),
-        seconds=time.monotonic() - started,
-    )
+            eps = {key: tuple(layer.eps for layer in one.values()) for key, one in parts.items()}
+            layers = {key: (ChannelLayout.of(one), eps[key]) for key, one in parts.items()}
+            gathered, counts, told = across_processes(gathered, layers, counts, device, told)
+    if not counts[None].batches and not any(one.reached() for one in gathered.values()):
+        raise result.NoUsableBatchError(run.why_nothing())
+    if sets is not None and told[1] and not told[0] and len(sets.tasks) > 1:
+        raise result.NoUsableBatchError(no_task_told(sets))
+    rewritings = {
+        key: Rewriting(
+            parts[key], one, counts[key], sets, key, estimator=estimator, prior=prior, distributed=distributed
+        )
+        for key, one in gathered.items()
+    }
+    if not any(one.written for one in rewritings.values()):
+        raise result.NoUsableBatchError(max(rewritings.values(), key=lambda one: one.counts.batches).why_nothing())
+    shared = {"requested_batches": num_batches, "processes": processes}
+    of_all: dict[str, Any] = {
+        **shared,
+        "drew_random_numbers": drew,
+        "frozen": tuple(name for name in selected if name not in targets),
+        "tasks": {key: one.write(**shared) for key, one in rewritings.items() if key is not None},
+        "untold_batches": told[1],
+    }
+    alone = None not in rewritings
+    done = without_layers(counts[None], **of_all) if alone else rewritings[None].write(**of_all)
+    return replace(done, seconds=time.monotonic() - started)
 
 
 @contextmanager
@@ -221,9 +224,10 @@ def _failure_told(device: torch.device) -> Iterator[None]:
         raise
 
 
-def _check(batches: Any, estimator: str, forward: Any) -> None:
-    if forward is not None and not callable(forward):
-        raise TypeError(f"forward={forward!r} must be a function of model and batch, or None.")
+def _check(batches: Any, estimator: str, **functions: Any) -> None:
+    for name, function in functions.items():
+        if function is not None and not callable(function):
+            raise TypeError(f"{name}={function!r} must be a function, or None.")
     check_choice("estimator", estimator, get_args(Estimator))
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(
@@ -232,53 +236,13 @@ def _check(batches: Any, estimator: str, forward: Any) -> None:
         )
 
 
-def _targets_of(model: nn.Module, selected: Mapping[str, _BatchNorm], *, distributed: bool) -> dict[str, _BatchNorm]:
-    """The one place with the rule of what counts as frozen: eval does only where something else is in training."""
-    in_training = any(module.training for module in model.modules())
-    targets = {
-        name: layer for name, layer in selected.items() if not is_frozen(layer) and (layer.training or not in_training)
-    }
-    if not targets:
-        raise result.AllFrozenError(
-            f"nothing to recalibrate: {counted(len(selected), 'selected BatchNorm layer')}, every one frozen or in "
-            f"eval inside a model in training ({quoted(list(selected))}). {_unfreeze(model, selected)}"
-        )
-    synchronized = [name for name, layer in targets.items() if processes_of(layer) > 1]
-    if synchronized and not distributed:
-        name = synchronized[0]
-        more = f" (and {counted(len(synchronized) - 1, 'more layer')})" if len(synchronized) > 1 else ""
+def _sets_of(model: nn.Module, selected: Mapping[str, _BatchNorm], task_of: TaskOf | None) -> SetsPerTask | None:
+    """The selected layers' statistics per task; those of layers that only have to normalize with the right ones."""
+    sets = sets_among(selected)
+    sets = sets_among(batch_norm_layers(model)) if sets is None else sets
+    if sets is None and task_of is not None:
         raise ValueError(
-            f"BatchNorm layer {named(name)}{more} is synchronized over {processes_of(targets[name])} "
-            f"processes: each of its "
-            f"forwards waits for theirs. Pass distributed=True, in every process."
+            "task_of is given, and no BatchNorm layer of the model has statistics per task: give them some with "
+            "task_statistics first, or leave task_of out."
         )
-    return targets
-
-
-def _unfreeze(model: nn.Module, layers: Mapping[str, _BatchNorm]) -> str:
-    """How layers that are all frozen can be recalibrated."""
-    own = {id(layer) for layer in layers.values()}
-    # Fused convolutions of quantization-aware training keep the flag of torch's freeze_bn_stats.
-    if any(
-        getattr(module, "freeze_bn", False) is True and id(getattr(module, "bn", None)) in own
-        for module in model.modules()
-    ):
-        return "torch's freeze_bn_stats froze them: model.apply(torch.ao.nn.intrinsic.qat.update_bn_stats) first."
-    return "Unfreeze them, or call model.eval() if eval was not meant to freeze them."
-
-
-def _why_none(nonfinite: Mapping[str, int], empty: Mapping[str, int], batches: int) -> str:
-    nothing = f"no statistics could be collected from {counted(batches, 'batch', 'batches')}"
-    bad = [name for name, count in nonfinite.items() if count]
-    if bad:
-        return (
-            f"{nothing}: mean or variance of the input of {quoted(bad)} was never finite. "
-            f"Nothing was changed; look for inf or NaN in the data or the weights."
-        )
-    if any(empty.values()):
-        of = quoted([name for name, count in empty.items() if count])
-        return f"{nothing}: those given to {of} were empty. Nothing was changed; feed batches with samples."
-    return (
-        f"none of the {len(nonfinite)} selected BatchNorm layers was reached by the forward in {batches} batches: "
-        f"{quoted(list(nonfinite))}. Nothing was changed; pass a forward= that runs them."
-    )
+    return sets

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.statistics.snapshots import Snapshot
@@ -67,7 +67,12 @@ class Recalibration:
         uses_apart: By layer that a forward uses several times, how many standard deviations of one use their means
             lie apart, in the furthest channel; where that is more than 1.
         frozen: Selected layers left alone because they are frozen, or in eval inside a model in training.
-        seconds: How long it took.
+        seconds: How long it took; of all tasks together.
+        tasks: Where layers have statistics per task, what was done to each task's, of its own batches: by name, one
+            without any batch with no layers. All else is then of the layers without; if there are none, batches and
+            samples are those that were used, and the standard error is the largest of a task.
+        untold_batches: Batches in which layers with statistics per task ran outside of any task, which counts for the
+            default one.
     """
 
     layers: tuple[str, ...]
@@ -84,46 +89,85 @@ class Recalibration:
     unreached: tuple[str, ...]
     empty: tuple[str, ...]
     unheld: dict[str, str]
-    drew_random_numbers: bool
     uses_apart: dict[str, float]
-    frozen: tuple[str, ...]
-    seconds: float
+    drew_random_numbers: bool = False
+    frozen: tuple[str, ...] = ()
+    seconds: float = 0.0
+    tasks: dict[str, Recalibration] = field(default_factory=dict)
+    untold_batches: int = 0
 
     def metrics(self) -> dict[str, float]:
         """What a logger is given: amounts, seconds, the standard error, and how far off the replaced statistics were.
 
-        ``drift_mean`` and ``drift_max`` are the Jeffreys divergence of what was replaced from what is there now.
+        ``drift_mean`` and ``drift_max`` are the Jeffreys divergence of what was replaced from what is there now, 0
+        where nothing was. Those of a task follow under its name, the same keys each time.
         """
-        drift = summarize(reference=self.after, current=self.before)
-        return {
+        drift = summarize(reference=self.after, current=self.before) if self.layers else None
+        own = {
             "batches": self.num_batches,
             "samples": self.num_samples or 0,
             "seconds": self.seconds,
             "standard_error": self.standard_error,
             "skipped": self.skipped_batches,
             "unreached": len(self.unreached),
-            "drift_mean": drift.mean,
-            "drift_max": drift.max,
+            "drift_mean": drift.mean if drift is not None else 0.0,
+            "drift_max": drift.max if drift is not None else 0.0,
         }
+        of_tasks = {
+            f"{task}_{key}": value
+            for task, one in self.tasks.items()
+            for key, value in one.metrics().items()
+            if key != "seconds"
+        }
+        return {**own, **of_tasks}
 
     def __str__(self) -> str:
+        said = []
+        if self.layers or not self.tasks:
+            layers = counted(len(self.layers), "BatchNorm layer")
+            said.append(f"{layers} recalibrated from {self._amount()} in {self.seconds:.2g} s{self._error()}")
+            said += self._remarks()
+        if self.tasks:
+            layers = counted(len({name for one in self.tasks.values() for name in one.layers}), "BatchNorm layer")
+            done = "" if said else f" recalibrated in {self.seconds:.2g} s"
+            said.append(f"{layers} with statistics per task{done}: {', '.join(map(self._of_task, self.tasks))}")
+        if self.untold_batches:
+            said.append(f"{self.untold_batches} batches ran a part outside of any task, taken as the default's")
+        if self.frozen:
+            said.append(f"{len(self.frozen)} frozen untouched")
+        if self.drew_random_numbers:
+            said.append(_DREW)
+        return "; ".join(said)
+
+    def _of_task(self, task: str) -> str:
+        """What was done to a task's statistics, and whether that is less than was asked for."""
+        one = self.tasks[task]
+        if not one.num_batches:
+            return f"{task!r} without a batch and left as it was"
+        said = [f"{task!r} from {one._amount()}{one._error()}", *one._remarks()]
+        if one.ended_early and one.requested_batches is None:
+            said.insert(1, "the data ended before it had what was asked for")
+        return said[0] if len(said) == 1 else f"{said[0]} ({', '.join(said[1:])})"
+
+    def _amount(self) -> str:
         amount = f"{self.num_batches:,} batches" if self.num_samples is None else f"{self.num_samples:,} samples"
-        ranks = f" on {self.processes} ranks" if self.processes > 1 else ""
+        return f"{amount} on {self.processes} ranks" if self.processes > 1 else amount
+
+    def _error(self) -> str:
         said_error = math.isfinite(self.standard_error) and not self.nonfinite
-        error = f", standard error {self.standard_error:.2g}" if said_error else ""
-        layers = counted(len(self.layers), "BatchNorm layer")
-        said = [f"{layers} recalibrated from {amount}{ranks} in {self.seconds:.2g} s{error}"]
+        return f", standard error {self.standard_error:.2g}" if said_error else ""
+
+    def _remarks(self) -> list[str]:
+        said = []
         if self.ended_early and self.requested_batches is not None:
             asked = self.requested_batches * self.processes
             said.append(f"the data ended after {self.num_batches + self.skipped_batches:,} of {asked:,} batches")
-        worst = summarize(reference=self.after, current=self.before)
-        if not math.isfinite(worst.max):
+        worst = summarize(reference=self.after, current=self.before) if self.layers else None
+        if worst is not None and not math.isfinite(worst.max):
             bad = int((~(self.before.mean + self.before.var).isfinite()).sum())
             said.append(f"replaced statistics that were not finite in {bad} channels, {worst.worst_layer} first")
-        elif worst.max > _WORTH_SAYING:
+        elif worst is not None and worst.max > _WORTH_SAYING:
             said.append(f"replaced statistics that were off most at {worst.in_words()}")
-        if self.frozen:
-            said.append(f"{len(self.frozen)} frozen untouched")
         if self.skipped_batches:
             said.append(f"{self.skipped_batches} batches skipped, one value per channel")
         if self.nonfinite:
@@ -140,9 +184,7 @@ class Recalibration:
                 f"used several times in a forward by inputs whose means lie up to {self.uses_apart[worst_use]:.1f} "
                 f"sigma apart, which one set of statistics does not describe: {quoted(list(self.uses_apart))}"
             )
-        if self.drew_random_numbers:
-            said.append(_DREW)
-        return "; ".join(said)
+        return said
 
 
 def unheld_in_words(unheld: Mapping[str, str]) -> str:

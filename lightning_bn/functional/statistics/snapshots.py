@@ -243,6 +243,8 @@ def _check_dtype(name: str, buffer: Tensor | None, values: Tensor) -> None:
 
 def _flat(tensors: list[Tensor]) -> Tensor:
     """One copy of all values, in the narrowest dtype that holds each of them exactly, where the first one lives."""
+    if not tensors:
+        return torch.zeros(0)
     dtype, device = tensors[0].dtype, tensors[0].device
     if all(tensor.dtype == dtype and tensor.device == device for tensor in tensors):
         return torch.cat(tensors)
@@ -251,6 +253,8 @@ def _flat(tensors: list[Tensor]) -> Tensor:
 
 
 def _counters(layers: list[Statistics]) -> Tensor:
+    if not layers:
+        return torch.zeros(0, dtype=torch.int64)
     device = _tensor(layers[0].running_mean).device
     counters = [layer.num_batches_tracked for layer in layers]
     there = [counter for counter in counters if counter is not None and counter.device == device]

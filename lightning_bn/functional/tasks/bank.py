@@ -152,6 +152,13 @@ class TaskStatistics:
         finally:
             self.outside.seen(placed)
 
+    @contextmanager
+    def at_rest(self, task: str) -> Iterator[None]:
+        """As :meth:`in_place`, with what a task holds outside of its contexts: to be read, or written to."""
+        placed = self._placed
+        with self._beginnings.ended(self.known(task), lambda: placed.sets[task], placed.layers), placed.in_place(task):
+            yield
+
     def look_outside(self) -> None:
         """Tell of what moved the default's statistics outside of contexts."""
         if not self._placed.stack:
@@ -193,7 +200,7 @@ class TaskStatistics:
 
     def snapshot(self, task: str) -> Snapshot:
         """Return copies of a task's statistics."""
-        with self._placed.in_place(self.known(task)):
+        with self.at_rest(task):
             return snapshot_of(self._placed.layers)
 
     def write(self, task: str, snapshot: Snapshot) -> None:
@@ -207,9 +214,9 @@ class TaskStatistics:
                 f"the snapshot is of {quoted(snapshot.names)}, the statistics per task are of {quoted(self.layers)}: "
                 f"take it of the same layers."
             )
-        with self._placed.in_place(self.known(task)):
+        with self.at_rest(task):
             write_snapshot(self._placed.layers, snapshot)
-        self.wrote(task)
+            self.wrote(task)
 
     def add(self, task: str, like: str | None = None) -> None:
         """Add a task.

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.functional.layers.exchange import COLLECTING, holders_of
 from lightning_bn.functional.layers.torch_private import STATISTICS, buffers_of
 
 MIXTURE = "mixture"
@@ -149,10 +150,26 @@ class Beginnings:
             if beginning.end(sets(), layers):
                 self.drop(task)
 
+    @contextmanager
+    def ended(
+        self, task: str, sets: Callable[[], Mapping[str, Buffers]], layers: Mapping[str, _BatchNorm]
+    ) -> Iterator[None]:
+        """Weigh what was updated until now; inside, the sets hold what they would outside of a context."""
+        beginning = self._of.get(task)
+        running = beginning if beginning is not None and beginning.before else None
+        if running is not None:
+            running.end(sets(), layers)
+        try:
+            yield
+        finally:
+            if running is not None and self._of.get(task) is running:
+                running.begin(sets(), layers)
+
 
 def _averages(layer: _BatchNorm) -> bool:
     """Whether a forward would move a moving average that a count belongs to."""
-    return bool(layer.training and layer.momentum) and layer.num_batches_tracked is not None
+    updates = bool(layer.training and layer.momentum) and layer.num_batches_tracked is not None
+    return updates and COLLECTING not in holders_of(layer)
 
 
 def _counts(sets: Iterable[Buffers]) -> list[int]:

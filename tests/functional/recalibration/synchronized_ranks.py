@@ -195,12 +195,12 @@ def run_votes() -> dict[str, Any]:
     rank, world, device = dist.get_rank(), dist.get_world_size(), torch.device("cpu")
     first = rank == 0
     votes = {
-        "nobody": Lockstep(device).go_on(False, False, 5, None),
-        "one has ended": Lockstep(device).go_on(first, False, 5, None),
-        "one is precise": Lockstep(device).go_on(False, first, 5, None),
-        "all are precise": Lockstep(device).go_on(False, True, 5, None),
-        "enough samples": Lockstep(device).go_on(False, False, 5, 5 * world),
-        "one sample too few": Lockstep(device).go_on(False, False, 5, 5 * world + 1),
+        "nobody": bool(Lockstep(device).go_on(False, [False], [5], None)),
+        "one has ended": bool(Lockstep(device).go_on(first, [False], [5], None)),
+        "one is precise": bool(Lockstep(device).go_on(False, [first], [5], None)),
+        "all are precise": bool(Lockstep(device).go_on(False, [True], [5], None)),
+        "enough samples": bool(Lockstep(device).go_on(False, [False], [5], 5 * world)),
+        "one sample too few": bool(Lockstep(device).go_on(False, [False], [5], 5 * world + 1)),
     }
     others = dist.new_group([0])
     return {**votes, "processes": processes_of(ReferenceSyncBatchNorm(2, others if rank else None))}
