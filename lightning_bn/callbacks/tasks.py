@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-import torch
-
 from lightning_bn.callbacks._base import BatchNormCallback
+from lightning_bn.callbacks._lightning.averages import averaging_callbacks
 from lightning_bn.callbacks._lightning.callback_list import put_first
 from lightning_bn.callbacks._lightning.namespaces import (
     LightningModule,
@@ -17,24 +16,17 @@ from lightning_bn.callbacks._lightning.namespaces import (
     rank_zero_warn,
 )
 from lightning_bn.callbacks._lightning.state import fits
-from lightning_bn.callbacks._ranks import agree_on_ranks, agree_on_task, max_over_ranks
+from lightning_bn.callbacks._ranks import agree_on_ranks
 from lightning_bn.callbacks._task_averages import TaskAverages, without_averages
 from lightning_bn.callbacks._task_of import TaskOf
+from lightning_bn.callbacks._tasks_on_ranks import TasksOnRanks
 from lightning_bn.callbacks._val_tasks import ValTasks
-from lightning_bn.functional._batches import num_samples
 from lightning_bn.functional._checks import check_choice, check_flag, check_text
 from lightning_bn.functional._text import quoted
-from lightning_bn.functional.layers.properties import processes_of
-from lightning_bn.functional.tasks.across_processes import merge_across_processes
 from lightning_bn.functional.tasks.bank import TaskStatistics
 from lightning_bn.functional.tasks.drift import TaskDrift, task_drift
 from lightning_bn.functional.tasks.session import RAISE, TaskSession
 from lightning_bn.functional.tasks.task_sets import checked_tasks
-
-_ONE_TASK = (
-    "With broadcast buffers or SyncBatchNorm, ranks share the statistics of a batch: give all of them a batch of one "
-    "task, by the sampler, or without SyncBatchNorm use DDPStrategy(broadcast_buffers=False)."
-)
 
 
 class TaskBatchNorm(BatchNormCallback):
@@ -114,7 +106,8 @@ class TaskBatchNorm(BatchNormCallback):
         self._session: TaskSession | None = None
         self._averages: TaskAverages | None = None
         self._restored: Mapping[str, Any] | None = None
-        self._agrees = self._warned_of_unseen = self._told_of_none = False
+        self._ranks: TasksOnRanks | None = None
+        self._warned_of_unseen = self._told_of_none = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -127,13 +120,11 @@ class TaskBatchNorm(BatchNormCallback):
         agree_on_ranks(trainer, "keep statistics per task", lambda: self._layout(pl_module), facts)
         self._end()
         restored = self._restored
-        bank = self._begin(pl_module)
+        bank = self._begin(trainer, pl_module)
         self._averages = TaskAverages(trainer, bank)
         if restored is not None:
             self._averages.load(restored)
-        shares = getattr(trainer.strategy.model, "broadcast_buffers", False)
-        synchronized = any(processes_of(layer) > 1 for layer in bank.layers_by_name.values())
-        self._agrees = trainer.world_size > 1 and (shares or synchronized)
+        self._ranks = TasksOnRanks(trainer, bank)
         self._warned_of_unseen = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -144,9 +135,9 @@ class TaskBatchNorm(BatchNormCallback):
             return self._known(self._task_of(batch, batch_idx), f"batch {batch_idx}")
 
         self._session.end_skipped_batch()
-        task = agree_on_task(trainer, "train", own, _ONE_TASK) if self._agrees else own()
-        samples = self._samples_in(batch) if trainer.world_size > 1 else {}
-        self._session.start_batch(task, samples=samples)
+        ranks = self._ranks
+        task = own() if ranks is None else ranks.agree(own)
+        self._session.start_batch(task, samples={} if ranks is None else ranks.samples_in(batch))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -158,14 +149,16 @@ class TaskBatchNorm(BatchNormCallback):
         if self._session is None or self.bank is None:
             return
         self._session.end_skipped_batch()
-        self._warn_of_unseen(trainer, self._session.seen)
+        if not self._warned_of_unseen and self._ranks is not None:
+            self._warned_of_unseen = True
+            self._ranks.warn_of_unseen(self._session.seen)
         if len(self.tasks) > 1:
             self._log_curves(trainer, {"bn/task_drift_max": self.drift().worst()[-1]})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_evaluation(trainer, pl_module, "val", trainer.num_val_batches)
         if fits(trainer) and not trainer.sanity_checking:
-            self._merge(trainer)
+            self._merge()
 
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._start_evaluation(trainer, pl_module, "test", trainer.num_test_batches)
@@ -207,7 +200,7 @@ class TaskBatchNorm(BatchNormCallback):
         if self._session is None:
             return
         self._session.end_skipped_batch()
-        self._merge(trainer)
+        self._merge()
         if len(self.tasks) > 1:
             rank_zero_info(f"TaskBatchNorm: {self.drift()}")
 
@@ -238,7 +231,10 @@ class TaskBatchNorm(BatchNormCallback):
         self._restored = state_dict or None
         if self._session is not None and self.bank is not None and self._restored is not None:
             # In mid-fit, as tuners do that begin anew from where they were.
-            self._load(self.bank)
+            averages = self._averages
+            self._load(self.bank, averaged=averages is not None)
+            if averages is not None:
+                averages.load(state_dict)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         if self.state_key not in checkpoint.get("callbacks", {}):
@@ -250,23 +246,24 @@ class TaskBatchNorm(BatchNormCallback):
             )
             self._told_of_none = True
 
-    def _begin(self, module: LightningModule) -> TaskStatistics:
+    def _begin(self, trainer: Trainer, module: LightningModule) -> TaskStatistics:
         if self.bank is None or not self.bank.is_of(module):
             with self._checked():
                 self.bank = TaskStatistics(module, self.tasks, self._selection, default=self.default, start=self.start)
         else:
             self.bank.attach()
         if self._restored is not None:
-            self._load(self.bank)
+            self._load(self.bank, averaged=fits(trainer) and bool(averaging_callbacks(trainer)[0]))
         self.bank.task_of = self._task_of
         self.bank.outside.begin(lambda message: rank_zero_warn(f"TaskBatchNorm: {message}"))
         self._session = TaskSession(self.bank, self.unlabelled)
         return self.bank
 
-    def _load(self, bank: TaskStatistics) -> None:
+    def _load(self, bank: TaskStatistics, *, averaged: bool) -> None:
+        """Take what was restored: what training goes on with where averages are kept beside it, else what is in use."""
         state, self._restored = self._restored or {}, None
         with self._checked():
-            told = bank.load_state_dict(without_averages(state), given_up=self.given_up)
+            told = bank.load_state_dict(without_averages(state) if averaged else state, given_up=self.given_up)
         for message in told:
             rank_zero_info(f"TaskBatchNorm: {message}")
 
@@ -275,7 +272,7 @@ class TaskBatchNorm(BatchNormCallback):
     ) -> None:
         if self._session is None:
             known = self.bank is not None or self._restored is not None
-            self._begin(module)
+            self._begin(trainer, module)
             if not known and not self._told_of_none:
                 self._told_of_none = True
                 rank_zero_info(
@@ -295,32 +292,11 @@ class TaskBatchNorm(BatchNormCallback):
                 raise MisconfigurationException(f"TaskBatchNorm: {where}: {error}") from error
         return task
 
-    def _samples_in(self, batch: Any) -> dict[str, int]:
-        """Samples that each task may have in a batch, which may hold a part for each of them."""
-        parts = batch if isinstance(batch, Mapping) else {}
-        whole = num_samples(batch) or 1
-        return {task: num_samples(parts[task]) or whole if task in parts else whole for task in self.tasks}
-
-    def _merge(self, trainer: Trainer) -> None:
-        if self.merge and trainer.world_size > 1 and self._session is not None and self.bank is not None:
-            parts = self.bank.parts() + (self._averages.parts() if self._averages is not None else [])
-            merge_across_processes(parts, self._session.samples, trainer.strategy.root_device)
+    def _merge(self) -> None:
+        if self.merge and self._session is not None and self._ranks is not None:
+            averages = [] if self._averages is None else self._averages.parts()
+            self._ranks.merge(averages, self._session.samples)
             self._session.forget_samples()
-
-    def _warn_of_unseen(self, trainer: Trainer, seen: set[str]) -> None:
-        if self._warned_of_unseen:
-            return
-        self._warned_of_unseen = True
-        flags = torch.tensor([float(task in seen) for task in self.tasks])
-        of_all = max_over_ranks(trainer)
-        flags = flags if of_all is None else of_all(flags)
-        unseen = [task for task, flag in zip(self.tasks, flags.tolist(), strict=True) if not flag]
-        if unseen:
-            rank_zero_warn(
-                f"TaskBatchNorm: tasks names {quoted(unseen)}, but in epoch {trainer.current_epoch} no batch was of "
-                f"such a task; tasks seen: {quoted(sorted(seen)) or 'none'}. Set task_key= to the key of the batch "
-                f"that says it, or put `with lightning_bn.task(name):` around its part of the step."
-            )
 
     def _end_batch(self) -> None:
         if self._session is not None:
@@ -334,4 +310,4 @@ class TaskBatchNorm(BatchNormCallback):
             self._averages.end()
         if self.bank is not None:
             self.bank.detach()
-        self._session = self._averages = None
+        self._session = self._averages = self._ranks = None

@@ -56,7 +56,7 @@ class AveragesBeside:
         )
         beside = {"_swap_models": self._swap, "_copy_average_to_current": self._copy}
         self._wrapped = [(callback, name, act) for name, act in beside.items()]
-        self._wrapped.append((model, "update_parameters", lambda: self.average.update_parameters(tensors())))
+        self._wrapped.append((model, "update_parameters", self._update))
         for owner, name, act in self._wrapped:
             vars(owner)[name] = _And(getattr(owner, name), act)
 
@@ -65,13 +65,19 @@ class AveragesBeside:
         for owner, name, _ in self._wrapped:
             vars(owner).pop(name, None)
 
+    def _update(self) -> None:
+        if self._averaged.use_buffers:
+            self.average.update_parameters(self._tensors())
+        else:
+            # As it keeps the module's buffers then.
+            _copy(self._tensors(), self.average.module)
+            self.average.n_averaged += 1
+
     def _swap(self) -> None:
         _swap(self._tensors(), self.average.module)
 
     def _copy(self) -> None:
-        with torch.no_grad():
-            for mine, other in zip(self._tensors().buffers(), self.average.module.buffers(), strict=True):
-                mine.copy_(other)
+        _copy(self.average.module, self._tensors())
 
 
 class _And:
@@ -97,6 +103,12 @@ def averages_in_place(trainer: Trainer, module: LightningModule) -> Iterator[Non
     finally:
         for callback in callbacks[:1]:
             callback._swap_models(module)
+
+
+def _copy(source: nn.Module, target: nn.Module) -> None:
+    with torch.no_grad():
+        for buffer, other in zip(target.buffers(), source.buffers(), strict=True):
+            buffer.copy_(other)
 
 
 def _swap(module: nn.Module, copy: nn.Module) -> None:

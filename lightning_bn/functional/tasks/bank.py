@@ -13,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.functional._checks import check_choice
 from lightning_bn.functional._tasks import task as running_task
 from lightning_bn.functional._text import quoted
-from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of, write_snapshot
 from lightning_bn.functional.tasks.mixture import mixture_of
@@ -25,59 +24,8 @@ from lightning_bn.functional.tasks.task_sets import Beginnings, Buffers, check_k
 Start: TypeAlias = Literal["cumulative", "shared"]
 
 
-def task_statistics(
-    model: nn.Module,
-    tasks: Sequence[str],
-    modules: Patterns = None,
-    *,
-    exclude: Patterns = None,
-    root: str = "",
-    default: str | None = None,
-    start: Start = "cumulative",
-) -> TaskStatistics:
-    """Give each task running statistics of its own, in layers that stay the layers they are.
-
-    Inside ``with bank.task(name):`` the selected layers hold the tensors of that task: other objects, never other
-    values in the same ones, so that a step that serves several tasks has the gradients of separate networks. The
-    default task owns the layers' own tensors. Outside of a context these are in place, and ``model.state_dict()`` holds
-    them wherever it is taken, under the same keys.
-
-    Args:
-        model: Any module.
-        tasks: Their names.
-        modules: As for :func:`~lightning_bn.functional.batch_norm_layers`; None for every layer with running
-            statistics.
-        exclude: As for ``batch_norm_layers``.
-        root: As for ``batch_norm_layers``.
-        default: The task that owns the layers' own tensors; None for the first.
-        start: How the statistics of the other tasks begin, from the default's values: ``"cumulative"`` averages what a
-            task sees in its first ``1 / momentum`` updates (the n-th has the weight ``max(momentum, 1 / n)``), so that
-            what they began with is forgotten at once; ``"shared"`` is an ordinary moving average.
-
-    Returns:
-        The sets, until they are released.
-
-    Raises:
-        ValueError: If a name is no string, empty, ``"mixture"`` or given twice, there is none, or ``default`` or
-            ``start`` is unknown.
-        SelectionError: As for ``batch_norm_layers``, or if a selected layer has no running statistics.
-        RuntimeError: If a selected layer has a set for each task already.
-
-    Source: Chang et al. (2019), "Domain-Specific Batch Normalization", arXiv 1906.03950, section 3.
-
-    Example:
-        >>> layer = nn.BatchNorm1d(1)
-        >>> bank = task_statistics(layer, ["near", "far"])
-        >>> with bank.task("far"):
-        ...     _ = layer(torch.tensor([[9.0], [11.0]]))
-        >>> layer.running_mean, bank.snapshot("far").mean
-        (tensor([0.]), tensor([10.]))
-    """
-    return TaskStatistics(model, tasks, LayerSelection(modules, exclude, root), default=default, start=start)
-
-
 class TaskStatistics:
-    """Running statistics of several tasks; :func:`task_statistics` makes one.
+    """Running statistics of several tasks; :func:`~lightning_bn.functional.task_statistics` makes one.
 
     Attributes:
         tasks: Names of the tasks.

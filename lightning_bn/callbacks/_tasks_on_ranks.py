@@ -1,0 +1,73 @@
+"""Statistics per task on several ranks: which task a batch has, how many samples count for it, and merging them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lightning_bn.callbacks._lightning.namespaces import Trainer, rank_zero_warn
+from lightning_bn.callbacks._ranks import agree_on_task, max_over_ranks
+from lightning_bn.functional._batches import num_samples
+from lightning_bn.functional._text import quoted
+from lightning_bn.functional.layers.properties import processes_of
+from lightning_bn.functional.tasks.across_processes import merge_across_processes
+from lightning_bn.functional.tasks.bank import TaskStatistics
+from lightning_bn.functional.tasks.task_sets import Buffers
+
+_ONE_TASK = (
+    "With broadcast buffers or SyncBatchNorm, ranks share the statistics of a batch: give all of them a batch of one "
+    "task, by the sampler, or without SyncBatchNorm use DDPStrategy(broadcast_buffers=False)."
+)
+
+
+class TasksOnRanks:
+    """What ranks tell each other of tasks in a fit; one rank alone tells nobody.
+
+    Args:
+        trainer: Of the fit, whose strategy is set up.
+        bank: The statistics.
+    """
+
+    def __init__(self, trainer: Trainer, bank: TaskStatistics) -> None:
+        self._trainer, self._bank = trainer, bank
+        shares = getattr(trainer.strategy.model, "broadcast_buffers", False)
+        synchronized = any(processes_of(layer) > 1 for layer in bank.layers_by_name.values())
+        self._share = trainer.world_size > 1 and (shares or synchronized)
+
+    def agree(self, own: Callable[[], str | None]) -> str | None:
+        """Return a batch's task, the same on all ranks where they share its statistics.
+
+        Raises:
+            DisagreementError: On every rank, with the task that each has.
+        """
+        return agree_on_task(self._trainer, "train", own, _ONE_TASK) if self._share else own()
+
+    def samples_in(self, batch: Any) -> dict[str, int]:
+        """Samples that each task may have in a batch, which may hold a part for each of them; by them ranks weigh."""
+        if self._trainer.world_size == 1:
+            return {}
+        parts = batch if isinstance(batch, Mapping) else {}
+        whole = num_samples(batch) or 1
+        return {task: num_samples(parts[task]) or whole if task in parts else whole for task in self._bank.tasks}
+
+    def merge(self, further: Sequence[tuple[str, dict[str, Buffers]]], samples: Mapping[str, int]) -> None:
+        """Merge the statistics of all ranks, and further sets of the same tasks, by the samples that each saw."""
+        if self._trainer.world_size > 1:
+            parts = [*self._bank.parts(), *further]
+            merge_across_processes(parts, samples, self._trainer.strategy.root_device)
+
+    def warn_of_unseen(self, seen: set[str]) -> None:
+        """Warn of tasks that no rank has seen; every rank has to call this."""
+        tasks = self._bank.tasks
+        flags = torch.tensor([float(task in seen) for task in tasks])
+        of_all = max_over_ranks(self._trainer)
+        flags = flags if of_all is None else of_all(flags)
+        unseen = [task for task, flag in zip(tasks, flags.tolist(), strict=True) if not flag]
+        if unseen:
+            rank_zero_warn(
+                f"TaskBatchNorm: tasks names {quoted(unseen)}, but in epoch {self._trainer.current_epoch} no batch was "
+                f"of such a task; tasks seen: {quoted(sorted(seen)) or 'none'}. Set task_key= to the key of the batch "
+                f"that says it, or put `with lightning_bn.task(name):` around its part of the step."
+            )
