@@ -23,7 +23,7 @@ SHIFT = {"det": 0.0, "seg": 3.0, "depth": -2.0}
 LAYERS = ("net.body.1", "net.body.4", "net.head.0")
 
 
-class Net(nn.Module):
+class TasksNet(nn.Module):
     """Three BatchNorm layers, float64; input (N, 3), output (N, 2)."""
 
     def __init__(self) -> None:
@@ -56,12 +56,12 @@ def loader_of(batches: Sequence[Any]) -> DataLoader[Any]:
     return DataLoader(batches, batch_size=None)  # type: ignore[arg-type]
 
 
-class MultiTask(pl.LightningModule):
+class TasksModule(pl.LightningModule):
     """Every batch is of one task, or a dict of parts by task, each in its context; keeps what validation put out."""
 
     def __init__(self, in_contexts: bool = False, initial: bool = True) -> None:
         super().__init__()
-        self.net = seeded(Net) if initial else fill_statistics(seeded(Net))
+        self.net = seeded(TasksNet) if initial else fill_statistics(seeded(TasksNet))
         self.in_contexts = in_contexts
         self.put_out: list[bytes] = []
         self.losses: list[bytes] = []
@@ -161,7 +161,7 @@ class SeparateStatistics(pl.Callback):
         }
 
 
-def trained(build: Callable[[], MultiTask], batches: Sequence[Any], *callbacks: pl.Callback, **options: Any) -> Any:
+def trained(build: Callable[[], TasksModule], batches: Sequence[Any], *callbacks: pl.Callback, **options: Any) -> Any:
     """A seeded fit: the module, and the bits of its parameters."""
     pl.seed_everything(3, verbose=False)
     module = build()

@@ -10,7 +10,7 @@ from pytorch_lightning.strategies import DDPStrategy
 from lightning_bn import PreciseBatchNorm
 from tests.callbacks.fits import quiet
 from tests.callbacks.freezing_ranks import Processes
-from tests.callbacks.task_fits import MultiTask, SeparateStatistics, batch_of, callback, loader_of, sets
+from tests.callbacks.task_fits import SeparateStatistics, TasksModule, batch_of, callback, loader_of, sets
 from tests.ranks import take_part
 
 WORLD = 2
@@ -52,7 +52,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
     """One fit of this rank."""
     tasks_of_ranks, broadcast, beside = SCENARIOS[name]
     strategy = DDPStrategy(cluster_environment=Processes(), process_group_backend="gloo", broadcast_buffers=broadcast)
-    tasks, module, oracle = callback(), MultiTask(), SeparateStatistics()
+    tasks, module, oracle = callback(), TasksModule(), SeparateStatistics()
     before = Before(tasks)
     trainer = quiet(
         strategy=strategy,

@@ -16,8 +16,8 @@ from tests.callbacks.fits import quiet
 from tests.callbacks.task_fits import (
     LAYERS,
     TASKS,
-    MultiTask,
     SeparateStatistics,
+    TasksModule,
     batch_of,
     batches_of,
     callback,
@@ -46,7 +46,7 @@ unseen = pytest.mark.filterwarnings("ignore:TaskBatchNorm. tasks names")
 def test_each_task_has_what_a_network_of_its_own_would_have(order: str, in_contexts: bool) -> None:
     batches, oracle = batches_of(ORDERS[order]), SeparateStatistics()
     tasks = callback(task_key=None if in_contexts else "task")
-    fit(MultiTask(in_contexts), batches, oracle, tasks)
+    fit(TasksModule(in_contexts), batches, oracle, tasks)
     assert sets(tasks.bank) == oracle.sets()
 
 
@@ -61,15 +61,15 @@ def joint(count: int, without: str | None = None) -> list[Any]:
 @pytest.mark.parametrize("without", [None, "depth"])
 def test_joint_steps_have_it_too(without: str | None) -> None:
     oracle, tasks = SeparateStatistics(), callback(task_key=None)
-    fit(MultiTask(), joint(20, without), oracle, tasks)
+    fit(TasksModule(), joint(20, without), oracle, tasks)
     assert sets(tasks.bank) == oracle.sets()
 
 
 @pytest.mark.parametrize("batches", [batches_of(ORDERS["alternating"]), joint(20)], ids=["alternating", "joint"])
 def test_training_is_as_it_was(batches: list[Any]) -> None:
-    plain, weights = trained(MultiTask, batches, val=[batches[:2]])
+    plain, weights = trained(TasksModule, batches, val=[batches[:2]])
     with_sets, same = trained(
-        MultiTask, batches, callback(task_key="task" if "x" in batches[0] else None), val=[batches[:2]]
+        TasksModule, batches, callback(task_key="task" if "x" in batches[0] else None), val=[batches[:2]]
     )
     assert plain.losses == with_sets.losses
     assert weights == same
@@ -79,7 +79,7 @@ def test_one_task_changes_nothing_of_the_checkpoint(tmp_path: Any) -> None:
     files = []
     for index, callbacks in enumerate(([], [callback(tasks=["det"])])):
         pl.seed_everything(3, verbose=False)
-        trainer = fit(MultiTask(), batches_of(["det"] * 6), *callbacks, val=[batches_of(["det"] * 2)])
+        trainer = fit(TasksModule(), batches_of(["det"] * 6), *callbacks, val=[batches_of(["det"] * 2)])
         trainer.save_checkpoint(tmp_path / f"{index}.ckpt")
         files.append(torch.load(tmp_path / f"{index}.ckpt", weights_only=True))
     assert [*files[1]["callbacks"]] == ["TaskBatchNorm"]
@@ -98,7 +98,7 @@ def same(one: Any, other: Any) -> bool:
 
 
 def test_validation_uses_each_tasks_own(tmp_path: Any) -> None:
-    oracle, tasks, module = SeparateStatistics(), callback(), MultiTask()
+    oracle, tasks, module = SeparateStatistics(), callback(), TasksModule()
     val = [batches_of(["seg", "det"], seed=90), batches_of(["depth"], seed=95)]
     trainer = fit(module, batches_of(TASKS * 5), oracle, tasks, val=val, num_sanity_val_steps=0)
 
@@ -117,17 +117,17 @@ def test_validation_uses_each_tasks_own(tmp_path: Any) -> None:
     trainer.test(module, [loader_of(each) for each in val], verbose=False)
     assert module.put_out == expected() * 2
     trainer.save_checkpoint(tmp_path / "c.ckpt")
-    fresh = MultiTask()
+    fresh = TasksModule()
     listed = callback(task_key=None, val_tasks={"test": ["seg", "depth"]})
     other = [batches_of(["seg"], seed=90), batches_of(["depth"], seed=95)]
     quiet(callbacks=[listed]).test(fresh, [loader_of(each) for each in other], tmp_path / "c.ckpt", verbose=False)
     assert fresh.put_out == [expected()[0], expected()[2]]
-    predictions = quiet(callbacks=[callback()]).predict(MultiTask(), loader_of(val[0]), ckpt_path=tmp_path / "c.ckpt")
+    predictions = quiet(callbacks=[callback()]).predict(TasksModule(), loader_of(val[0]), ckpt_path=tmp_path / "c.ckpt")
     assert [bits(out) for batch in predictions or [] for out in batch] == expected()[:2]
 
 
 def test_context_inside_a_step_counts_more_than_the_batchs_key() -> None:
-    class Both(MultiTask):
+    class Both(TasksModule):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             with lightning_bn.task("seg"):
                 self.net(batch["x"])
@@ -143,7 +143,7 @@ def test_context_inside_a_step_counts_more_than_the_batchs_key() -> None:
 
 
 def test_layers_hold_their_own_objects_between_batches_and_afterwards() -> None:
-    module, seen = MultiTask(), []
+    module, seen = TasksModule(), []
     own = {name: layer.running_mean for name, layer in norms(module).items()}
 
     class Look(pl.Callback):
@@ -169,19 +169,19 @@ class Stop(pl.Callback):
     "hook", ["on_after_backward", "on_train_batch_start", "on_validation_batch_start", "on_train_batch_end"]
 )
 def test_after_an_exception_the_layers_hold_their_own_objects(hook: str) -> None:
-    module, tasks = MultiTask(initial=False), callback()
+    module, tasks = TasksModule(initial=False), callback()
     own = {name: layer.running_mean for name, layer in norms(module).items()}
     freezer = BatchNormFreezer(root="net", by_task={"seg": ["body.1"]}, task_key="task")
     with pytest.raises(RuntimeError, match=r"as planned"):
         fit(module, batches_of(["seg", "det"]), tasks, freezer, Stop(hook), val=[batches_of(["seg"])])
     assert all(norms(module)[name].running_mean is mean for name, mean in own.items())
     assert not any(layer._forward_pre_hooks for layer in norms(module).values())
-    fit(MultiTask(), batches_of(["seg", "det"]), callback(tasks=["det", "seg"]))
+    fit(TasksModule(), batches_of(["seg", "det"]), callback(tasks=["det", "seg"]))
     fit(module.train(), batches_of(TASKS), callback())
 
 
 def test_exception_inside_a_context_inside_a_validation() -> None:
-    class Fails(MultiTask):
+    class Fails(TasksModule):
         def validation_step(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None:
             with lightning_bn.task("seg"):
                 raise RuntimeError("as planned")
@@ -197,7 +197,7 @@ def test_exception_inside_a_context_inside_a_validation() -> None:
 
 @unseen
 def test_batch_that_a_hook_skipped_leaves_nothing_behind() -> None:
-    class Skips(MultiTask):
+    class Skips(TasksModule):
         def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
             return -1 if batch["task"] == "seg" else None
 
@@ -217,7 +217,7 @@ def test_batch_that_a_hook_skipped_leaves_nothing_behind() -> None:
 
 def test_freezer_and_statistics_per_task_in_either_order() -> None:
     for order in (1, -1):
-        module = MultiTask(initial=False)
+        module = TasksModule(initial=False)
         before = {key: bits(buffer) for key, buffer in module.net.body[1].named_buffers()}
         freezer = BatchNormFreezer(root="net", by_task={"seg": ["body.1"]}, task_key="task")
         tasks = callback()
@@ -241,14 +241,14 @@ def test_frozen_in_every_batch_all_tasks_sets_are_proven() -> None:
             if batch_idx == 2:
                 dict(tasks.bank.parts())["seg"]["net.body.1"]["running_mean"] += 1
 
-    tasks, freezer, module = callback(), BatchNormFreezer(["body"], root="net"), MultiTask(initial=False)
+    tasks, freezer, module = callback(), BatchNormFreezer(["body"], root="net"), TasksModule(initial=False)
     before = {key: bits(buffer) for key, buffer in module.net.body[1].named_buffers()}
     with pytest.warns(UserWarning, match=r"net.body.1 .running_mean of task 'seg' by up to 1"):
         fit(module, batches_of(TASKS * 3), tasks, freezer, Writes())
     assert not freezer.report.identical
     assert all(sets(tasks.bank)[f"seg/net.body.1.{key}"] == value for key, value in before.items())
     clean = BatchNormFreezer(["body"], root="net")
-    fit(MultiTask(initial=False), batches_of(TASKS * 3), callback(), clean)
+    fit(TasksModule(initial=False), batches_of(TASKS * 3), callback(), clean)
     assert clean.report.identical
 
 
@@ -260,12 +260,12 @@ def test_batch_of_which_nothing_tells_the_task_is_an_error_in_each_stage(stage: 
     loader = loader_of(batches_of([None] * 3))
     trainer = quiet(callbacks=[callback(task_key=None)], max_epochs=1)
     with pytest.raises(MisconfigurationException, match=r"nothing tells the task .*'net\.body\.1'.*unlabelled="):
-        getattr(trainer, stage)(MultiTask(), loader, *([loader] if stage == "fit" else []))
+        getattr(trainer, stage)(TasksModule(), loader, *([loader] if stage == "fit" else []))
 
 
 @unseen
 def test_unlabelled_batches_may_be_given_a_task() -> None:
-    tasks, module = callback(unlabelled="seg"), MultiTask()
+    tasks, module = callback(unlabelled="seg"), TasksModule()
     fit(module, batches_of(["det", None, None]), tasks, val=[batches_of([None])])
     assert {task: int(one["net.body.1"]["num_batches_tracked"]) for task, one in tasks.bank.parts()} == {
         "det": 1,
@@ -275,7 +275,7 @@ def test_unlabelled_batches_may_be_given_a_task() -> None:
 
 
 def test_forward_outside_of_contexts_while_they_are_used_is_told_once() -> None:
-    class Outside(MultiTask):
+    class Outside(TasksModule):
         def training_step(self, batch: Any, batch_idx: int) -> Any:
             self.net.body(batch["x"])
             return super().training_step(batch, batch_idx)
@@ -291,12 +291,12 @@ def test_forward_outside_of_contexts_while_they_are_used_is_told_once() -> None:
 def test_unknown_task_is_named_with_batch_and_those_that_there_are() -> None:
     message = r"batch 1: there is no task 'sag', but 'det', .*Closest: 'seg'"
     with pytest.raises(MisconfigurationException, match=message):
-        fit(MultiTask(), batches_of(["det", "sag"]), callback())
+        fit(TasksModule(), batches_of(["det", "sag"]), callback())
 
 
 def test_task_that_no_batch_of_the_first_epoch_had_is_told_once() -> None:
     with pytest.warns(UserWarning, match=r"names 'depth', but in epoch 0 no batch.*seen: 'det', 'seg'") as told:
-        fit(MultiTask(), batches_of(["det", "seg"]), callback(), max_epochs=3)
+        fit(TasksModule(), batches_of(["det", "seg"]), callback(), max_epochs=3)
     assert len([one for one in told if "tasks names" in str(one.message)]) == 1
 
 
@@ -323,29 +323,29 @@ def test_arguments_are_looked_at(arguments: dict[str, Any], message: str) -> Non
 
 def test_val_tasks_of_another_length_than_the_loaders() -> None:
     with pytest.raises(MisconfigurationException, match=r"2 tasks for val .det, seg., and there is 1 loader"):
-        fit(MultiTask(), batches_of(["det"]), callback(val_tasks=["det", "seg"]), val=[batches_of(["det"])])
+        fit(TasksModule(), batches_of(["det"]), callback(val_tasks=["det", "seg"]), val=[batches_of(["det"])])
 
 
 def test_two_callbacks_over_one_layer() -> None:
     with pytest.raises(RuntimeError, match=r"'net.body.1'.*has statistics per task already"):
-        fit(MultiTask(), batches_of(["det"]), callback(name="one"), callback(name="two", modules=["net.body"]))
+        fit(TasksModule(), batches_of(["det"]), callback(name="one"), callback(name="two", modules=["net.body"]))
     with pytest.raises(MisconfigurationException, match=r"have the name"):
-        fit(MultiTask(), batches_of(["det"]), callback(name="one"), callback(name="one"))
+        fit(TasksModule(), batches_of(["det"]), callback(name="one"), callback(name="one"))
     with pytest.raises(SelectionError, match=r"net.neck"):
-        fit(MultiTask(), batches_of(["det"]), callback(modules=["net.neck"]))
+        fit(TasksModule(), batches_of(["det"]), callback(modules=["net.neck"]))
 
 
 def test_two_callbacks_over_different_layers() -> None:
     body, head = callback(name="body", modules=["net.body"]), callback(name="head", modules=["net.head"])
     oracle = SeparateStatistics()
-    fit(MultiTask(), batches_of(TASKS * 4), body, oracle, head)
+    fit(TasksModule(), batches_of(TASKS * 4), body, oracle, head)
     assert sets(body.bank) | sets(head.bank) == oracle.sets()
 
 
 # Activation checkpointing
 
 
-class Checkpointed(MultiTask):
+class CheckpointedTasks(TasksModule):
     """Its body runs again in the backward."""
 
     def outputs(self, batch: dict[str, Any]) -> list[Any]:
@@ -362,18 +362,18 @@ class Checkpointed(MultiTask):
 
 def test_checkpointed_forward_of_a_labelled_batch_moves_its_own_tasks_statistics() -> None:
     tasks = callback(modules=["net.body"])
-    fit(Checkpointed(), batches_of(TASKS * 2), tasks)
+    fit(CheckpointedTasks(), batches_of(TASKS * 2), tasks)
     # Once in the forward and once more in the backward, as without us.
     assert {int(one["net.body.1"]["num_batches_tracked"]) for _, one in tasks.bank.parts()} == {4}
 
 
 def test_checkpointed_forward_across_a_context_is_an_error() -> None:
     with pytest.raises(RecomputationError, match=r"'net\.body\..'.*Put the backward into the context"):
-        fit(Checkpointed(), joint(2), callback(task_key=None))
+        fit(CheckpointedTasks(), joint(2), callback(task_key=None))
 
 
 def test_backward_inside_the_context_is_right() -> None:
-    class Inside(Checkpointed):
+    class Inside(CheckpointedTasks):
         automatic_optimization = False
 
         def training_step(self, batch: Any, batch_idx: int) -> None:
@@ -393,7 +393,7 @@ def test_backward_inside_the_context_is_right() -> None:
 # Checkpoints
 
 
-class ByStep(MultiTask):
+class ByStep(TasksModule):
     """What a batch holds follows from the step: a loader that is iterated anew after a resume gives the same ones."""
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
@@ -435,14 +435,14 @@ def test_resumed_is_the_uninterrupted_run_bit_for_bit(tmp_path: Any, steps: int,
 
 def saved(path: Any, **arguments: Any) -> Any:
     tasks = callback(**arguments)
-    trainer = fit(MultiTask(), batches_of(TASKS * 3), tasks)
+    trainer = fit(TasksModule(), batches_of(TASKS * 3), tasks)
     trainer.save_checkpoint(path)
     return tasks
 
 
 def resume(path: Any, **arguments: Any) -> Any:
     tasks = callback(**arguments)
-    fit(MultiTask(), batches_of(TASKS), tasks, ckpt_path=path, max_epochs=1)
+    fit(TasksModule(), batches_of(TASKS), tasks, ckpt_path=path, max_epochs=1)
     return tasks
 
 
@@ -474,7 +474,7 @@ def test_task_fewer_task_more_and_another_default(tmp_path: Any, caplog: pytest.
 def test_checkpoint_without_sets_starts_all_tasks_from_its_statistics(
     tmp_path: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
-    module = MultiTask()
+    module = TasksModule()
     fit(module, batches_of(["det"] * 3)).save_checkpoint(tmp_path / "c.ckpt")
     with caplog.at_level("INFO"):
         tasks = resume(tmp_path / "c.ckpt")
@@ -490,7 +490,7 @@ def test_other_layers_in_the_checkpoint_are_an_error(tmp_path: Any) -> None:
 
 
 def test_evaluation_without_any_sets_uses_the_models_own_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    module, plain = MultiTask(), MultiTask()
+    module, plain = TasksModule(), TasksModule()
     with caplog.at_level("INFO"):
         trainer = quiet(callbacks=[callback()])
         for _ in range(2):
@@ -505,7 +505,7 @@ def test_evaluation_without_any_sets_uses_the_models_own_and_says_so(caplog: pyt
 
 @pytest.mark.parametrize("options", [{"barebones": True}, {"fast_dev_run": 2}])
 def test_barebones_and_fast_dev_run(options: dict[str, Any]) -> None:
-    tasks, module = callback(tasks=["det", "seg"]), MultiTask()
+    tasks, module = callback(tasks=["det", "seg"]), TasksModule()
     settings = {**options, "callbacks": [tasks]}
     trainer = pl.Trainer(accelerator="cpu", **settings) if "barebones" in options else quiet(**settings)
     if "barebones" in options:
@@ -519,7 +519,7 @@ def test_combined_loaders_whose_tasks_end_at_different_batches(mode: str) -> Non
     loaders = {task: loader_of(batches_of([task] * (2 + 2 * at))) for at, task in enumerate(TASKS)}
     combined = pl.utilities.CombinedLoader(loaders, mode)
     oracle, tasks = SeparateStatistics(), callback(task_key=None)
-    quiet(max_epochs=1, callbacks=[oracle, tasks], limit_val_batches=0).fit(MultiTask(), combined, loader_of([]))
+    quiet(max_epochs=1, callbacks=[oracle, tasks], limit_val_batches=0).fit(TasksModule(), combined, loader_of([]))
     assert sets(tasks.bank) == oracle.sets()
 
 
@@ -527,7 +527,7 @@ def test_matrix_is_logged_and_said(caplog: pytest.LogCaptureFixture, tmp_path: A
     logger = pl.loggers.CSVLogger(tmp_path)
     tasks = callback()
     with caplog.at_level("INFO"):
-        fit(MultiTask(), batches_of(TASKS * 10), tasks, logger=logger, max_epochs=2)
+        fit(TasksModule(), batches_of(TASKS * 10), tasks, logger=logger, max_epochs=2)
     assert "lie furthest apart at net.body.1" in caplog.text
     with (tmp_path / "lightning_logs/version_0/metrics.csv").open() as file:
         rows = list(csv.DictReader(file))
@@ -543,7 +543,7 @@ def test_drift_before_a_run_is_an_error() -> None:
 
 
 def test_released_and_given_to_the_ground_floor() -> None:
-    module, tasks = MultiTask(), callback()
+    module, tasks = TasksModule(), callback()
     fit(module, batches_of(TASKS * 3), tasks)
     kept = dict(tasks.bank.parts())["seg"]["net.body.1"]["running_mean"].clone()
     tasks.bank.release(keep="seg")

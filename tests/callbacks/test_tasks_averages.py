@@ -14,8 +14,8 @@ from lightning_bn import PreciseBatchNorm
 from tests.callbacks.fits import quiet
 from tests.callbacks.task_fits import (
     TASKS,
-    MultiTask,
     SeparateStatistics,
+    TasksModule,
     batch_of,
     batches_of,
     callback,
@@ -69,7 +69,7 @@ def averaging(kind: str) -> WeightAveraging:
 @pytest.mark.parametrize("order", [1, -1])
 def test_each_task_has_an_average_of_its_own_wherever_the_callback_stands(kind: str, order: int) -> None:
     average, tasks = averaging(kind), callback()
-    oracle, module = Oracle(average), MultiTask()
+    oracle, module = Oracle(average), TasksModule()
     fit(module, batches_of(TASKS * 4), *[average, tasks][::order], oracle)
     assert sets(tasks.bank) == oracle.sets()
     assert "_swap_models" not in vars(average)
@@ -77,7 +77,7 @@ def test_each_task_has_an_average_of_its_own_wherever_the_callback_stands(kind: 
 
 def test_validation_uses_the_averages_and_training_goes_on_with_its_own() -> None:
     def run(val: Any) -> Any:
-        average, tasks, module = EMAWeightAveraging(decay=0.5), callback(), MultiTask()
+        average, tasks, module = EMAWeightAveraging(decay=0.5), callback(), TasksModule()
         oracle = Oracle(average)
         fit(module, batches_of(TASKS * 4), average, tasks, oracle, val=val, num_sanity_val_steps=0)
         return module, oracle, tasks
@@ -113,7 +113,7 @@ def test_file_holds_averages_and_what_training_goes_on_with(tmp_path: Any) -> No
     # The averages fit the averaged weights of the state dict, for whoever only evaluates.
     fresh, loader = ByStep(), loader_of(batches_of(["seg"], seed=90))
     quiet(callbacks=[callback()]).validate(fresh, loader, tmp_path / "c.ckpt", verbose=False)
-    by_hand = MultiTask()
+    by_hand = TasksModule()
     by_hand.load_state_dict({**file["state_dict"], **dict(state["sets"]["seg"].items())})
     assert fresh.put_out == [bits(by_hand.eval().net(batch_of("seg", 90)["x"]))]
 
@@ -126,7 +126,7 @@ def test_resumed_averages_are_those_of_the_uninterrupted_run(tmp_path: Any, step
 
 
 def test_recalibration_before_the_last_file_is_of_the_averages() -> None:
-    average, tasks, module = EMAWeightAveraging(decay=0.5), callback(), MultiTask()
+    average, tasks, module = EMAWeightAveraging(decay=0.5), callback(), TasksModule()
     precise = PreciseBatchNorm(num_batches=9)
     fit(module, batches_of(TASKS * 3), average, tasks, precise, val=[batches_of(TASKS, seed=90)])
     for task in TASKS:
@@ -142,4 +142,4 @@ def test_another_kind_of_average_is_named() -> None:
     with pytest.warns(
         UserWarning, match="'StochasticWeightAveraging' averages the statistics of the default task 'det'"
     ):
-        fit(MultiTask(), batches_of(TASKS), StochasticWeightAveraging(0.1, swa_epoch_start=5), callback())
+        fit(TasksModule(), batches_of(TASKS), StochasticWeightAveraging(0.1, swa_epoch_start=5), callback())

@@ -5,8 +5,8 @@ Switched by contexts, compared with each other, saved beside the model's own sta
 
 from lightning_bn.functional._tasks import task
 from lightning_bn.functional.tasks.bank import TaskStatistics
+from lightning_bn.functional.tasks.creation import task_statistics
 from lightning_bn.functional.tasks.drift import TaskDrift, task_drift
 from lightning_bn.functional.tasks.export import export_task
-from lightning_bn.functional.tasks.task_statistics import task_statistics
 
 __all__ = ["TaskDrift", "TaskStatistics", "export_task", "task", "task_drift", "task_statistics"]

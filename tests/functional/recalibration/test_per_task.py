@@ -122,7 +122,7 @@ def test_a_frozen_layer_normalizes_with_the_set_of_the_batchs_task(told: str, st
     assert done.frozen == ("bn1",)
 
 
-class Joint(nn.Module):
+class JointTasks(nn.Module):
     """Runs a layer for one task, for another, and for the first again; and beside it one without sets."""
 
     def __init__(self) -> None:
@@ -138,7 +138,7 @@ class Joint(nn.Module):
 
 
 def test_a_joint_steps_forwards_go_to_the_task_whose_context_they_run_in() -> None:
-    model = network(Joint)
+    model = network(JointTasks)
     parts = [{task: batch(task, seed)[0] for task in TASKS[seed % 2 :]} for seed in range(4)]
     separate = {task: copy.deepcopy(model) for task in TASKS}
     pooled = copy.deepcopy(model)
@@ -432,7 +432,7 @@ def test_a_task_that_comes_too_rarely_is_named_and_written() -> None:
 
 
 def test_samples_of_a_joint_batch_are_those_of_each_part() -> None:
-    model = network(Joint)
+    model = network(JointTasks)
     task_statistics(model, TASKS, "shared")
     parts = {"a": batch("a", 0, 4)[0], "b": batch("b", 0, 7)[0]}
     done = recalibrate(model, [parts, parts], forward=lambda net, one: net(one))
