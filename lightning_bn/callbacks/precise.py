@@ -21,7 +21,7 @@ from lightning_bn.callbacks._lightning.namespaces import (
 )
 from lightning_bn.callbacks._lightning.state import in_training_fit
 from lightning_bn.callbacks._ranks import agree_on_ranks, refuse_unequal_validation
-from lightning_bn.callbacks._replaced import ReplacedAverage
+from lightning_bn.callbacks._replaced import ReplacedAverage, rewritten, task_of_batches
 from lightning_bn.callbacks._second_run.drawn_once import refuse_drawn_once
 from lightning_bn.callbacks._second_run.modes import TrainingModes
 from lightning_bn.callbacks._second_run.sources import (
@@ -33,6 +33,7 @@ from lightning_bn.callbacks._second_run.sources import (
 )
 from lightning_bn.callbacks._second_run.step import OTHER_STEPS, check_step, isolated_step
 from lightning_bn.functional._checks import check_choice, check_flag, check_text, check_whole
+from lightning_bn.functional._tasks import nobody_listening
 from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.layers.patterns import SelectionError
 from lightning_bn.functional.layers.status import update_status
@@ -40,7 +41,6 @@ from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.population import Estimator
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.stopping import StoppingRule
-from lightning_bn.functional.statistics.snapshots import snapshot_of
 
 _WAYS = ("source", "source_method", "step", "restore", "containers_in_eval", "estimator")
 _PASSED_ON = ("modules", "exclude", "root", "num_batches", "num_samples", "max_standard_error", "estimator")
@@ -137,8 +137,8 @@ class PreciseBatchNorm(BatchNormCallback):
             )
         self.num_batches, self.num_samples, self.max_standard_error = num_batches, num_samples, max_standard_error
         self.every_n_validations, self.start_epoch = every_n_validations, start_epoch
-        self.source, self.source_method, self.step = source, source_method, step
-        self.estimator, self.restore, self.containers_in_eval = estimator, restore, containers_in_eval
+        self.source, self.source_method, self.step, self.estimator = source, source_method, step, estimator
+        self.restore, self.containers_in_eval = restore, containers_in_eval
         self.last: result.Recalibration | None = None
         self._validations, self._done_at_step, self._epoch = 0, -1, 0
         self._due = self._looked = self._precise = False
@@ -272,6 +272,7 @@ class PreciseBatchNorm(BatchNormCallback):
         with self._modes.in_place(module):
             layers = self._selection.tracked_layers(module)
             with ExitStack() as stack:
+                stack.enter_context(nobody_listening())  # the pass is no part of the validation's batch
                 forward, prepare = stack.enter_context(isolated_step(trainer, module, self.step, self._said))
                 source = (self.source, self.source_method, self._rule)
                 batches = batches_for(trainer, module, *source, prepare, self._recent)
@@ -279,16 +280,16 @@ class PreciseBatchNorm(BatchNormCallback):
                     module,
                     stack.enter_context(closing(batches)),
                     forward=forward,
+                    task_of=task_of_batches(layers),
                     distributed=trainer.world_size > 1,
                     containers_in_eval=False if "draws" in self._said else self.containers_in_eval,
                     **{name: getattr(self, name) for name in _PASSED_ON},
                 )
-        written = {name: layers[name] for name in self.last.layers}
-        if not self.last.after.same_bits(snapshot_of(written)):
-            raise RuntimeError(f"PreciseBatchNorm: the statistics of {quoted(list(written))} were written to again.")
+        if again := rewritten(self.last, layers):
+            raise RuntimeError(f"PreciseBatchNorm: the statistics of {quoted(again)} were written to again.")
         self._done_at_step, self._precise = trainer.global_step, True
-        for layer in written.values():
-            update_status(layer, recalibrated_at=trainer.global_step)
+        for name in {name for part in (self.last, *self.last.tasks.values()) for name in part.layers}:
+            update_status(layers[name], recalibrated_at=trainer.global_step)
         if self.restore:
             self._replaced.remember(self.last)
         self._report(trainer, self.last)

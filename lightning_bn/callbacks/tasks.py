@@ -254,7 +254,7 @@ class TaskBatchNorm(BatchNormCallback):
             self.bank.attach()
         if self._restored is not None:
             self._load(self.bank, averaged=fits(trainer) and bool(averaging_callbacks(trainer)[0]))
-        self.bank.task_of = self._task_of
+        self.bank.task_of = self._task_told
         self.bank.outside.begin(lambda message: rank_zero_warn(f"TaskBatchNorm: {message}"))
         self._session = TaskSession(self.bank, self.unlabelled)
         return self.bank
@@ -283,6 +283,10 @@ class TaskBatchNorm(BatchNormCallback):
             self._session.end_skipped_batch()
         with self._checked():
             self._val_tasks.begin(stage, len(loaders))
+
+    def _task_told(self, batch: Any, batch_idx: int) -> str | None:
+        task = self._task_of(batch, batch_idx)
+        return self.unlabelled if task is None and self.unlabelled != RAISE else task
 
     def _known(self, task: str | None, where: str) -> str | None:
         if task is not None and self.bank is not None:

@@ -83,6 +83,21 @@ def end_batch() -> None:
         listener.end()
 
 
+@contextmanager
+def nobody_listening() -> Iterator[None]:
+    """Inside, who listened has left and hears of nothing, as what runs there is no part of their batch."""
+    listeners = tuple(_listeners)
+    for listener in reversed(listeners):
+        listener.leave()
+    _listeners.clear()
+    try:
+        yield
+    finally:
+        _listeners[:] = listeners
+        for listener in listeners:
+            listener.enter(listener.task_in(current_task()))
+
+
 def _change(old: str | None, new: str | None) -> None:
     listeners = tuple(_listeners)
     if all(listener.task_in(old) == listener.task_in(new) for listener in listeners):

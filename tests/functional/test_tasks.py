@@ -5,7 +5,7 @@ from collections.abc import Callable
 import pytest
 
 import lightning_bn
-from lightning_bn.functional._tasks import Listener, current_task, end_batch, task
+from lightning_bn.functional._tasks import Listener, current_task, end_batch, nobody_listening, task
 
 
 def listener(heard: list[str], name: str, batch_task: str | None = None) -> Listener:
@@ -89,3 +89,17 @@ def test_no_task_is_left_behind_after_a_failure(refuse: bool) -> None:
 
 def test_the_context_is_part_of_the_public_names() -> None:
     assert lightning_bn.task is task
+
+
+def test_nobody_hears_of_what_runs_apart_from_the_batch() -> None:
+    heard: list[str] = []
+    first, second = listener(heard, "first", "det"), listener(heard, "second")
+    first.begin()
+    second.begin()
+    heard.clear()
+    try:
+        with pytest.raises(RuntimeError, match="as planned"), nobody_listening(), task("seg"):
+            fail()
+    finally:
+        end_batch()
+    assert heard[:4] == ["second leaves", "first leaves", "first enters det", "second enters None"]
