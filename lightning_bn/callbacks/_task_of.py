@@ -9,6 +9,7 @@ from typing import Any
 from torch import Tensor
 
 from lightning_bn.callbacks._lightning.namespaces import MisconfigurationException
+from lightning_bn.functional.tasks.task_sets import check_known
 
 
 class TaskOf:
@@ -17,29 +18,43 @@ class TaskOf:
     Args:
         task_key: A key of the batch, or the import path (with a dot) of a function of batch and batch index. None: only
             :func:`lightning_bn.task` contexts tell.
-        needed: Whether a batch without the key is an error; else nothing tells its task.
+        tasks: Those that there are; None where any may come.
+        otherwise: The task of batches of which nothing tells theirs; None for an error where there is no such key.
 
     Raises:
         MisconfigurationException: If the import path leads nowhere or to something that cannot be called.
     """
 
-    def __init__(self, task_key: str | None, *, needed: bool = True) -> None:
-        self._key, self._needed = task_key, needed
+    def __init__(
+        self, task_key: str | None, *, tasks: Sequence[str] | None = None, otherwise: str | None = None
+    ) -> None:
+        self._key, self._tasks, self._otherwise = task_key, tasks, otherwise
         self._function = _imported(task_key) if task_key is not None and "." in task_key else None
 
     def __call__(self, batch: Any, batch_idx: int) -> str | None:
         """Return the task of ``batch``, None where only contexts tell.
 
         Raises:
-            MisconfigurationException: If the batch has no such key, or its value is not one task.
+            MisconfigurationException: If the batch has no such key, or its value is not one task that there is.
         """
+        task = self._told(batch, batch_idx)
+        if task is None:
+            return self._otherwise
+        if self._tasks is not None:
+            try:
+                check_known(task, self._tasks)
+            except ValueError as error:
+                raise MisconfigurationException(f"task_key={self._key!r}: batch {batch_idx}: {error}") from error
+        return task
+
+    def _told(self, batch: Any, batch_idx: int) -> str | None:
         if self._function is not None:
             task = self._function(batch, batch_idx)
             return None if task is None else _one_task(task, str(self._key))
         if self._key is None:
             return None
         if not isinstance(batch, Mapping) or self._key not in batch:
-            if not self._needed:
+            if self._otherwise is not None:
                 return None
             keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
             raise MisconfigurationException(

@@ -8,13 +8,7 @@ from typing import Any, Literal
 from lightning_bn.callbacks._base import BatchNormCallback
 from lightning_bn.callbacks._lightning.averages import averaging_callbacks
 from lightning_bn.callbacks._lightning.callback_list import put_first
-from lightning_bn.callbacks._lightning.namespaces import (
-    LightningModule,
-    MisconfigurationException,
-    Trainer,
-    rank_zero_info,
-    rank_zero_warn,
-)
+from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_bn.callbacks._lightning.state import fits
 from lightning_bn.callbacks._ranks import agree_on_ranks
 from lightning_bn.callbacks._task_averages import TaskAverages, without_averages
@@ -102,7 +96,8 @@ class TaskBatchNorm(BatchNormCallback):
         self.start: Literal["cumulative", "shared"] = start
         self.merge, self.given_up = merge, list(given_up or ())
         self.bank: TaskStatistics | None = None
-        self._task_of = TaskOf(task_key, needed=unlabelled == RAISE)
+        otherwise = None if unlabelled == RAISE else unlabelled
+        self._task_of = TaskOf(task_key, tasks=self.tasks, otherwise=otherwise)
         self._session: TaskSession | None = None
         self._averages: TaskAverages | None = None
         self._restored: Mapping[str, Any] | None = None
@@ -128,16 +123,11 @@ class TaskBatchNorm(BatchNormCallback):
         self._warned_of_unseen = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
-        if self._session is None:
+        if self._session is None or self._ranks is None:
             return
-
-        def own() -> str | None:
-            return self._known(self._task_of(batch, batch_idx), f"batch {batch_idx}")
-
         self._session.end_skipped_batch()
-        ranks = self._ranks
-        task = own() if ranks is None else ranks.agree(own)
-        self._session.start_batch(task, samples={} if ranks is None else ranks.samples_in(batch))
+        task = self._ranks.agree(lambda: self._task_of(batch, batch_idx))
+        self._session.start_batch(task, samples=self._ranks.samples_in(batch))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -152,7 +142,7 @@ class TaskBatchNorm(BatchNormCallback):
         if not self._warned_of_unseen and self._ranks is not None:
             self._warned_of_unseen = True
             self._ranks.warn_of_unseen(self._session.seen)
-        if len(self.tasks) > 1:
+        if len(self.tasks) > 1 and trainer.loggers:
             self._log_curves(trainer, {"bn/task_drift_max": self.drift().worst()[-1]})
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -170,9 +160,7 @@ class TaskBatchNorm(BatchNormCallback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._session is not None:
-            listed = self._val_tasks.of(dataloader_idx)
-            where = f"batch {batch_idx} of loader {dataloader_idx}"
-            task = listed or self._known(self._task_of(batch, batch_idx), where)
+            task = self._val_tasks.of(dataloader_idx) or self._task_of(batch, batch_idx)
             self._session.start_batch(task, training=False)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start
@@ -254,7 +242,7 @@ class TaskBatchNorm(BatchNormCallback):
             self.bank.attach()
         if self._restored is not None:
             self._load(self.bank, averaged=fits(trainer) and bool(averaging_callbacks(trainer)[0]))
-        self.bank.task_of = self._task_told
+        self.bank.task_of = self._task_of
         self.bank.outside.begin(lambda message: rank_zero_warn(f"TaskBatchNorm: {message}"))
         self._session = TaskSession(self.bank, self.unlabelled)
         return self.bank
@@ -283,18 +271,6 @@ class TaskBatchNorm(BatchNormCallback):
             self._session.end_skipped_batch()
         with self._checked():
             self._val_tasks.begin(stage, len(loaders))
-
-    def _task_told(self, batch: Any, batch_idx: int) -> str | None:
-        task = self._task_of(batch, batch_idx)
-        return self.unlabelled if task is None and self.unlabelled != RAISE else task
-
-    def _known(self, task: str | None, where: str) -> str | None:
-        if task is not None and self.bank is not None:
-            try:
-                self.bank.known(task)
-            except ValueError as error:
-                raise MisconfigurationException(f"TaskBatchNorm: {where}: {error}") from error
-        return task
 
     def _merge(self) -> None:
         if self.merge and self._session is not None and self._ranks is not None:
