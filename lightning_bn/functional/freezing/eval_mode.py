@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
