@@ -152,6 +152,10 @@ IN_YAML = [
         "class_path": "lightning_bn.PreciseBatchNorm",
         "init_args": {"num_batches": 2, "step": "training_step", "modules": "bn", "root": "net"},
     },
+    {
+        "class_path": "lightning_bn.TaskBatchNorm",
+        "init_args": {"tasks": ["one"], "unlabelled": "one", "modules": ["head"], "root": "net", "val_tasks": ["one"]},
+    },
 ]
 
 

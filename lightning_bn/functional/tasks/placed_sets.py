@@ -44,6 +44,7 @@ class PlacedSets:
         self.layers, self.default = selection.tracked_layers(model), default
         self.model, self._selection, self._owner = model, selection, owner
         self._stack: list[str] = []
+        self._by_row: list[int] = []
         self._exchanges: dict[str, exchanged] = {}
         self._state_dicts = DefaultInStateDicts({}, lambda: None, self.see_own)
         self.sets: dict[str, dict[str, Buffers]] = {
@@ -66,6 +67,25 @@ class PlacedSets:
     def running(self) -> str:
         """The task whose tensors lie in the layers."""
         return self._stack[-1] if self._stack else self.default
+
+    @property
+    def depth(self) -> int:
+        """How many tasks were put in place, one on top of the other."""
+        return len(self._stack)
+
+    def is_on_top(self, task: str) -> bool:
+        """Whether a task was put in place last, and nothing by row since."""
+        return self._stack[-1:] == [task] and self._by_row[-1:] != [self.depth]
+
+    @contextmanager
+    def by_row(self) -> Iterator[None]:
+        """As :meth:`in_place` of the default, for forwards that look for each row's tensors themselves."""
+        with self.in_place(self.default):
+            self._by_row.append(self.depth)
+            try:
+                yield
+            finally:
+                self._by_row.pop()
 
     def all_layers(self) -> tuple[str, ...]:
         """Return names of all BatchNorm layers of the model."""

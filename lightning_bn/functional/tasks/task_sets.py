@@ -33,6 +33,14 @@ def copies(sets: Mapping[str, Buffers]) -> dict[str, Buffers]:
         return {name: {key: buffer.detach().clone() for key, buffer in one.items()} for name, one in sets.items()}
 
 
+@torch.no_grad()
+def write_sets(sets: Mapping[str, Buffers], into: Mapping[str, Buffers]) -> None:
+    """Write the values of tensors by layer into others, those that are there."""
+    for name, one in into.items():
+        for key, buffer in one.items():
+            buffer.copy_(sets[name][key])
+
+
 def checked_tasks(tasks: Sequence[str]) -> list[str]:
     """Return the names of tasks.
 
@@ -126,9 +134,12 @@ class Beginnings:
         """Return their names."""
         return list(self._of)
 
-    def add(self, task: str) -> None:
-        """A task begins."""
+    def add(self, task: str, sets: Iterable[Buffers]) -> None:
+        """A task begins, and has seen nothing."""
         self._of[task] = Beginning()
+        for one in sets:
+            if "num_batches_tracked" in one:
+                one["num_batches_tracked"].zero_()
 
     def drop(self, task: str) -> None:
         """A task goes on as an ordinary moving average, or is no more."""
