@@ -14,12 +14,13 @@ from lightning_bn.functional._tasks import task as running_task
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of, write_snapshot
+from lightning_bn.functional.tasks.beginning import Beginnings
 from lightning_bn.functional.tasks.mixture import mixture_of
 from lightning_bn.functional.tasks.outside import OutsideOfContexts
 from lightning_bn.functional.tasks.placed_sets import PlacedSets
 from lightning_bn.functional.tasks.rows import by_row
 from lightning_bn.functional.tasks.saved_sets import sets_in, state_of
-from lightning_bn.functional.tasks.task_sets import Beginnings, Buffers, check_known, checked_tasks, write_sets
+from lightning_bn.functional.tasks.task_sets import Buffers, check_known, checked_tasks, write_sets
 
 Start: TypeAlias = Literal["cumulative", "shared"]
 
@@ -257,10 +258,11 @@ class TaskStatistics:
             # The model's own state is the saved default's.
             read |= {state["default"]: placed.copy(self.default)} if state["default"] in self.tasks else {}
             told.append(f"the default task is {self.default!r}, and was {state['default']!r}")
-        new = [task for task in self.tasks if task not in state["tasks"]]
+        new = [task for task in self.tasks if task not in state["tasks"] and task != self.default]
         for task, sets in read.items():
             write_sets(sets, placed.sets[task])
-        self._beginnings = Beginnings(task for task in state.get("beginning", ()) if task in self.tasks)
+        beginning = [task for task in state.get("beginning", ()) if task in self.tasks and task != self.default]
+        self._beginnings = Beginnings(beginning)
         for task in new:
             self._begin(task)
             told.append(f"task {task!r} is new and begins from the default's statistics (start={self.start!r})")

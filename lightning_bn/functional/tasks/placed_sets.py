@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -247,7 +248,8 @@ def _lent(layer: nn.Module) -> bool:
 
 def _moved(one: Buffers, like: Buffers) -> Buffers:
     """A set in the dtypes and on the devices of another, which may lack some."""
-    return {key: buffer.to(like[key]) for key, buffer in one.items() if key in like}
+    with torch.inference_mode(False), torch.no_grad():
+        return {key: buffer.to(like[key]) for key, buffer in one.items() if key in like}
 
 
 def _edges_to(

@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.checkpoint import checkpoint
 
 from lightning_bn.functional import FreezeSelection, FreezeSession, freeze_batch_norm, frozen_batch_norm, recalibrate
 from lightning_bn.functional._tasks import Listener
@@ -283,9 +284,10 @@ def test_rows_need_known_names(tasks: Any, found: str) -> None:
     assert bank.running == "a"
 
 
-def test_one_value_per_channel_of_a_task_is_refused_in_training() -> None:
+@pytest.mark.parametrize("start", ["cumulative", "shared"])
+def test_one_value_per_channel_of_a_task_is_refused_in_training(start: Any) -> None:
     model = nn.Sequential(layer_of(nn.BatchNorm1d))
-    bank = task_statistics(model, TASKS, start="shared")
+    bank = task_statistics(model, TASKS, start=start)
 
     def run() -> None:
         with bank.rows(["a", "a", "b"]):
@@ -312,22 +314,6 @@ def test_layer_that_is_being_recalibrated_is_refused_by_name() -> None:
 
     refused(bank, run, RuntimeError, "'0'", "recalibrate")
     assert type(model[0]) is nn.BatchNorm2d
-
-
-def test_synchronized_layer_is_refused_by_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    layer = layer_of(nn.SyncBatchNorm)
-    bank = task_statistics(layer, TASKS, start="shared")
-
-    def run() -> None:
-        with bank.rows(["a", "b", "a", "b"]):
-            layer(batch(["a", "b", "a", "b"], 0))
-
-    with monkeypatch.context() as patch:
-        patch.setattr(torch.distributed, "is_initialized", lambda: True)
-        patch.setattr(torch.distributed, "get_world_size", lambda *_: 2)
-        refused(bank, run, RuntimeError, "synchronized over 2 processes", "task(name)")
-    layer.eval()
-    run()
 
 
 def test_replaced_tensors_are_refused_in_training() -> None:
@@ -470,6 +456,8 @@ def test_layers_frozen_for_a_task_use_each_rows_own_set() -> None:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("start", ["cumulative", "shared"])
 def test_one_label_for_all_rows_has_the_bits_of_its_context(training: bool, start: Any) -> None:
+    # While a task begins, its average is weighed at the end of the rows, and rounded once more.
+    exact = start == "shared" or not training
     found = []
     for by_row in (True, False):
         layer = layer_of().float()
@@ -483,7 +471,8 @@ def test_one_label_for_all_rows_has_the_bits_of_its_context(training: bool, star
                 out.pow(3).sum().backward()
             outs += [bits(out), bits(x.grad)]  # type: ignore[arg-type]
         found.append((outs, [bits(weight.grad) for weight in layer.parameters()], sets_bits(bank)))  # type: ignore[arg-type]
-    assert found[0] == found[1]
+    assert found[0][:2] == found[1][:2]
+    assert found[0][2] == found[1][2] or not exact
 
 
 # Shapes, memory formats and dtypes
@@ -543,6 +532,53 @@ def test_rows_that_are_taken_and_put_together_have_right_derivatives() -> None:
 
     assert torch.autograd.gradcheck(squared, x, check_forward_ad=True)
     assert torch.autograd.gradgradcheck(squared, x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_autocast_is_that_of_the_layer(training: bool) -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), fill_statistics(nn.BatchNorm2d(3))).train(training)
+    bank = task_statistics(model, TASKS, start="shared")
+    which = ["c", "a", "c", "a"]
+    x = batch(which, 0).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        right = copy.deepcopy(model)(x[rows_of(which, "c")])
+        with bank.rows(which):
+            found = model(x)
+    assert found.dtype == right.dtype == torch.bfloat16
+    torch.testing.assert_close(found[rows_of(which, "c")], right)
+    assert all(buffer.dtype in (torch.float32, torch.int64) for buffer in model.buffers())
+
+
+@pytest.mark.compile
+@pytest.mark.filterwarnings("ignore:The .grad attribute")  # dynamo looks at it where a graph breaks
+def test_compiled_model_runs_other_rows_at_each_step() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), layer_of()).double()
+    bank = task_statistics(model, TASKS, start="shared")
+    compiled = torch.compile(copy.deepcopy(model), backend="eager")
+    assert isinstance(compiled, nn.Module)
+    others = task_statistics(compiled, TASKS, start="shared")
+    for step in range(6):
+        which = labels(step)
+        with bank.rows(which), others.rows(which):
+            torch.testing.assert_close(compiled(batch(which, step)), model(batch(which, step)), **CLOSE)
+        with bank.task("c"), others.task("c"):
+            torch.testing.assert_close(compiled(batch(which, step)), model(batch(which, step)), **CLOSE)
+    assert [*sets_bits(bank).values()] == [*sets_bits(others).values()]
+
+
+def test_backward_inside_may_run_forwards_again() -> None:
+    found = []
+    for again in (False, True):
+        layer = layer_of()
+        bank = task_statistics(layer, TASKS, start="shared")
+        which = labels(2)
+        x = batch(which, 1).requires_grad_()
+        with bank.rows(which):
+            out = checkpoint(layer, x, use_reentrant=False) if again else layer(x)
+            assert isinstance(out, Tensor)
+            out.pow(3).sum().backward()
+        found.append(bits(x.grad))  # type: ignore[arg-type]
+    assert found[0] == found[1]
 
 
 def test_layer_without_sets_is_left_alone() -> None:
