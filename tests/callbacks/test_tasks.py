@@ -672,6 +672,6 @@ def test_callback_can_be_pickled_after_a_run() -> None:
 
 
 def test_task_that_is_given_up_is_none_of_the_tasks() -> None:
-    with pytest.raises(MisconfigurationException, match="given_up=.*'det' is one of tasks="):
+    with pytest.raises(MisconfigurationException, match=r"given_up=.*'det' is one of tasks="):
         callback(given_up=["det"])
     assert callback(given_up="old").given_up == ["old"]
