@@ -74,3 +74,10 @@ class Separate:
             for place, output in zip(places, self.models[task](x[places]), strict=True):
                 outputs[place] = output
         return torch.stack(outputs)
+
+
+def joint(separate: Separate, x: Tensor, rows: list[str]) -> dict[str, Tensor]:
+    """Gradients of the mean square over all rows, and statistics moved; nothing is left on the parameters."""
+    parameters = dict(separate.models["a"].named_parameters())
+    gradients = torch.autograd.grad(separate(x, rows).square().mean(), list(parameters.values()))
+    return dict(zip(parameters, gradients, strict=True))

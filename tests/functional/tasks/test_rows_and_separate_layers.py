@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from lightning_bn.functional import without_updates
 from lightning_bn.functional.tasks import TaskStatistics, task_statistics
-from tests.functional.tasks.rows_ranks import BY_RANK, joint
-from tests.functional.tasks.separate import TASKS, Separate, network, rows_of, statistics, values
+from tests.functional.tasks.separate import TASKS, Separate, joint, network, rows_of, statistics, values
 from tests.models import BatchNormAct2d, BatchRenorm2d, bits, fill_statistics, images
-from tests.ranks import Results, results_of
 
 MIXED = ["b", "a", "a", "b", "a", "b", "b", "a"]
 SHAPES = {
@@ -332,34 +330,3 @@ def test_a_task_that_runs_in_rows_cannot_be_removed() -> None:
         bank.remove("b")
     with bank.rows(MIXED), pytest.raises(RuntimeError, match="has not ended"):
         bank.release()
-
-
-# Several processes
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory: pytest.TempPathFactory) -> Results:
-    return results_of("tests.functional.tasks.rows_ranks", 2, tmp_path_factory, limit=100)
-
-
-@pytest.mark.parametrize("scenario", ["broadcast", "no broadcast"])
-def test_ranks_have_the_mean_gradient_and_their_own_rows_statistics(ranks: Results, scenario: str) -> None:
-    separate = [Separate(network(), None) for _ in BY_RANK]
-    gradients = [
-        joint(one, values(rows, (3, 6, 6), rank), rows)
-        for rank, (one, rows) in enumerate(zip(separate, BY_RANK, strict=True))
-    ]
-    for rank, found in enumerate(one[scenario] for one in ranks):
-        for name, gradient in found["gradients"].items():
-            torch.testing.assert_close(gradient, sum(one[name] for one in gradients) / 2, rtol=1e-9, atol=1e-12)
-        for task in TASKS:
-            expected = dict(separate[rank].models[task].named_buffers())
-            for name, buffer in found["sets"][task].items():
-                torch.testing.assert_close(buffer, expected[name], rtol=1e-9, atol=1e-12)
-
-
-def test_synchronized_layers_are_refused_by_name(ranks: Results) -> None:
-    for found in ranks:
-        assert "'1' is synchronized over 2 processes" in found["synchronized"]["error"]
-        assert found["synchronized"]["unchanged"]
-        assert found["synchronized"]["evaluates"]
