@@ -8,5 +8,15 @@ from lightning_bn.functional.tasks.bank import TaskStatistics
 from lightning_bn.functional.tasks.creation import task_statistics
 from lightning_bn.functional.tasks.drift import TaskDrift, task_drift
 from lightning_bn.functional.tasks.export import export_task
+from lightning_bn.functional.tasks.nearest import NearestTask, nearest_task
 
-__all__ = ["TaskDrift", "TaskStatistics", "export_task", "task", "task_drift", "task_statistics"]
+__all__ = [
+    "NearestTask",
+    "TaskDrift",
+    "TaskStatistics",
+    "export_task",
+    "nearest_task",
+    "task",
+    "task_drift",
+    "task_statistics",
+]

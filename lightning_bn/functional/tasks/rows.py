@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -92,9 +93,8 @@ class _ByRow(Overlay):
         forward = super().forward
         if rows is None or not rows.count():
             return forward(input, *args, **kwargs)
-        if torch.compiler.is_compiling():
-            return torch.compiler.disable(rows.run)(name, self, forward, input, args, kwargs)
-        return rows.run(name, self, forward, input, args, kwargs)
+        run = torch.compiler.disable(rows.run) if torch.compiler.is_compiling() else rows.run
+        return run(name, self, partial(forward, *args, **kwargs) if args or kwargs else forward, input)
 
 
 class _Rows:
@@ -117,15 +117,7 @@ class _Rows:
         """Whether no task has begun inside, which counts then."""
         return self._placed.depth == self._depth
 
-    def run(
-        self,
-        name: str,
-        layer: _BatchNorm,
-        forward: Callable[..., Any],
-        batch: Tensor,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
-    ) -> Any:
+    def run(self, name: str, layer: _BatchNorm, forward: Callable[[Tensor], Any], batch: Tensor) -> Any:
         """Return what the layer's forward gives for each task's rows.
 
         Raises:
@@ -142,10 +134,9 @@ class _Rows:
             # A backward in eval mode reads them, and a later forward in train mode moves them unseen.
             sets = [{key: buffer.clone() for key, buffer in one.items()} for one in sets]
         if len(sets) == 1:
-            return _run_with(layer, sets[0], forward, batch, args, kwargs)
+            return _run_with(name, layer, sets[0], forward, batch)
         parts = [
-            _run_with(layer, one, forward, part, args, kwargs)
-            for one, part in zip(sets, take(batch, indices), strict=True)
+            _run_with(name, layer, one, forward, part) for one, part in zip(sets, take(batch, indices), strict=True)
         ]
         return put_together(parts, indices)
 
@@ -192,18 +183,19 @@ class _Rows:
         return self._on[device]
 
 
-def _run_with(
-    layer: _BatchNorm,
-    buffers: Buffers,
-    forward: Callable[..., Any],
-    batch: Tensor,
-    args: tuple[Any, ...],
-    kwargs: dict[str, Any],
-) -> Any:
+def _run_with(name: str, layer: _BatchNorm, buffers: Buffers, forward: Callable[[Tensor], Any], batch: Tensor) -> Any:
+    """Run a layer on a batch with these tensors in its place."""
     held = buffers_of(layer)
     own = {key: held[key] for key in buffers}
     try:
         held.update(buffers)
-        return forward(batch, *args, **kwargs)
+        output = forward(batch)
+        if any(held.get(key) is not buffer for key, buffer in buffers.items()):
+            raise RuntimeError(
+                f"the forward of BatchNorm layer {named(name)} puts other tensors in the place of its running "
+                f"statistics, so that rows of several tasks would not move them: use task(name), or have it write to "
+                f"the tensors that are there."
+            )
+        return output
     finally:
         held.update(own)
