@@ -61,7 +61,9 @@ class TaskOf:
                 f"task_key={self._key!r}: the batch is {keys} and has no such key. Name a key of the batch, or give "
                 f"the import path of a function of batch and batch index that returns the task."
             )
-        return _one_task(batch[self._key], self._key)
+        value = batch[self._key]
+        untold = value is None or (isinstance(value, list | tuple) and all(one is None for one in value))
+        return None if untold else _one_task(value, self._key)
 
 
 def _one_task(value: Any, key: str) -> str:

@@ -31,7 +31,7 @@ class TasksOnRanks:
     """
 
     def __init__(self, trainer: Trainer, bank: TaskStatistics) -> None:
-        self._trainer, self._bank = trainer, bank
+        self._trainer, self._bank, self._warned = trainer, bank, False
         shares = getattr(trainer.strategy.model, "broadcast_buffers", False)
         synchronized = any(processes_of(layer) > 1 for layer in bank.layers_by_name.values())
         self._share = trainer.world_size > 1 and (shares or synchronized)
@@ -59,7 +59,10 @@ class TasksOnRanks:
             merge_across_processes(parts, samples, self._trainer.strategy.root_device)
 
     def warn_of_unseen(self, seen: set[str]) -> None:
-        """Warn of tasks that no rank has seen; every rank has to call this."""
+        """Warn of tasks that no rank has seen, in the first epoch; every rank has to call this."""
+        if self._warned:
+            return
+        self._warned = True
         tasks = self._bank.tasks
         flags = torch.tensor([float(task in seen) for task in tasks])
         of_all = max_over_ranks(self._trainer)

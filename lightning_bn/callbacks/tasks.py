@@ -92,9 +92,13 @@ class TaskBatchNorm(BatchNormCallback):
             check_text("task_key", task_key, none="where contexts tell")
             check_flag("merge", merge)
             self._val_tasks = ValTasks(val_tasks, self.tasks)
+            self.given_up = checked_tasks(given_up) if given_up else []
+            kept = [task for task in self.given_up if task in self.tasks]
+            if kept:
+                raise ValueError(f"given_up={given_up!r}: {quoted(kept)} is one of tasks={self.tasks!r} too.")
         self.task_key, self.val_tasks, self.unlabelled = task_key, val_tasks, unlabelled
         self.start: Literal["cumulative", "shared"] = start
-        self.merge, self.given_up = merge, list(given_up or ())
+        self.merge = merge
         self.bank: TaskStatistics | None = None
         otherwise = None if unlabelled == RAISE else unlabelled
         self._task_of = TaskOf(task_key, tasks=self.tasks, otherwise=otherwise)
@@ -102,7 +106,7 @@ class TaskBatchNorm(BatchNormCallback):
         self._averages: TaskAverages | None = None
         self._restored: Mapping[str, Any] | None = None
         self._ranks: TasksOnRanks | None = None
-        self._warned_of_unseen = self._told_of_none = False
+        self._told_of_none = self._made_up = False
 
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         super().setup(trainer, pl_module, stage)
@@ -120,7 +124,6 @@ class TaskBatchNorm(BatchNormCallback):
         if restored is not None:
             self._averages.load(restored)
         self._ranks = TasksOnRanks(trainer, bank)
-        self._warned_of_unseen = False
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._session is None or self._ranks is None:
@@ -136,12 +139,10 @@ class TaskBatchNorm(BatchNormCallback):
         self._end_batch()
 
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._session is None or self.bank is None:
+        if self._session is None or self._ranks is None:
             return
         self._session.end_skipped_batch()
-        if not self._warned_of_unseen and self._ranks is not None:
-            self._warned_of_unseen = True
-            self._ranks.warn_of_unseen(self._session.seen)
+        self._ranks.warn_of_unseen(self._session.seen)
         if len(self.tasks) > 1 and trainer.loggers:
             self._log_curves(trainer, {"bn/task_drift_max": self.drift().worst()[-1]})
 
@@ -193,7 +194,10 @@ class TaskBatchNorm(BatchNormCallback):
             rank_zero_info(f"TaskBatchNorm: {self.drift()}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        # Averages go on until another run begins: a file that is saved now holds them.
+        averages, self._averages = self._averages, None
         self._end()
+        self._averages = averages
 
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._end()
@@ -243,7 +247,7 @@ class TaskBatchNorm(BatchNormCallback):
         if self._restored is not None:
             self._load(self.bank, averaged=fits(trainer) and bool(averaging_callbacks(trainer)[0]))
         self.bank.task_of = self._task_of
-        self.bank.outside.begin(lambda message: rank_zero_warn(f"TaskBatchNorm: {message}"))
+        self.bank.outside.begin(_warn)
         self._session = TaskSession(self.bank, self.unlabelled)
         return self.bank
 
@@ -259,8 +263,9 @@ class TaskBatchNorm(BatchNormCallback):
         self, trainer: Trainer, module: LightningModule, stage: str, loaders: Sequence[int | float]
     ) -> None:
         if self._session is None:
-            known = self.bank is not None or self._restored is not None
+            known = (self.bank is not None and self.bank.is_of(module)) or self._restored is not None
             self._begin(trainer, module)
+            self._made_up = not known
             if not known and not self._told_of_none:
                 self._told_of_none = True
                 rank_zero_info(
@@ -290,4 +295,11 @@ class TaskBatchNorm(BatchNormCallback):
             self._averages.end()
         if self.bank is not None:
             self.bank.detach()
+        if self._made_up:
+            # Copies of what the model held for this evaluation: next time it may hold something else.
+            self.bank, self._made_up = None, False
         self._session = self._averages = self._ranks = None
+
+
+def _warn(message: str) -> None:
+    rank_zero_warn(f"TaskBatchNorm: {message}")

@@ -13,6 +13,7 @@ class RecomputationError(RuntimeError):
 
 _current: list[str] = []
 _listeners: list[Listener] = []
+_none_begins: list[None] = []
 
 
 @contextmanager
@@ -29,6 +30,11 @@ def task(name: str) -> Iterator[None]:
         ...     pass  # loss = self.seg_loss(self.backbone(x))
     """
     outer = current_task()
+    if _none_begins and _heard(outer, name):
+        raise RuntimeError(
+            f"task {name!r} begins inside rows of several tasks, while a callback does something for each task: end "
+            f"the context of the rows before it."
+        )
     try:
         _current.append(name)
         _change(outer, name)
@@ -36,6 +42,16 @@ def task(name: str) -> Iterator[None]:
     finally:
         _current.pop()
         _change(name, outer)
+
+
+@contextmanager
+def none_begins() -> Iterator[None]:
+    """Inside, a change of the task of which anybody would be told is refused: several tasks run at once."""
+    _none_begins.append(None)
+    try:
+        yield
+    finally:
+        _none_begins.pop()
 
 
 def current_task() -> str | None:
@@ -98,9 +114,13 @@ def nobody_listening() -> Iterator[None]:
             listener.enter(listener.task_in(current_task()))
 
 
+def _heard(old: str | None, new: str | None) -> bool:
+    return any(listener.task_in(old) != listener.task_in(new) for listener in _listeners)
+
+
 def _change(old: str | None, new: str | None) -> None:
     listeners = tuple(_listeners)
-    if all(listener.task_in(old) == listener.task_in(new) for listener in listeners):
+    if not _heard(old, new):
         return
     for listener in reversed(listeners):
         listener.leave()

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils.data import DataLoader
 
 import lightning_bn
-from lightning_bn import BatchNormFreezer, BatchNormMonitor, PreciseBatchNorm
+from lightning_bn import BatchNormFreezer, BatchNormMonitor, PreciseBatchNorm, TaskBatchNorm
 from tests.callbacks.fits import LAYERS, Net, samples, train_loader, val_loader
 from tests.models import fill_statistics, seeded
 
@@ -27,6 +27,7 @@ CALLBACKS: dict[str, Callable[[], Any]] = {
     "BatchNormFreezer": lambda: BatchNormFreezer(["net.features"]),
     "BatchNormMonitor": lambda: BatchNormMonitor(every_n_steps=1),
     "PreciseBatchNorm": lambda: PreciseBatchNorm(num_batches=2),
+    "TaskBatchNorm": lambda: TaskBatchNorm(["one"], unlabelled="one"),
 }
 
 
@@ -98,6 +99,8 @@ def assert_it_worked(callback: Any) -> None:
         assert callback.report.layers == LAYERS[:1]
     elif isinstance(callback, BatchNormMonitor):
         assert len(callback.history) > 0
+    elif isinstance(callback, TaskBatchNorm):
+        assert [task for task, _ in callback.bank.parts()] == ["one"]
     else:
         assert callback.last.num_batches == 2
 
@@ -148,6 +151,10 @@ IN_YAML = [
     {
         "class_path": "lightning_bn.PreciseBatchNorm",
         "init_args": {"num_batches": 2, "step": "training_step", "modules": "bn", "root": "net"},
+    },
+    {
+        "class_path": "lightning_bn.TaskBatchNorm",
+        "init_args": {"tasks": ["one"], "unlabelled": "one", "modules": ["head"], "root": "net", "val_tasks": ["one"]},
     },
 ]
 

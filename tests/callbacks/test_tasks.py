@@ -1,6 +1,8 @@
 """Statistics per task in real fits: each task has what a network of its own would have, and training is as it was."""
 
 import csv
+import pickle
+import warnings
 from typing import Any
 
 import pytest
@@ -553,3 +555,123 @@ def test_released_and_given_to_the_ground_floor() -> None:
 
 def test_names_reach_the_package() -> None:
     assert lightning_bn.TaskBatchNorm is TaskBatchNorm
+
+
+# What a review found
+
+
+def losses(*callbacks: pl.Callback, **options: Any) -> list[float]:
+    module = TasksModule(initial=False)
+    fit(module, batches_of(TASKS * 6), *callbacks, **options)
+    return [torch.frombuffer(bytearray(each), dtype=torch.float64).item() for each in module.losses]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+@pytest.mark.parametrize("options", [{"by_task": {"seg": ["body.1"]}, "task_key": "task"}, {"modules": ["body.1"]}])
+def test_layer_that_is_frozen_before_its_task_has_seen_anything_normalizes_with_the_defaults(
+    order: int, options: dict[str, Any]
+) -> None:
+    freezer = BatchNormFreezer(root="net", **options)
+    found = losses(*[callback(start="cumulative"), freezer][::order])
+    assert max(found) < 5
+    assert freezer.report.identical
+    late = BatchNormFreezer(["body.1"], root="net", start_step=1)
+    assert max(losses(callback(start="cumulative"), late)) < 5
+    assert late.report.identical
+
+
+def test_forward_in_eval_inside_a_context_that_begins_sees_the_average_so_far() -> None:
+    model = TasksModule().net
+    bank = task_statistics(model, ["old", "new"])
+    x = batch_of("seg", 1)["x"]
+    with bank.task("new"):
+        model.eval()
+        before = model(x)
+        model.train()
+        model(x)
+        model.eval()
+        after = model.body[0:2](x)
+    assert torch.isfinite(before).all()
+    assert before.abs().max() < 10
+    # One batch so far: it is normalized with its own statistics, but for the unbiased variance.
+    assert after.mean(0).abs().max() < 1e-9
+    assert torch.allclose(after.var(0), torch.ones(4, dtype=torch.float64), rtol=1e-3)
+
+
+def test_saved_inside_a_context_that_begins() -> None:
+    model = TasksModule().net
+    bank = task_statistics(model, ["old", "new"])
+    with bank.task("new"):
+        empty = bank.state_dict()["sets"]["new"]["body.1.running_var"].clone()
+        model(batch_of("seg", 1)["x"])
+        inside = bank.state_dict()["sets"]["new"]["body.1.running_mean"].clone()
+    assert torch.equal(empty, torch.ones(4, dtype=torch.float64))
+    assert torch.equal(inside, bank.snapshot("new").mean[:4])
+
+
+def test_validated_and_then_fitted(tmp_path: Any) -> None:
+    for start in ("shared", "cumulative"):
+        tasks, module = callback(start=start), TasksModule()
+        trainer = quiet(callbacks=[tasks], max_epochs=1, limit_val_batches=1)
+        trainer.validate(module, loader_of(batches_of(["seg"])), verbose=False)
+        trainer.fit(module.train(), loader_of(batches_of(TASKS)), loader_of(batches_of(["seg"])))
+        trainer.save_checkpoint(tmp_path / "c.ckpt")
+        trainer.validate(module, loader_of(batches_of(["seg"])), ckpt_path=tmp_path / "c.ckpt", verbose=False)
+        straight = callback(start=start)
+        fit(TasksModule(), batches_of(TASKS), straight)
+        assert sets(tasks.bank) == sets(straight.bank)
+
+
+def test_another_model_and_other_values_are_not_evaluated_with_stale_statistics(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    tasks, val = callback(), loader_of(batches_of(["seg"]))
+    trainer = quiet(callbacks=[tasks], max_epochs=1, limit_val_batches=1)
+    module, other = TasksModule(), TasksModule(initial=False)
+    trainer.validate(module, val, verbose=False)
+    module.load_state_dict(other.state_dict())
+    module.put_out.clear()
+    trainer.validate(module, val, verbose=False)
+    assert module.put_out == [bits(other.eval().net(batch_of("seg", 0)["x"]))]
+    trainer.fit(module.train(), loader_of(batches_of(TASKS)), val)
+    caplog.clear()
+    tasks._told_of_none = False
+    with caplog.at_level("INFO"):
+        trainer.validate(TasksModule(), val, verbose=False)
+    assert "there are no statistics per task yet" in caplog.text
+
+
+def test_default_that_is_new_on_resume_goes_on_as_it_is(tmp_path: Any) -> None:
+    first = saved(tmp_path / "c.ckpt", start="cumulative")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        renamed = resume(tmp_path / "c.ckpt", tasks=["cls", "seg", "depth"], given_up=["det"], start="cumulative")
+    before, after = dict(first.bank.parts()), dict(renamed.bank.parts())
+    assert torch.equal(before["det"]["net.body.1"]["running_mean"], after["cls"]["net.body.1"]["running_mean"])
+    assert "cls" not in renamed.bank.state_dict()["beginning"]
+    with renamed.bank.task("seg"):
+        pass
+
+
+def test_label_that_is_none_tells_nothing() -> None:
+    tasks = callback(tasks=["det", "seg"], unlabelled="seg")
+    batches = [*batches_of(["det"]), {**batch_of(None, 1), "task": None}, {**batch_of(None, 2), "task": [None] * 8}]
+    fit(TasksModule(), batches, tasks)
+    assert {task: int(one["net.body.1"]["num_batches_tracked"]) for task, one in tasks.bank.parts()} == {
+        "det": 1,
+        "seg": 2,
+    }
+    with pytest.raises(MisconfigurationException, match="nothing tells the task"):
+        fit(TasksModule(), batches[1:], callback())
+
+
+def test_callback_can_be_pickled_after_a_run() -> None:
+    tasks = callback()
+    fit(TasksModule(), batches_of(TASKS), tasks)
+    assert sets(pickle.loads(pickle.dumps(tasks)).bank) == sets(tasks.bank)
+
+
+def test_task_that_is_given_up_is_none_of_the_tasks() -> None:
+    with pytest.raises(MisconfigurationException, match="given_up=.*'det' is one of tasks="):
+        callback(given_up=["det"])
+    assert callback(given_up="old").given_up == ["old"]

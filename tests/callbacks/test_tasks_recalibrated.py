@@ -24,7 +24,8 @@ class Look(pl.Callback):
     """What every task holds, and the weights, right after the recalibration and in the next training batch."""
 
     def __init__(self, tasks: Any) -> None:
-        self.tasks, self.found, self.net, self.average = tasks, dict[str, bytes](), None, dict[str, bytes]()
+        self.tasks, self.found, self.average = tasks, dict[str, bytes](), dict[str, bytes]()
+        self.net: Any = None
 
     def on_validation_start(self, *args: Any) -> None:
         self.average = self.average or sets(self.tasks.bank)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
+from lightning_bn.functional.layers.overlay import Overlay, put_before, take_away
 from lightning_bn.functional.layers.torch_private import attributes_of
 
 PIN = "_lightning_bn_pin"
-_PINNED_CLASSES: dict[type[_BatchNorm], type[_BatchNorm]] = {}
 
 
 @dataclass(frozen=True)
@@ -37,8 +36,7 @@ def pin_in_eval(layer: _BatchNorm, owner: str, like: _BatchNorm | None = None) -
         owner: Who asks.
         like: A pinned layer in whose place it is: it then goes back to the mode that this one would.
     """
-    if not isinstance(layer, _PinnedInEval):
-        layer.__class__ = _pinned_class(type(layer))
+    put_before(layer, _PinnedInEval)
     attributes = attributes_of(layer)
     found = None if like is None else attributes_of(like).get(PIN)
     found = found or Pin((), layer.training, layer.training)
@@ -68,16 +66,16 @@ def release(layer: _BatchNorm, owner: str, *, as_found: bool = False, parent_tra
         return
     del attributes[PIN]
     layer.training = pin.found if as_found else pin.given or (pin.found and parent_trains)
-    if type(layer) in _PINNED_CLASSES.values():
-        layer.__class__ = type(layer).__mro__[2]
+    take_away(layer, _PinnedInEval)
 
 
-class _PinnedInEval(_BatchNorm):
+class _PinnedInEval(Overlay):
     """Put before the class of a frozen layer: it stays in eval mode whatever mode it is given.
 
-    The layer carries the mode it would be in were it not frozen; without one it is not pinned, which matters where
-    another tool has put a class of its own on top of this one. No annotations here: torch.jit.script reads them.
+    The layer carries the mode it would be in were it not frozen; without one it is not pinned.
     """
+
+    mark = PIN
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)
@@ -89,24 +87,3 @@ class _PinnedInEval(_BatchNorm):
     def extra_repr(self) -> str:
         described: str = super().extra_repr()  # type: ignore[no-untyped-call]
         return f"{described}, frozen" if PIN in self.__dict__ else described
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        # The class is made at run time, so that pickle cannot find it by name: it is made again from the base.
-        reduced: tuple[Any, ...] | str = super().__reduce_ex__(protocol)
-        if isinstance(reduced, tuple) and reduced[1][:1] == (type(self),) and type(self) in _PINNED_CLASSES.values():
-            return (_new_pinned, (type(self).__mro__[2],), *reduced[2:])
-        return reduced
-
-
-def _pinned_class(base: type[_BatchNorm]) -> type[_BatchNorm]:
-    """Return the class of a frozen layer that was a ``base``; the same one every time."""
-    if base in _PINNED_CLASSES:
-        return _PINNED_CLASSES[base]
-    # Name and module stay the base's: exporters, tracers and summaries recognize layers by them.
-    names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-    return _PINNED_CLASSES.setdefault(base, type(base.__name__, (_PinnedInEval, base), names))
-
-
-def _new_pinned(base: type[_BatchNorm]) -> _BatchNorm:
-    pinned = _pinned_class(base)
-    return pinned.__new__(pinned)

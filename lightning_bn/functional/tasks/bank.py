@@ -6,7 +6,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, Literal, TypeAlias, get_args
 
-import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -15,11 +14,13 @@ from lightning_bn.functional._tasks import task as running_task
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.statistics.snapshots import Snapshot, snapshot_of, write_snapshot
+from lightning_bn.functional.tasks.beginning import Beginnings
 from lightning_bn.functional.tasks.mixture import mixture_of
 from lightning_bn.functional.tasks.outside import OutsideOfContexts
 from lightning_bn.functional.tasks.placed_sets import PlacedSets
+from lightning_bn.functional.tasks.rows import by_row
 from lightning_bn.functional.tasks.saved_sets import sets_in, state_of
-from lightning_bn.functional.tasks.task_sets import Beginnings, Buffers, check_known, checked_tasks
+from lightning_bn.functional.tasks.task_sets import Buffers, check_known, checked_tasks, write_sets
 
 Start: TypeAlias = Literal["cumulative", "shared"]
 
@@ -86,10 +87,29 @@ class TaskStatistics:
             yield
 
     @contextmanager
+    def rows(self, tasks: Sequence[str]) -> Iterator[None]:
+        """Inside, each sample of a batch belongs to a task of its own: ``with bank.rows(["det", "seg", "det"]):``.
+
+        In train mode the samples of each task are normalized with their own mean and variance and move that task's
+        statistics, and in eval mode with the task's; a task that is not there is not updated. Nobody is told of it.
+        A :meth:`task` inside counts until it ends. Put the backward inside too where it runs forwards again.
+
+        Args:
+            tasks: One name for each sample, in their order.
+
+        Raises:
+            ValueError: For an unknown task or none; in a forward, for another number of rows than names, or in train
+                mode one value per channel of a task, before the layer's statistics are written.
+            RuntimeError: If a layer is being recalibrated, is synchronized with others, or holds what others put there.
+        """
+        with by_row(self._placed, tasks, self.in_place):
+            yield
+
+    @contextmanager
     def in_place(self, task: str) -> Iterator[None]:
         """As :meth:`task`, and nobody is told of it."""
-        placed, known = self._placed, self.known(task)
-        if placed.stack and known == self.running:
+        placed = self._placed
+        if placed.is_on_top(self.known(task)):
             yield
             return
         self.look_outside()
@@ -238,11 +258,11 @@ class TaskStatistics:
             # The model's own state is the saved default's.
             read |= {state["default"]: placed.copy(self.default)} if state["default"] in self.tasks else {}
             told.append(f"the default task is {self.default!r}, and was {state['default']!r}")
-        new = [task for task in self.tasks if task not in state["tasks"]]
-        with torch.no_grad():
-            for task, sets in read.items():
-                _copy(sets, placed.sets[task])
-        self._beginnings = Beginnings(task for task in state.get("beginning", ()) if task in self.tasks)
+        new = [task for task in self.tasks if task not in state["tasks"] and task != self.default]
+        for task, sets in read.items():
+            write_sets(sets, placed.sets[task])
+        beginning = [task for task in state.get("beginning", ()) if task in self.tasks and task != self.default]
+        self._beginnings = Beginnings(beginning)
         for task in new:
             self._begin(task)
             told.append(f"task {task!r} is new and begins from the default's statistics (start={self.start!r})")
@@ -264,17 +284,12 @@ class TaskStatistics:
             raise RuntimeError(f"the context of task {self.running!r} has not ended: release after it.")
         self._placed.resolve()
         if kept != self.default:
-            with torch.no_grad():
-                _copy(self._placed.sets[kept], self._placed.own)
+            write_sets(self._placed.sets[kept], self._placed.own)
         self._placed.detach()
         self.tasks, self._placed.layers, self._placed.sets = (), {}, {}
 
     def known(self, task: str) -> str:
-        """Return the name of a task.
-
-        Raises:
-            ValueError: If there is no such task, with the closest.
-        """
+        """Return the name of a task; a ``ValueError`` with the closest if there is none."""
         check_known(task, self.tasks)
         return task
 
@@ -282,13 +297,4 @@ class TaskStatistics:
         """Begin a task's statistics from the default's."""
         self._placed.put(task, self._placed.copy(self.default))
         if self.start == "cumulative":
-            self._beginnings.add(task)
-            for one in self._placed.sets[task].values():
-                if "num_batches_tracked" in one:
-                    one["num_batches_tracked"].zero_()
-
-
-def _copy(sets: Mapping[str, Buffers], into: Mapping[str, Buffers]) -> None:
-    for name, one in into.items():
-        for key, buffer in one.items():
-            buffer.copy_(sets[name][key])
+            self._beginnings.add(task, self._placed.sets[task].values())

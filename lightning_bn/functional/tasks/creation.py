@@ -52,6 +52,7 @@ def task_statistics(
     Source: Chang et al. (2019), "Domain-Specific Batch Normalization", arXiv 1906.03950, section 3.
 
     Example:
+        >>> import torch
         >>> layer = nn.BatchNorm1d(1)
         >>> bank = task_statistics(layer, ["near", "far"])
         >>> with bank.task("far"):

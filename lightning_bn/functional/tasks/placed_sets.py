@@ -6,6 +6,7 @@ import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -44,6 +45,7 @@ class PlacedSets:
         self.layers, self.default = selection.tracked_layers(model), default
         self.model, self._selection, self._owner = model, selection, owner
         self._stack: list[str] = []
+        self._by_row: list[int] = []
         self._exchanges: dict[str, exchanged] = {}
         self._state_dicts = DefaultInStateDicts({}, lambda: None, self.see_own)
         self.sets: dict[str, dict[str, Buffers]] = {
@@ -66,6 +68,25 @@ class PlacedSets:
     def running(self) -> str:
         """The task whose tensors lie in the layers."""
         return self._stack[-1] if self._stack else self.default
+
+    @property
+    def depth(self) -> int:
+        """How many tasks were put in place, one on top of the other."""
+        return len(self._stack)
+
+    def is_on_top(self, task: str) -> bool:
+        """Whether a task was put in place last, and nothing by row since."""
+        return self._stack[-1:] == [task] and self._by_row[-1:] != [self.depth]
+
+    @contextmanager
+    def by_row(self) -> Iterator[None]:
+        """As :meth:`in_place` of the default, for forwards that look for each row's tensors themselves."""
+        with self.in_place(self.default):
+            self._by_row.append(self.depth)
+            try:
+                yield
+            finally:
+                self._by_row.pop()
 
     def all_layers(self) -> tuple[str, ...]:
         """Return names of all BatchNorm layers of the model."""
@@ -227,7 +248,8 @@ def _lent(layer: nn.Module) -> bool:
 
 def _moved(one: Buffers, like: Buffers) -> Buffers:
     """A set in the dtypes and on the devices of another, which may lack some."""
-    return {key: buffer.to(like[key]) for key, buffer in one.items() if key in like}
+    with torch.inference_mode(False), torch.no_grad():
+        return {key: buffer.to(like[key]) for key, buffer in one.items() if key in like}
 
 
 def _edges_to(
