@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from pathlib import Path
 from statistics import fmean
+from textwrap import fill
 
 import torch
 from matplotlib import rc_context
@@ -47,7 +48,7 @@ def draw_old_task(axes: Axes, seeds: Sequence[dict[str, Outcome]]) -> None:
         axes.hlines(fmean(after), position - 0.3, position + 0.3, color=color, linewidth=2)
         above = (position, max(after))
         axes.annotate(f"{fmean(after):.1f} %", above, (0, 8), textcoords="offset points", ha="center", color=color)
-    axes.set_xticks(range(len(rows)), rows)
+    axes.set_xticks(range(len(rows)), [fill(row, width=13) for row in rows])
     axes.set_ylim(0, 112)
     axes.set_yticks(range(0, 101, 20))
     axes.set_ylabel("accuracy on the old task, %")

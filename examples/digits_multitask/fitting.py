@@ -48,6 +48,8 @@ def be_quiet() -> None:
         logging.getLogger(name).setLevel(logging.WARNING)
     # What the monitor says of a backbone that is not frozen is what the first table shows.
     warnings.filterwarnings("ignore", "BatchNormMonitor")
+    # In its second phase the first table trains on one of two tasks alone.
+    warnings.filterwarnings("ignore", "TaskBatchNorm: tasks names 'digit'")
     # In-memory batches are faster without worker processes, and Lightning reads its own pytree through an old name.
     warnings.filterwarnings("ignore", ".*does not have many workers.*")
     warnings.filterwarnings("ignore", ".*isinstance\\(treespec, LeafSpec\\).*")

@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 from torch.optim import SGD
 
+import lightning_bn
 from network import MultiTaskNetwork
 
 Batch = dict[str, tuple[Tensor, Tensor]]
@@ -35,14 +36,19 @@ class DigitsModule(LightningModule):
         self.network.backbone.requires_grad_(train_backbone)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
-        losses = [cross_entropy(self.network(images, task), labels) for task, (images, labels) in batch.items()]
+        losses = []
+        for task, (images, labels) in batch.items():
+            # For callbacks that know tasks; where there is none it changes nothing.
+            with lightning_bn.task(task):
+                losses.append(cross_entropy(self.network(images, task), labels))
         loss = torch.stack(losses).sum()
         self.log("train_loss", loss)
         return loss
 
     def validation_step(self, batch: Batch, batch_idx: int) -> None:
         for task, (images, labels) in batch.items():
-            correct = self.network(images, task).argmax(dim=1) == labels
+            with lightning_bn.task(task):
+                correct = self.network(images, task).argmax(dim=1) == labels
             self.log(f"{task}_accuracy", 100 * correct.float().mean(), batch_size=len(labels), prog_bar=True)
 
     def configure_optimizers(self) -> SGD:

@@ -1,11 +1,11 @@
 """One of the YAML files run through the LightningCLI, with little changed: seed, folder, which callbacks are on."""
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pytorch_lightning import Trainer
+from pytorch_lightning import Callback, Trainer
 
 import cli
 from fitting import Curve
@@ -15,7 +15,12 @@ HERE = Path(__file__).parent
 
 
 def fit_yaml(
-    file: str, seed: int, folder: Path, switched_on: Collection[str] = (), model: Mapping[str, Any] | None = None
+    file: str,
+    seed: int,
+    folder: Path,
+    switched_on: Collection[str] = (),
+    model: Mapping[str, Any] | None = None,
+    callbacks: Sequence[Callback] = (),
 ) -> tuple[Curve, Trainer, DigitsModule]:
     """What ``python cli.py fit --config <file>`` does, quietly.
 
@@ -25,6 +30,7 @@ def fit_yaml(
         folder: Where logs and checkpoints go, in place of the file's.
         switched_on: Class names of the callbacks of ``lightning_bn`` to keep; all others of the file stay anyway.
         model: Arguments of the module in place of the file's.
+        callbacks: Added to the file's.
 
     Returns:
         Validation by epoch, the Trainer and the module after the fit.
@@ -40,7 +46,7 @@ def fit_yaml(
         if "dirpath" in callback["init_args"]:
             callback["init_args"]["dirpath"] = str(folder / "pretrained")
     curve = Curve()
-    run = cli.main({"subcommand": "fit", "fit": config}, callbacks=[curve])
+    run = cli.main({"subcommand": "fit", "fit": config}, callbacks=[*callbacks, curve])
     return curve, run.trainer, run.model
 
 

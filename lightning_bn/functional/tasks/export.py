@@ -71,10 +71,11 @@ def export_task(checkpoint: str | Path, task: str, out: str | Path, *, overwrite
     file.refuse_format(out)
     for key, state in _states_with(task, file).items():
         if task != state["default"]:  # those are the state dict's own
-            _warn_of_unseen(task, state["sets"][task], path.name)
             for entry, sets in _PLACES.items():
                 if entry in file.content:
                     _put(_sets_of(task, state, sets, path.name), file.content[entry], f"{path.name}, {entry}")
+            # Not of averages, whose counters are averaged too, and rounded down.
+            _warn_of_unseen(task, state.get("current_sets", state["sets"])[task], path.name)
         del file.content["callbacks"][key]
     file.write(out)
     return out
