@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +18,7 @@ from lightning_bn.functional._text import counted, named, quoted
 from lightning_bn.functional.layers.names import without_wrappers
 from lightning_bn.functional.layers.properties import is_lazy
 from lightning_bn.functional.layers.selection import batch_norm_layers
+from lightning_bn.functional.layers.sets_per_task import sets_of
 from lightning_bn.functional.layers.status import layer_status, update_status
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.result import AllFrozenError, Recalibration
@@ -36,6 +38,7 @@ class RecalibratedCheckpoint:
         recalibration: What was done to the statistics.
         found: Where in the file the model's weights were, if not under the same names; empty otherwise.
         not_in_model: BatchNorm layers of the file that the model lacks, by their names in the file; left as they were.
+        tasks_left: Tasks whose statistics lie in the file beside the model's own; left as they were.
     """
 
     path: Path
@@ -43,14 +46,15 @@ class RecalibratedCheckpoint:
     recalibration: Recalibration
     found: str = ""
     not_in_model: tuple[str, ...] = ()
+    tasks_left: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         weights = "averaged weights" if self.averaged else "weights as saved"
         said = f"{self.path.name}: {weights}{f' ({self.found})' if self.found else ''}, {self.recalibration}"
-        if not self.not_in_model:
-            return said
-        layers = counted(len(self.not_in_model), "BatchNorm layer")
-        return f"{said}; {layers} of the file not in the model and left as they were: {quoted(self.not_in_model)}"
+        if self.not_in_model:
+            layers = counted(len(self.not_in_model), "BatchNorm layer")
+            said += f"; {layers} of the file not in the model and left as they were: {quoted(self.not_in_model)}"
+        return f"{said}; {_left(self.tasks_left)}" if self.tasks_left else said
 
 
 def recalibrate_checkpoint(
@@ -70,7 +74,8 @@ def recalibrate_checkpoint(
     Nothing in the file is executed (``weights_only=True``). Where a checkpoint of Lightning's WeightAveraging holds
     averages, they are what is recalibrated, since they are its ``state_dict``; the weights being trained, beside them,
     stay as they are. Layers whose running statistics were frozen by a BatchNormFreezer, as the file itself records, are
-    left out.
+    left out. Of statistics per task, as TaskBatchNorm saves them, the default task's are recalibrated, since they are
+    the model's own; a warning names the others, which stay as they are.
 
     Args:
         path: A checkpoint of Lightning, a state dict, one nested in other things, or a ``.safetensors`` file.
@@ -91,12 +96,13 @@ def recalibrate_checkpoint(
         IsADirectoryError: If ``path`` is a folder, as sharded checkpoints are.
         ModuleNotFoundError: If the format needs a package that is not installed.
         ValueError: If the file cannot be read or holds no state dict, if none or more than one place in it fits
-            ``model``, if ``out`` cannot hold what it holds, or if its dtype cannot hold a population statistic; and as
-            for ``recalibrate``. Nothing is written then.
+            ``model``, if ``out`` cannot hold what it holds, or if its dtype cannot hold a population statistic; if
+            ``model`` has statistics per task; and as for ``recalibrate``. Nothing is written then.
         pickle.UnpicklingError: If the file holds more than tensors and plain values.
     """
     path, out = Path(path), Path(out)
     check_out(out, overwrite)
+    _refuse_sets(model)
     checkpoint = read_checkpoint(path)
     checkpoint.refuse_format(out)
     wanted = {
@@ -124,11 +130,14 @@ def recalibrate_checkpoint(
                     there, statistics = entry.names[own], getattr(layer, value)
                     entry.state[there] = _narrowed(statistics, entry.state[there].dtype, rewritten[id(layer)], value)
     checkpoint.write(out)
+    tasks_left = _other_tasks_in(checkpoint.content)
+    if tasks_left:
+        warnings.warn(f"recalibrate_checkpoint: {_left(tasks_left)}", UserWarning, stacklevel=2)
     known = set(entry.names.values())
     others = [name for name in entry.state if name.endswith("running_mean") and name not in known]
     averaged = "averaging_state" in checkpoint.content and entry.key == "state_dict"
     not_in_model = tuple(name.removesuffix("running_mean").rstrip(".") for name in others)
-    return RecalibratedCheckpoint(out, averaged, recalibration, str(entry), not_in_model)
+    return RecalibratedCheckpoint(out, averaged, recalibration, str(entry), not_in_model, tasks_left)
 
 
 def _load(model: nn.Module, entry: FileEntry) -> None:
@@ -154,6 +163,34 @@ def _frozen_in(content: Mapping[str, Any]) -> set[str]:
         if str(key).startswith("BatchNormFreezer") and state.get("settings", {}).get("stats", True):
             found |= {without_wrappers(name) for name in state.get("report", {}).get("layers", ())}
     return found
+
+
+def _refuse_sets(model: nn.Module) -> None:
+    """Raise where a model is to be read into that holds more than a file's own statistics."""
+    named_layers = {name: module for name, module in model.named_modules() if sets_of(module) is not None}
+    if named_layers:
+        raise ValueError(
+            f"BatchNorm layer {quoted(list(named_layers))} of the model has statistics per task, which a checkpoint is "
+            f"not read into: release them first. To recalibrate those of all tasks, load them, call recalibrate(..., "
+            f"task_of=) and save."
+        )
+
+
+def _other_tasks_in(content: Mapping[str, Any]) -> tuple[str, ...]:
+    """Tasks whose statistics a TaskBatchNorm saved in a file, but the default one, whose are the model's own."""
+    states = content.get("callbacks")
+    found: dict[str, None] = {}
+    for key, state in (states if isinstance(states, dict) else {}).items():
+        if str(key).startswith("TaskBatchNorm"):
+            found |= dict.fromkeys(task for task in state.get("tasks", ()) if task != state.get("default"))
+    return tuple(found)
+
+
+def _left(tasks: Sequence[str]) -> str:
+    return (
+        f"the file has statistics of the task{'s' * (len(tasks) > 1)} {quoted(tasks, len(tasks))} too, which were left "
+        f"as they were"
+    )
 
 
 def _of_file(model: nn.Module, entry: FileEntry, frozen: set[str]) -> list[_BatchNorm]:

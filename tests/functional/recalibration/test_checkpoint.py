@@ -15,7 +15,14 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_bn import BatchNormFreezer
-from lightning_bn.functional import RecalibrationError, SelectionError, recalibrate_checkpoint, take_snapshot
+from lightning_bn.functional import (
+    RecalibrationError,
+    SelectionError,
+    recalibrate,
+    recalibrate_checkpoint,
+    take_snapshot,
+    task_statistics,
+)
 from lightning_bn.functional.layers.status import status_by_name
 from tests.callbacks.fits import LAYERS, Classifier, Net, quiet, samples, train_loader, val_loader
 from tests.checkpoints import differences, read
@@ -530,3 +537,39 @@ def test_lazy_layer_that_loads_its_values_is_told_to_run_once(tmp_path):
     model = nn.Sequential(nn.Linear(2, 3), nn.LazyBatchNorm1d())
     with pytest.raises(SelectionError, match=r"'1' is a LazyBatchNorm1d that has loaded its values.*one forward pass"):
         recalibrate_checkpoint(tmp_path / "a.pt", model, [torch.randn(8, 2)], out=tmp_path / "b.pt")
+
+
+def test_statistics_of_other_tasks_stay_as_they_are_and_are_named(tmp_path: Path) -> None:
+    net = fill_statistics(seeded(SmallResNet))
+    bank = task_statistics(net, ["det", "seg", "depth"], default="seg")
+    saved = {"state_dict": net.state_dict(), "callbacks": {"TaskBatchNorm[one]": bank.state_dict()}}
+    torch.save(saved, tmp_path / "model.ckpt")
+    bank.release()
+    data = [images(8, seed=seed) for seed in range(3)]
+    with pytest.warns(UserWarning, match="statistics of the tasks 'det', 'depth' too, which were left as they were"):
+        done = recalibrate_checkpoint(tmp_path / "model.ckpt", net, data, tmp_path / "out.ckpt")
+    assert done.tasks_left == ("det", "depth")
+    assert str(done).endswith("'det', 'depth' too, which were left as they were")
+    found = torch.load(tmp_path / "out.ckpt", weights_only=True)
+    before = {(task, key): bits(value) for task, one in bank_sets(saved) for key, value in one.items()}
+    assert {(task, key): bits(value) for task, one in bank_sets(found) for key, value in one.items()} == before
+    twin = fill_statistics(seeded(SmallResNet))
+    recalibrate(twin, data)
+    assert bits(found["state_dict"]["bn1.running_mean"]) == bits(twin.bn1.running_mean)
+
+
+def bank_sets(checkpoint: dict[str, Any]) -> list[tuple[str, dict[str, Tensor]]]:
+    return list(checkpoint["callbacks"]["TaskBatchNorm[one]"]["sets"].items())
+
+
+def test_a_model_with_statistics_per_task_is_refused_and_nothing_is_read(tmp_path: Path) -> None:
+    net = fill_statistics(seeded(SmallResNet))
+    torch.save(net.state_dict(), tmp_path / "model.pt")
+    net.bn1.running_mean.add_(1)
+    bank = task_statistics(net, ["det", "seg"], "bn1")
+    before = state_bits(net)
+    with pytest.raises(ValueError, match=r"'bn1' of the model has statistics per task.*release"):
+        recalibrate_checkpoint(tmp_path / "model.pt", net, [images(8)], tmp_path / "out.pt")
+    assert state_bits(net) == before
+    assert not (tmp_path / "out.pt").exists()
+    bank.release()
