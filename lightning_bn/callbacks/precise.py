@@ -36,6 +36,7 @@ from lightning_bn.functional._checks import check_choice, check_flag, check_text
 from lightning_bn.functional._tasks import nobody_listening
 from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.layers.patterns import SelectionError
+from lightning_bn.functional.layers.sets_per_task import sets_among
 from lightning_bn.functional.layers.status import update_status
 from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.population import Estimator
@@ -275,7 +276,8 @@ class PreciseBatchNorm(BatchNormCallback):
                 stack.enter_context(nobody_listening())  # the pass is no part of the validation's batch
                 forward, prepare = stack.enter_context(isolated_step(trainer, module, self.step, self._said))
                 source = (self.source, self.source_method, self._rule)
-                batches = batches_for(trainer, module, *source, prepare, self._recent)
+                per_task = sets_among(layers) is not None
+                batches = batches_for(trainer, module, *source, prepare, self._recent, per_task=per_task)
                 self.last = recalibrate(
                     module,
                     stack.enter_context(closing(batches)),

@@ -120,3 +120,10 @@ def test_bits_of_a_task_that_has_no_batch_are_kept() -> None:
     assert kept
     assert kept.items() <= look.found.items()
     assert bits(torch.zeros(4, dtype=torch.float64)) == look.found["depth/net.body.1.running_mean"]
+
+
+def test_limits_hold_for_each_task() -> None:
+    tasks, precise = callback(tasks=["det", "seg"]), PreciseBatchNorm(num_batches=2)
+    batches = batches_of((["det"] * 9 + ["seg"]) * 2)
+    fit(TasksModule(), batches, tasks, precise, val=[batches[:2]], num_sanity_val_steps=0)
+    assert {task: one.num_batches for task, one in precise.last.tasks.items()} == {"det": 2, "seg": 2}

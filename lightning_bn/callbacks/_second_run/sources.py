@@ -48,6 +48,8 @@ def batches_for(
     rule: StoppingRule,
     prepare: Callable[[Any], Any],
     recent: Iterable[Any],
+    *,
+    per_task: bool = False,
 ) -> Generator[Any, None, None]:
     """Yield the batches to recalibrate from, ready for the step; nothing is loaded before the first is asked for.
 
@@ -62,6 +64,7 @@ def batches_for(
         rule: What ends the pass.
         prepare: Makes a batch of a loader ready.
         recent: The last batches that training used.
+        per_task: Whether the rule holds for each task, so that nobody knows before how many batches that takes.
 
     Raises:
         MisconfigurationException: If a loader cannot be iterated a second time, or there is no such method.
@@ -88,7 +91,7 @@ def batches_for(
             raise MisconfigurationException(_ENDLESS.format(f"what {path} returns"))
         return combined(_begun_anew(found if forked else copied(found, NOT_THE_DATASETS_OWN)), mode)
 
-    limit = min(float("inf") if rule.num_batches is None else rule.num_batches, epoch)
+    limit = min(float("inf") if rule.num_batches is None or per_task else rule.num_batches, epoch)
     with preserved_rng(), loaded_apart(opened) if forked else opened() as batches:
         wanted = islice(batches, None if limit == float("inf") else int(limit))
         # The Trainer skips batches that are None, and says so.
