@@ -56,6 +56,8 @@ class ReplacedAverage:
             if task is None or (sets is not None and task in sets.tasks):
                 with _at_rest(sets, task):
                     restore_where_unchanged(model, *snapshots)
+                if sets is not None and task is not None:
+                    sets.wrote(task)  # or it would be taken for a forward outside of its context
         self.forget()
 
     def forget(self) -> None:

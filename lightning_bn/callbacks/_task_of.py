@@ -62,7 +62,7 @@ class TaskOf:
                 f"the import path of a function of batch and batch index that returns the task."
             )
         value = batch[self._key]
-        untold = value is None or (isinstance(value, list | tuple) and all(one is None for one in value))
+        untold = value is None or (isinstance(value, list | tuple) and set(map(id, value)) == {id(None)})
         return None if untold else _one_task(value, self._key)
 
 
