@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, nullcontext
-from itertools import count
 from typing import Any
 
 from torch import nn
@@ -14,13 +13,6 @@ from lightning_bn.functional.layers.selection import batch_norm_layers
 from lightning_bn.functional.layers.sets_per_task import SetsPerTask, sets_among
 from lightning_bn.functional.recalibration.result import Recalibration
 from lightning_bn.functional.statistics.snapshots import Snapshot, restore_where_unchanged, snapshot_of
-
-
-def task_of_batches(layers: Mapping[str, _BatchNorm]) -> Callable[[Any], str | None] | None:
-    """Return what tells the task of each batch of a pass, where layers have statistics per task and somebody knows."""
-    sets, index = sets_among(layers), count()
-    told = None if sets is None else sets.task_of
-    return None if told is None else lambda batch: told(batch, next(index))
 
 
 def rewritten(done: Recalibration, layers: Mapping[str, _BatchNorm]) -> list[str]:
@@ -51,13 +43,14 @@ class ReplacedAverage:
         """Write it, once."""
         if not self._snapshots:
             return
-        sets = sets_among(batch_norm_layers(model))
-        for task, snapshots in self._snapshots.items():
+        layers = batch_norm_layers(model)
+        for task, (before, after) in self._snapshots.items():
+            sets = None if task is None else sets_among({name: layers[name] for name in before.names if name in layers})
             if task is None or (sets is not None and task in sets.tasks):
                 with _at_rest(sets, task):
-                    restore_where_unchanged(model, *snapshots)
-                if sets is not None and task is not None:
-                    sets.wrote(task)  # or it would be taken for a forward outside of its context
+                    restore_where_unchanged(model, before, after)
+                    if sets is not None and task is not None:
+                        sets.wrote(task)
         self.forget()
 
     def forget(self) -> None:

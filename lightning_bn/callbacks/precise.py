@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack, closing
 from typing import Any, get_args
@@ -17,13 +16,14 @@ from lightning_bn.callbacks._lightning.namespaces import (
     MisconfigurationException,
     Trainer,
     rank_zero_info,
-    rank_zero_warn,
 )
 from lightning_bn.callbacks._lightning.state import in_training_fit
 from lightning_bn.callbacks._ranks import agree_on_ranks, refuse_unequal_validation
-from lightning_bn.callbacks._replaced import ReplacedAverage, rewritten, task_of_batches
+from lightning_bn.callbacks._replaced import ReplacedAverage, rewritten
 from lightning_bn.callbacks._second_run.drawn_once import refuse_drawn_once
+from lightning_bn.callbacks._second_run.failures import failures_told
 from lightning_bn.callbacks._second_run.modes import TrainingModes
+from lightning_bn.callbacks._second_run.recent import RecentBatches
 from lightning_bn.callbacks._second_run.sources import (
     NO_SOURCE,
     Source,
@@ -31,12 +31,11 @@ from lightning_bn.callbacks._second_run.sources import (
     check_training_loaders,
     loader_method,
 )
-from lightning_bn.callbacks._second_run.step import OTHER_STEPS, check_step, isolated_step
+from lightning_bn.callbacks._second_run.step import check_step, isolated_step
 from lightning_bn.functional._checks import check_choice, check_flag, check_text, check_whole
 from lightning_bn.functional._tasks import nobody_listening
-from lightning_bn.functional._text import counted, quoted
-from lightning_bn.functional.layers.patterns import SelectionError
-from lightning_bn.functional.layers.sets_per_task import sets_among
+from lightning_bn.functional._text import quoted
+from lightning_bn.functional.layers.sets_per_task import sets_for
 from lightning_bn.functional.layers.status import update_status
 from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.population import Estimator
@@ -60,6 +59,8 @@ class PreciseBatchNorm(BatchNormCallback):
     Whatever ends the fit, it runs before the files that are saved then, and if none is, at the end of training. On
     several ranks each runs its own batches, and the statistics are merged. In ``trainer.validate`` and ``trainer.test``
     it runs only with a ``source_method``.
+
+    Where layers have statistics per task, each task's come from its own batches, and the limits hold for each.
 
     What it logs under ``bn/precise_`` is what :meth:`Recalibration.metrics` says, and after validation ``share``, its
     share of that time.
@@ -143,7 +144,7 @@ class PreciseBatchNorm(BatchNormCallback):
         self.last: result.Recalibration | None = None
         self._validations, self._done_at_step, self._epoch = 0, -1, 0
         self._due = self._looked = self._precise = False
-        self._recent, self._replaced = deque[Any](maxlen=num_batches or 0), ReplacedAverage()
+        self._recent, self._replaced = RecentBatches(num_batches or 0), ReplacedAverage()
         self._modes = TrainingModes()
         self._validation_began: float | None = None
         self._said: set[str] = set()
@@ -188,7 +189,7 @@ class PreciseBatchNorm(BatchNormCallback):
     ) -> None:
         self._modes.see(pl_module)
         if self.source == "recent" and self.source_method is None and batch is not None:
-            self._recent.append(batch)
+            self._recent.add(batch, batch_idx, pl_module)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._due, self._validation_began = False, time.monotonic()
@@ -251,38 +252,27 @@ class PreciseBatchNorm(BatchNormCallback):
         return self.source_method is not None and not trainer.sanity_checking
 
     def _recalibrate(self, trainer: Trainer, module: LightningModule) -> None:
-        try:
+        with failures_told(trainer, self.step, lambda: len(self._layout(module))):
             self._recalibrate_now(trainer, module)
-        except result.AllFrozenError:
-            layers = counted(len(self._layout(module)), "selected layer")
-            rank_zero_info(f"PreciseBatchNorm: {layers}, every one frozen: nothing to recalibrate")
-        except SelectionError as error:
-            # Right when the fit began: a layer was taken out of the model since.
-            if not in_training_fit(trainer):
-                raise
-            rank_zero_warn(f"PreciseBatchNorm: {error}")
-        except result.WeightsMovedError as error:
-            raise MisconfigurationException(f"PreciseBatchNorm(step={self.step!r}): {error} {OTHER_STEPS}") from error
-        except result.RecalibrationError as error:
-            if trainer.world_size > 1 and not isinstance(error, result.NoUsableBatchError):
-                # The other ranks end with an error too: none can go on alone.
-                raise
-            rank_zero_warn(f"PreciseBatchNorm: {error}")  # and the run goes on as it would have without
 
     def _recalibrate_now(self, trainer: Trainer, module: LightningModule) -> None:
         with self._modes.in_place(module):
             layers = self._selection.tracked_layers(module)
             with ExitStack() as stack:
                 stack.enter_context(nobody_listening())  # the pass is no part of the validation's batch
-                forward, prepare = stack.enter_context(isolated_step(trainer, module, self.step, self._said))
-                source = (self.source, self.source_method, self._rule)
-                per_task = sets_among(layers) is not None
-                batches = batches_for(trainer, module, *source, prepare, self._recent, per_task=per_task)
+                sets, recent = sets_for(module, layers), self._recent.in_order()
+                tells = None if sets is None else sets.task_of
+                step = isolated_step(
+                    trainer, module, self.step, self._said, task_of=tells, indices=[index for index, _ in recent]
+                )
+                forward, prepare, task_of = stack.enter_context(step)
+                source = (self.source, self.source_method, self._rule, prepare, [batch for _, batch in recent])
+                batches = batches_for(trainer, module, *source, per_task=sets is not None)
                 self.last = recalibrate(
                     module,
                     stack.enter_context(closing(batches)),
                     forward=forward,
-                    task_of=task_of_batches(layers),
+                    task_of=task_of,
                     distributed=trainer.world_size > 1,
                     containers_in_eval=False if "draws" in self._said else self.containers_in_eval,
                     **{name: getattr(self, name) for name in _PASSED_ON},

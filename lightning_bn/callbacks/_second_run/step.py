@@ -9,6 +9,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import Parameter
+from itertools import chain, count
 from typing import Any
 
 import numpy as np
@@ -29,6 +30,7 @@ from lightning_bn.callbacks._second_run.drawn_once import INTERNAL, LOCKS, held_
 from lightning_bn.functional._batches import default_forward
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.exchange import Entries, exchanged
+from lightning_bn.functional.layers.sets_per_task import sets_of
 from lightning_bn.functional.layers.torch_private import attributes_of, buffers_of, parameters_of
 
 _SILENT = dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None)
@@ -41,9 +43,15 @@ Step = Callable[[Any, Any], Any]
 
 @contextmanager
 def isolated_step(
-    trainer: Trainer, module: LightningModule, step: str, said: set[str]
-) -> Iterator[tuple[Step, Callable[[Any], Any]]]:
-    """Yield the step as ``forward(model, batch)`` and the function that prepares a batch for it.
+    trainer: Trainer,
+    module: LightningModule,
+    step: str,
+    said: set[str],
+    *,
+    task_of: Callable[[Any, int], str | None] | None = None,
+    indices: Sequence[int] = (),
+) -> Iterator[tuple[Step, Callable[[Any], Any], Callable[[Any], str | None] | None]]:
+    """Yield the step as ``forward(model, batch)``, what prepares a batch for it, and what tells the task of one.
 
     Inside, ``log`` and ``log_dict`` are silent, the Trainer says that it is training and its loggers write nothing.
     What modules, their classes, optimizers' groups and schedulers hold (metrics' states, counters, lists that steps
@@ -55,6 +63,8 @@ def isolated_step(
         module: Whose step.
         step: The name of its method.
         said: Paths of what cannot be copied, of which it was said that it is shared; those found are added.
+        task_of: Tells the task of a batch and its index, before the step is run on it, if it is; None for nobody.
+        indices: Of the batches, as far as they are not 0, 1, 2 and so on.
 
     Raises:
         MisconfigurationException: If the module holds something that can be drawn from only once.
@@ -66,11 +76,17 @@ def isolated_step(
         shared = stack.enter_context(attributes_on_copies(module, schedules(trainer)))
         _say_shared(module, step, shared, said)
         run = _step_function(module, step)
-        batch_idx = -1
+        numbers, batch_idx = chain(indices, count(len(indices))), -1
+
+        def told(batch: Any) -> str | None:
+            nonlocal batch_idx
+            batch_idx = next(numbers)
+            return None if task_of is None else task_of(batch, batch_idx)
 
         def forward(_: nn.Module, batch: Any) -> Any:
             nonlocal batch_idx
-            batch_idx += 1
+            if task_of is None:
+                batch_idx = next(numbers)
             try:
                 return in_step_context(trainer, lambda prepared: run(prepared, batch_idx), batch)
             except Exception as error:
@@ -82,7 +98,7 @@ def isolated_step(
                     )
                 raise
 
-        yield forward, lambda batch: prepare_batch(trainer, module, batch)
+        yield forward, lambda batch: prepare_batch(trainer, module, batch), None if task_of is None else told
 
 
 @contextmanager
@@ -96,7 +112,7 @@ def attributes_on_copies(module: nn.Module, others: Sequence[dict[str, Any]] = (
         others: Further dictionaries.
     """
     parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
-    known = [*module.modules(), *module.parameters(), *module.buffers()]
+    known: list[Any] = [*module.modules(), *module.parameters(), *module.buffers(), *map(sets_of, module.modules())]
     known += [home(part) for part in parts for home in (attributes_of, parameters_of, buffers_of)]
     homes = [*map(attributes_of, parts), *others]
     with _surroundings_on_copies(parts, known), on_copies(homes, known, NOT_THE_MODULES_OWN, INTERNAL) as shared:

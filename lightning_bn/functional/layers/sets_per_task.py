@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._text import quoted
+from lightning_bn.functional.layers.selection import batch_norm_layers
 
 
 class SetsPerTask(Protocol):
@@ -68,6 +69,16 @@ def sets_among(layers: Mapping[str, nn.Module]) -> SetsPerTask | None:
             f"{quoted([name for name in found if name not in others])}: select with modules= those of one at a time."
         )
     return first
+
+
+def sets_for(model: nn.Module, selected: Mapping[str, nn.Module]) -> SetsPerTask | None:
+    """Return the selected layers' statistics per task, or else those that others of the model normalize with.
+
+    Raises:
+        ValueError: As for :func:`sets_among`.
+    """
+    sets = sets_among(selected)
+    return sets_among(batch_norm_layers(model)) if sets is None else sets
 
 
 def homes_of(layers: Iterable[_BatchNorm], sets: SetsPerTask) -> list[dict[str, Any]]:

@@ -11,7 +11,6 @@ from typing import Any, get_args
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._batches import default_forward, model_device
 from lightning_bn.functional._checks import check_choice, check_flag, check_positive
@@ -20,7 +19,7 @@ from lightning_bn.functional.distributed.lockstep import Lockstep
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.properties import is_synchronized
 from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
-from lightning_bn.functional.layers.sets_per_task import SetsPerTask, homes_of, sets_among
+from lightning_bn.functional.layers.sets_per_task import homes_of, sets_for
 from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.across_processes import across_processes
 from lightning_bn.functional.recalibration.collection import TaskOf, collecting_parts, no_task_told, parts_of
@@ -148,7 +147,12 @@ def recalibrate(
         check_positive("prior", prior, none="to forget what the layers hold")
         selected = LayerSelection(modules, exclude, root).tracked_layers(model)
         targets = targets_of(model, selected, distributed=distributed)
-        sets = _sets_of(model, selected, task_of)
+        sets = sets_for(model, selected)
+        if sets is None and task_of is not None:
+            raise ValueError(
+                "task_of is given, and no BatchNorm layer of the model has statistics per task: give them some with "
+                "task_statistics first, or leave task_of out."
+            )
         parts = parts_of(targets, sets)
         layout = ChannelLayout.of(targets)
         synchronized = [name for name, layer in targets.items() if is_synchronized(layer)]
@@ -234,15 +238,3 @@ def _check(batches: Any, estimator: str, **functions: Any) -> None:
             f"batches is a {type(batches).__name__}, not an iterable of batches: pass a DataLoader, or [batch] for "
             f"a single one."
         )
-
-
-def _sets_of(model: nn.Module, selected: Mapping[str, _BatchNorm], task_of: TaskOf | None) -> SetsPerTask | None:
-    """The selected layers' statistics per task; those of layers that only have to normalize with the right ones."""
-    sets = sets_among(selected)
-    sets = sets_among(batch_norm_layers(model)) if sets is None else sets
-    if sets is None and task_of is not None:
-        raise ValueError(
-            "task_of is given, and no BatchNorm layer of the model has statistics per task: give them some with "
-            "task_statistics first, or leave task_of out."
-        )
-    return sets
