@@ -41,7 +41,7 @@ class Lockstep:
         enough_samples: int | None,
         *,
         task: str | None = None,
-        ran: Sequence[str | None] = (),
+        ran: Sequence[str] = (),
     ) -> list[bool]:
         """Return of what all processes want more, as they run another batch; nothing if they run none.
 
@@ -76,7 +76,11 @@ class Lockstep:
         if squares - 2 * own * sums + world * own**2 or (not anybody_ended and len(mixed) > 1):
             self._together = False
             found = ", ".join(f"{one!r} on {count}" for one, count in mixed.items())
-            what = f"the next batch is of task {found} of them" if len(mixed) > 1 else f"this one ran the tasks {ran}"
+            what = (
+                f"the next batch is of task {found} of them"
+                if len(mixed) > 1
+                else f"this one ran the tasks {list(ran)}"
+            )
             raise DisagreementError(
                 f"the processes run batches of different tasks at the same time ({what}), and the forwards of "
                 f"SyncBatchNorm layers wait for each other: give all of them a batch of one task. Nothing was changed."

@@ -159,7 +159,8 @@ class CollectionRun:
     ) -> bool:
         """Whether all processes run this batch, or pass it over."""
         samples = [self.counts[key].samples or 0 for key in self._open]
-        wanted = lockstep.go_on(ended, precise, samples, self._rule.num_samples, task=own, ran=collected.running)
+        ran = [task for task in collected.running if task is not None]
+        wanted = lockstep.go_on(ended, precise, samples, self._rule.num_samples, task=own, ran=ran)
         for key, more in zip(tuple(self._open), wanted, strict=bool(wanted)):
             if not more:
                 self._close(collected, key)
