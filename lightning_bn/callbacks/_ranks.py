@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -12,6 +12,8 @@ from lightning_bn.callbacks._lightning.namespaces import Callback, Misconfigurat
 from lightning_bn.callbacks._lightning.state import has_validation_batches
 from lightning_bn.functional.distributed.agreement import Facts, agree, layer_facts, tell_failure
 from lightning_bn.functional.statistics.channels import ChannelLayout
+
+_Task = TypeVar("_Task", bound=str | list[str] | None)
 
 
 def agree_on_ranks(trainer: Trainer, doing: str, layers: Callable[[], ChannelLayout], settings: Facts) -> None:
@@ -38,8 +40,10 @@ def agree_on_ranks(trainer: Trainer, doing: str, layers: Callable[[], ChannelLay
     agree(facts, device, doing=doing)
 
 
-def agree_on_task(trainer: Trainer, doing: str, task: Callable[[], str | None], needed: str) -> str | None:
+def agree_on_task(trainer: Trainer, doing: str, task: Callable[[], _Task], needed: str) -> _Task:
     """Return the task of a batch, where it is the same on all ranks, and raise on all of them otherwise.
+
+    Of rows that have a task each only that they do has to be the same.
 
     Args:
         trainer: Of the run; every rank has to call this.
@@ -56,7 +60,7 @@ def agree_on_task(trainer: Trainer, doing: str, task: Callable[[], str | None], 
     except BaseException:
         tell_failure(device, doing)
         raise
-    agree({"task": found}, device, doing=doing, needed=needed)
+    agree({"task": "one for each row" if isinstance(found, list) else found}, device, doing=doing, needed=needed)
     return found
 
 

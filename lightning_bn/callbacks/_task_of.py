@@ -37,20 +37,35 @@ class TaskOf:
         Raises:
             MisconfigurationException: If the batch has no such key, or its value is not one task that there is.
         """
-        task = self._told(batch, batch_idx)
-        if task is None:
+        tasks = self.of_rows(batch, batch_idx)
+        if tasks is None or isinstance(tasks, str):
+            return tasks
+        raise MisconfigurationException(
+            f"task_key={self._key!r}: one batch holds the tasks {sorted({*tasks})}. Batches of one task each are "
+            f"needed, or `with lightning_bn.task(name):` around each task's part of the training step."
+        )
+
+    def of_rows(self, batch: Any, batch_idx: int) -> str | list[str] | None:
+        """Return the task of ``batch``, or where they differ that of each of its samples.
+
+        Raises:
+            MisconfigurationException: If the batch has no such key, or its value holds no task that there is.
+        """
+        told = self._told(batch, batch_idx)
+        tasks = _in_names(told, str(self._key))
+        if tasks is None:
             return self._otherwise
-        if self._tasks is not None:
+        for task in dict.fromkeys(tasks if self._tasks is not None else ()):
             try:
-                check_known(task, self._tasks)
+                check_known(task, self._tasks or ())
             except ValueError as error:
                 raise MisconfigurationException(f"task_key={self._key!r}: batch {batch_idx}: {error}") from error
-        return task
+        return tasks[0] if len({*tasks}) == 1 else tasks
 
-    def _told(self, batch: Any, batch_idx: int) -> str | None:
+    def _told(self, batch: Any, batch_idx: int) -> Any:
+        """What the function or the key says; None for nothing."""
         if self._function is not None:
-            task = self._function(batch, batch_idx)
-            return None if task is None else _one_task(task, str(self._key))
+            return self._function(batch, batch_idx)
         if self._key is None:
             return None
         if not isinstance(batch, Mapping) or self._key not in batch:
@@ -61,24 +76,24 @@ class TaskOf:
                 f"task_key={self._key!r}: the batch is {keys} and has no such key. Name a key of the batch, or give "
                 f"the import path of a function of batch and batch index that returns the task."
             )
-        value = batch[self._key]
-        untold = value is None or (isinstance(value, list | tuple) and set(map(id, value)) == {id(None)})
-        return None if untold else _one_task(value, self._key)
+        return batch[self._key]
 
 
-def _one_task(value: Any, key: str) -> str:
+def _in_names(value: Any, key: str) -> list[str] | None:
+    """The one task that a value says, or one for each sample; None where it says nothing."""
     if isinstance(value, Tensor):
         value = value.tolist()
     if isinstance(value, str) or not isinstance(value, Sequence):
-        return str(value)
+        return None if value is None else [str(value)]
     # A default collate makes a list of the samples' tasks.
-    tasks = {str(one.item() if isinstance(one, Tensor) else one) for one in value}
-    if len(tasks) != 1:
+    told = [one.item() if isinstance(one, Tensor) else one for one in value]
+    untold = sum(one is None for one in told)
+    if not told or 0 < untold < len(told):
         raise MisconfigurationException(
-            f"task_key={key!r}: one batch holds the tasks {sorted(tasks)}. Batches of one task each are needed, or "
-            f"`with lightning_bn.task(name):` around each task's part of the training step."
+            f"task_key={key!r}: one batch holds the tasks {sorted(set(map(str, told)))}. Batches of one task each are "
+            f"needed, or a task for each sample."
         )
-    return tasks.pop()
+    return None if untold else [str(one) for one in told]
 
 
 def _imported(path: str) -> Callable[[Any, int], Any]:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 
@@ -22,6 +23,10 @@ _ONE_TASK = (
 )
 
 
+Told: TypeAlias = str | list[str] | None
+"""A batch's task, or one for each of its rows, or nothing."""
+
+
 class TasksOnRanks:
     """What ranks tell each other of tasks in a fit; one rank alone tells nobody.
 
@@ -36,18 +41,20 @@ class TasksOnRanks:
         synchronized = any(processes_of(layer) > 1 for layer in bank.layers_by_name.values())
         self._share = trainer.world_size > 1 and (shares or synchronized)
 
-    def agree(self, own: Callable[[], str | None]) -> str | None:
-        """Return a batch's task, the same on all ranks where they share its statistics.
+    def agree(self, own: Callable[[], Told]) -> Told:
+        """Return a batch's task, the same on all ranks where they share its statistics; or those of its rows.
 
         Raises:
             DisagreementError: On every rank, with the task that each has.
         """
         return agree_on_task(self._trainer, "train", own, _ONE_TASK) if self._share else own()
 
-    def samples_in(self, batch: Any) -> dict[str, int]:
+    def samples_in(self, batch: Any, task: Told) -> Mapping[str, int]:
         """Samples that each task may have in a batch, which may hold a part for each of them; by them ranks weigh."""
         if self._trainer.world_size == 1:
             return {}
+        if isinstance(task, list):
+            return Counter(task)
         parts = batch if isinstance(batch, Mapping) else {}
         whole = num_samples(batch) or 1
         return {task: num_samples(parts[task]) or whole if task in parts else whole for task in self._bank.tasks}

@@ -40,7 +40,7 @@ class TaskBatchNorm(BatchNormCallback):
         root: Put before every path, for instance ``"model"`` where the network is in ``self.model``.
         task_key: Where the task of a batch is found: a key of the batch, or the import path of a function of batch and
             batch index. None: :func:`lightning_bn.task` inside the step. A context inside the step counts more than
-            the batch's key.
+            the batch's key. Where it holds a task for each sample, each is normalized with its own.
         val_tasks: Tasks of the loaders in evaluation, by ``dataloader_idx``: a list, or a dict with a list for each of
             ``"val"``, ``"test"`` and ``"predict"``. None: ``task_key``, then contexts.
         default: The task that owns the layers' own tensors; None for the first.
@@ -129,8 +129,8 @@ class TaskBatchNorm(BatchNormCallback):
         if self._session is None or self._ranks is None:
             return
         self._session.end_skipped_batch()
-        task = self._ranks.agree(lambda: self._task_of(batch, batch_idx))
-        self._session.start_batch(task, samples=self._ranks.samples_in(batch))
+        task = self._ranks.agree(lambda: self._task_of.of_rows(batch, batch_idx))
+        self._session.start_batch(task, samples=self._ranks.samples_in(batch, task))
 
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
@@ -161,7 +161,7 @@ class TaskBatchNorm(BatchNormCallback):
         self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
     ) -> None:
         if self._session is not None:
-            task = self._val_tasks.of(dataloader_idx) or self._task_of(batch, batch_idx)
+            task = self._val_tasks.of(dataloader_idx) or self._task_of.of_rows(batch, batch_idx)
             self._session.start_batch(task, training=False)
 
     on_test_batch_start = on_predict_batch_start = on_validation_batch_start

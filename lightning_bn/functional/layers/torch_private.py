@@ -43,6 +43,14 @@ def in_backward() -> bool:
     return running_backward() is not None
 
 
+def may_run_again() -> bool:
+    """Whether a backward may repeat what runs now, as activation checkpointing does.
+
+    Its kind with a backward of its own runs without gradients first; the other one keeps hooks for saved tensors.
+    """
+    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:
     """The submodules, by name; a copy where they lie in TorchScript."""
     own: Any = module._modules

@@ -61,6 +61,11 @@ def by_row(
         yield
 
 
+def in_rows(layer: nn.Module) -> bool:
+    """Whether the rows of what a layer is given belong to tasks of their own."""
+    return _MARK in attributes_of(layer)
+
+
 def _take_back(layer: _BatchNorm, before: Any) -> None:
     if before is None:
         attributes_of(layer).pop(_MARK, None)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 
 from lightning_bn.functional._tasks import Listener, end_batch
@@ -42,14 +42,17 @@ class TaskSession:
         self._running: str | None = None
         self._contexts, self._open, self._training = 0, False, False
         self._samples: Mapping[str, int] = {}
+        self._rows: list[str] = []
         self.samples: dict[str, int] = {}
         self.seen = set[str]()
 
-    def start_batch(self, task: str | None, *, samples: Mapping[str, int] | None = None, training: bool = True) -> None:
+    def start_batch(
+        self, task: str | Sequence[str] | None, *, samples: Mapping[str, int] | None = None, training: bool = True
+    ) -> None:
         """Put a task in place; what an earlier batch that was skipped has left is ended before.
 
         Args:
-            task: The batch's own; None where contexts inside its step tell.
+            task: The batch's own, or one for each of its rows; None where contexts inside its step tell.
             samples: That a task has in the batch, if it has any: the weight of what this process knows of it.
             training: Whether the batch is trained on.
 
@@ -57,13 +60,19 @@ class TaskSession:
             ValueError: If there is no such task.
         """
         self.end_skipped_batch()
-        own = self._unlabelled if task is None else self._bank.known(task)
+        of_rows = [] if task is None or isinstance(task, str) else list(map(self._bank.known, task))
+        own = self._bank.known(task) if isinstance(task, str) else None if of_rows else self._unlabelled
         self._contexts, self._training, self._samples, self._open = 0, training, samples or {}, True
-        self._listener.batch_task = own
-        if own is None and self._watch is None:
-            self._watch = ForwardWatch(self._bank.layers_by_name, lambda: self._running)
+        self._listener.batch_task, self._rows = own, of_rows
+        if self._watch is not None and self._watch.layers != self._bank.layers_by_name:
+            self._watch.end()
+            self._watch = None
+        if own is None and not of_rows:
+            self._watch_forwards()
         if self._watch is not None:
             self._watch.begin_batch()
+        if training:
+            self._saw(*dict.fromkeys(of_rows))
         self._listener.begin()
 
     def end_batch(self) -> None:
@@ -73,7 +82,7 @@ class TaskSession:
             UnlabelledBatchError: If nothing told the task of what ran in the batch, and ``unlabelled`` is "raise".
         """
         outside = [] if self._watch is None or not self._open else list(self._watch.outside)
-        none_told = self._listener.batch_task is None and not self._contexts
+        none_told = self._listener.batch_task is None and not self._rows and not self._contexts
         self.end_skipped_batch()
         if outside and none_told:
             done = "moved" if self._training else "was evaluated with"
@@ -103,17 +112,27 @@ class TaskSession:
             self._watch.end()
         self._watch = None
 
+    def _watch_forwards(self) -> None:
+        if self._watch is None:
+            self._watch = ForwardWatch(self._bank.layers_by_name, lambda: self._running)
+
+    def _saw(self, *tasks: str) -> None:
+        self.seen.update(tasks)
+        for task in tasks:
+            self.samples[task] = self.samples.get(task, 0) + self._samples.get(task, 0)
+
     def _enter(self, task: str | None) -> None:
         if task is None:
+            if self._rows:
+                self._in_place.enter_context(self._bank.rows(self._rows))
             return
         self._in_place.enter_context(self._bank.in_place(task))
         self._running = task
         self._contexts += task != self._listener.batch_task
-        if self._contexts and self._watch is None:
-            self._watch = ForwardWatch(self._bank.layers_by_name, lambda: self._running)
+        if self._contexts:
+            self._watch_forwards()
         if self._training:
-            self.seen.add(task)
-            self.samples[task] = self.samples.get(task, 0) + self._samples.get(task, 0)
+            self._saw(task)
 
     def _leave(self) -> None:
         self._running = None

@@ -14,25 +14,27 @@ from torch.utils.hooks import RemovableHandle
 from lightning_bn.functional._tasks import RecomputationError
 from lightning_bn.functional._text import named
 from lightning_bn.functional.layers.exchange import COLLECTING, holders_of, is_held
-from lightning_bn.functional.layers.torch_private import running_backward
+from lightning_bn.functional.layers.torch_private import may_run_again, running_backward
+from lightning_bn.functional.tasks.rows import in_rows
 
 
 class ForwardWatch:
     """Counts the forwards of layers, by the task that runs, until it ends.
 
     Activation checkpointing runs forwards again in the backward. A layer that does so more often for a task than it
-    ran for it has been given those of another one, whose context has ended.
+    ran checkpointed for it has been given those of another one, whose context has ended.
 
     Args:
         layers: By name.
         running: The task that runs, None for none.
 
     Attributes:
+        layers: By name.
         outside: Layers that ran outside of any task in the batch so far.
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm], running: Callable[[], str | None]) -> None:
-        self._running = running
+        self.layers, self._running = dict(layers), running
         self.outside: dict[str, None] = {}
         self._known = False
         self._ran, self._again = Counter[tuple[str, str | None]](), Counter[tuple[str, str | None, int]]()
@@ -60,13 +62,13 @@ class ForwardWatch:
         """
         task, backward = self._running(), running_backward()
         if backward is None:
-            self._ran[name, task] += 1
+            self._ran[name, task] += may_run_again()
             if task is None:
                 self.outside[name] = None
             return
         self._again[name, task, backward] += 1
         if self._known and self._again[name, task, backward] > self._ran[name, task]:
-            others = [repr(other) for layer, other in self._ran if layer == name and other != task]
+            others = [repr(other) for (layer, other), n in self._ran.items() if n and layer == name and other != task]
             raise RecomputationError(
                 f"the backward runs the forward of BatchNorm layer {named(name)} again (activation checkpointing) "
                 f"for {'no task' if task is None else f'task {task!r}'}, which was that of task {', '.join(others)}: "
@@ -84,8 +86,8 @@ class _Look:
     def __call__(self, layer: nn.Module, _: Any) -> None:
         if self._watch is None or torch.compiler.is_compiling():
             return
-        # A recalibration in the middle of a batch is no part of it.
-        if not (is_held(layer) and COLLECTING in holders_of(layer)):
+        # A recalibration in the middle of a batch is no part of it, and rows have tasks of their own.
+        if not in_rows(layer) and not (is_held(layer) and COLLECTING in holders_of(layer)):
             self._watch.sees(self._name)
 
     def __deepcopy__(self, memo: object) -> _Look:
