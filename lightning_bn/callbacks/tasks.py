@@ -229,12 +229,15 @@ class TaskBatchNorm(BatchNormCallback):
                 averages.load(state_dict)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        if self.state_key not in checkpoint.get("callbacks", {}):
+        states = checkpoint.get("callbacks", {})
+        others = [str(key) for key in states if str(key).startswith(type(self).__name__)]
+        if self.state_key not in states:
             self._end()
             self.bank = None
-            rank_zero_info(
-                f"TaskBatchNorm: the checkpoint has no statistics per task: {quoted(self.tasks)} all start from the "
-                f"running statistics in it"
+            of_others = f" of {self.state_key!r}, but of {quoted(others)}" if others else ""
+            (rank_zero_warn if others else rank_zero_info)(
+                f"TaskBatchNorm: the checkpoint has no statistics per task{of_others}: {quoted(self.tasks)} all start "
+                f"from the running statistics in it"
             )
             self._told_of_none = True
 

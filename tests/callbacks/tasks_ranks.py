@@ -12,6 +12,7 @@ from tests.callbacks.fits import quiet
 from tests.callbacks.freezing_ranks import Processes
 from tests.callbacks.task_fits import SeparateStatistics, TasksModule, batch_of, callback, loader_of, sets
 from tests.ranks import take_part
+from tests.synced import ReferenceSync
 
 WORLD = 2
 
@@ -44,6 +45,8 @@ SCENARIOS: dict[str, tuple[list[list[str]], bool, Any]] = {
     "alike": (ALIKE, False, list),
     "unlike, broadcast": (UNLIKE, True, list),
     "unlike": (UNLIKE, False, list),
+    "unlike, synchronized": (UNLIKE, False, list),
+    "alike, synchronized": (ALIKE, False, list),
     "validated": (UNLIKE, False, lambda: [PreciseBatchNorm(num_batches=2)]),
 }
 
@@ -60,6 +63,7 @@ def run(name: str, folder: Path) -> dict[str, Any]:
         max_epochs=1,
         use_distributed_sampler=False,
         num_sanity_val_steps=0,
+        plugins=[ReferenceSync()] if "synchronized" in name else None,
         callbacks=[before, tasks, oracle, *beside()],
         **({} if name == "validated" else {"limit_val_batches": 0}),
     )

@@ -1,5 +1,6 @@
 """Statistics per task in real fits: each task has what a network of its own would have, and training is as it was."""
 
+import copy
 import csv
 import pickle
 import warnings
@@ -674,3 +675,51 @@ def test_task_that_is_given_up_is_none_of_the_tasks() -> None:
     with pytest.raises(MisconfigurationException, match=r"given_up=.*'det' is one of tasks="):
         callback(given_up=["det"])
     assert callback(given_up="old").given_up == ["old"]
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_recomputation_for_a_task_that_ran_as_often_without_checkpointing_is_an_error(reentrant: bool) -> None:
+    class Labelled(TasksModule):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            with lightning_bn.task("seg"):
+                other = checkpoint(self.net, batch["x"].requires_grad_(), use_reentrant=reentrant)
+            return (other + self.net(batch["x"])).square().mean()
+
+    class ByHand(TasksModule):
+        automatic_optimization = False
+
+        def training_step(self, batch: Any, batch_idx: int) -> None:
+            with lightning_bn.task("det"):
+                first = checkpoint(self.net, batch["x"].requires_grad_(), use_reentrant=reentrant)
+            with lightning_bn.task("seg"):
+                self.manual_backward((first + self.net(batch["x"])).square().mean())
+
+    with pytest.raises(RecomputationError, match=r"for task 'det', which was that of task 'seg'"):
+        fit(Labelled(), batches_of(["det"] * 3), callback())
+    with pytest.raises(RecomputationError, match=r"for task 'seg', which was that of task 'det'"):
+        fit(ByHand(), batches_of([None] * 3), callback(task_key=None))
+
+
+def test_layer_that_is_replaced_is_watched_too() -> None:
+    class Replaces(pl.Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+            if batch_idx == 1:
+                pl_module.net = copy.deepcopy(pl_module.net)
+
+    class Forgets(TasksModule):
+        def parts(self, batch: Any) -> Any:
+            return [(batch.get("task", None), batch)]
+
+    with (
+        pytest.warns(UserWarning, match="were replaced"),
+        pytest.warns(UserWarning, match="outside of any task's context"),
+        pytest.raises(MisconfigurationException, match="nothing tells the task"),
+    ):
+        fit(Forgets(), batches_of(["det", "seg", "det", None]), callback(task_key=None), Replaces())
+
+
+@pytest.mark.filterwarnings("ignore:Be aware that when using `ckpt_path`, callbacks")
+def test_file_of_callbacks_with_other_names_is_named(tmp_path: Any) -> None:
+    saved(tmp_path / "c.ckpt", name="body")
+    with pytest.warns(UserWarning, match=r"of 'TaskBatchNorm', but of 'TaskBatchNorm\[body\]'"):
+        resume(tmp_path / "c.ckpt")

@@ -143,3 +143,26 @@ def test_another_kind_of_average_is_named() -> None:
         UserWarning, match="'StochasticWeightAveraging' averages the statistics of the default task 'det'"
     ):
         fit(TasksModule(), batches_of(TASKS), StochasticWeightAveraging(0.1, swa_epoch_start=5), callback())
+
+
+def test_file_that_is_saved_on_an_exception_holds_the_averages(tmp_path: Any) -> None:
+    class Fails(ByStep):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            if batch_idx == 5:
+                raise RuntimeError("as planned")
+            return super().training_step(batch, batch_idx)
+
+    class Saves(pl.Callback):
+        def on_exception(self, trainer: pl.Trainer, *_: Any) -> None:
+            trainer.save_checkpoint(tmp_path / "c.ckpt")
+
+    average, tasks = EMAWeightAveraging(decay=0.5), callback()
+    with pytest.raises(RuntimeError, match="as planned"):
+        fit(Fails(), batches_of(TASKS * 3), average, tasks, Saves())
+    state = torch.load(tmp_path / "c.ckpt", weights_only=True)["callbacks"]["TaskBatchNorm"]
+    assert state["averaged"] == 5
+    key = "net.body.1.running_mean"
+    assert not torch.equal(state["sets"]["seg"][key], state["current_sets"]["seg"][key])
+    # Another fit begins anew.
+    fit(ByStep(), batches_of(TASKS), EMAWeightAveraging(decay=0.5), tasks)
+    assert "_swap_models" not in vars(average)

@@ -60,6 +60,7 @@ class TaskSession:
             ValueError: If there is no such task.
         """
         self.end_skipped_batch()
+        self._bank.resolve()
         of_rows = [] if task is None or isinstance(task, str) else list(map(self._bank.known, task))
         own = self._bank.known(task) if isinstance(task, str) else None if of_rows else self._unlabelled
         self._contexts, self._training, self._samples, self._open = 0, training, samples or {}, True
