@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from lightning_bn.callbacks._lightning.callback_list import is_asked_by, same_kind_beside
 from lightning_bn.callbacks._lightning.namespaces import Callback, LightningModule, MisconfigurationException, Trainer
@@ -59,6 +60,11 @@ class BatchNormCallback(Callback):
         if not trainer.barebones:
             for logger in trainer.loggers:
                 logger.log_metrics(dict(metrics), step=trainer.global_step)
+
+    def _known_under_other_names(self, checkpoint: Mapping[str, Any]) -> list[str]:
+        """State keys of its class in a checkpoint, if none of them is its own."""
+        keys = [str(key) for key in checkpoint.get("callbacks", {}) if str(key).startswith(type(self).__name__)]
+        return [] if self.state_key in keys else keys
 
     @contextmanager
     def _checked(self) -> Iterator[None]:

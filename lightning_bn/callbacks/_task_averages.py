@@ -67,6 +67,11 @@ class TaskAverages:
             "averaged": int(self._beside.average.n_averaged),
         }
 
+    def current(self, state: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Return a saved state whose sets are what training goes on with, where averages are kept beside it."""
+        there = self._beside is not None and "current_sets" in state
+        return {**state, "sets": state["current_sets"]} if there else state
+
     def load(self, state: Mapping[str, Any]) -> None:
         """Take averages that were saved; those of new tasks begin with their statistics."""
         if self._beside is None:
@@ -79,11 +84,6 @@ class TaskAverages:
                     for key, buffer in one.items():
                         buffer.copy_(now[name][key] if saved is None else saved[f"{name}.{key}"])
         self._beside.average.n_averaged.fill_(state.get("averaged", 0))
-
-
-def without_averages(state: Mapping[str, Any]) -> Mapping[str, Any]:
-    """Return a saved state whose sets are those that training goes on with."""
-    return {**state, "sets": state["current_sets"]} if "current_sets" in state else state
 
 
 def _others(bank: TaskStatistics) -> list[tuple[str, dict[str, Buffers]]]:

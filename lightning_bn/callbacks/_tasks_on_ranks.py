@@ -15,6 +15,7 @@ from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.tasks.across_processes import merge_across_processes
 from lightning_bn.functional.tasks.bank import TaskStatistics
+from lightning_bn.functional.tasks.session import TaskSession
 from lightning_bn.functional.tasks.task_sets import Buffers
 
 _ONE_TASK = (
@@ -59,11 +60,12 @@ class TasksOnRanks:
         whole = num_samples(batch) or 1
         return {task: num_samples(parts[task]) or whole if task in parts else whole for task in self._bank.tasks}
 
-    def merge(self, further: Sequence[tuple[str, dict[str, Buffers]]], samples: Mapping[str, int]) -> None:
+    def merge(self, session: TaskSession, further: Sequence[tuple[str, dict[str, Buffers]]]) -> None:
         """Merge the statistics of all ranks, and further sets of the same tasks, by the samples that each saw."""
         if self._trainer.world_size > 1:
             parts = [*self._bank.parts(), *further]
-            merge_across_processes(parts, samples, self._trainer.strategy.root_device)
+            merge_across_processes(parts, session.samples, self._trainer.strategy.root_device)
+        session.forget_samples()
 
     def warn_of_unseen(self, seen: set[str]) -> None:
         """Warn of tasks that no rank has seen, in the first epoch; every rank has to call this."""

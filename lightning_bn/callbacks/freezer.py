@@ -261,14 +261,14 @@ class BatchNormFreezer(BatchNormCallback):
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
         states = checkpoint.get("callbacks", {})
-        others = [key for key in states if str(key).startswith(type(self).__name__)]
+        others = self._known_under_other_names(checkpoint)
         changed = self._settings_changed(states.get(self.state_key, {}))
         if changed:
             rank_zero_warn(
                 f"BatchNormFreezer: the checkpoint was written under another plan ({'; '.join(changed)}): this run "
                 f"freezes as it is configured now."
             )
-        elif others and self.state_key not in states:
+        elif others:
             rank_zero_warn(
                 f"BatchNormFreezer: the checkpoint was written with {quoted(others)} and knows no "
                 f"{self.state_key!r}: this run freezes as it is configured now, and counts from here."

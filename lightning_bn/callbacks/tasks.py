@@ -6,12 +6,11 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 from lightning_bn.callbacks._base import BatchNormCallback
-from lightning_bn.callbacks._lightning.averages import averaging_callbacks
 from lightning_bn.callbacks._lightning.callback_list import put_first
 from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_bn.callbacks._lightning.state import fits
 from lightning_bn.callbacks._ranks import agree_on_ranks
-from lightning_bn.callbacks._task_averages import TaskAverages, without_averages
+from lightning_bn.callbacks._task_averages import TaskAverages
 from lightning_bn.callbacks._task_of import TaskOf
 from lightning_bn.callbacks._tasks_on_ranks import TasksOnRanks
 from lightning_bn.callbacks._val_tasks import ValTasks
@@ -96,9 +95,8 @@ class TaskBatchNorm(BatchNormCallback):
             kept = [task for task in self.given_up if task in self.tasks]
             if kept:
                 raise ValueError(f"given_up={given_up!r}: {quoted(kept)} is one of tasks={self.tasks!r} too.")
-        self.task_key, self.val_tasks, self.unlabelled = task_key, val_tasks, unlabelled
+        self.task_key, self.val_tasks, self.unlabelled, self.merge = task_key, val_tasks, unlabelled, merge
         self.start: Literal["cumulative", "shared"] = start
-        self.merge = merge
         self.bank: TaskStatistics | None = None
         otherwise = None if unlabelled == RAISE else unlabelled
         self._task_of = TaskOf(task_key, tasks=self.tasks, otherwise=otherwise)
@@ -118,12 +116,7 @@ class TaskBatchNorm(BatchNormCallback):
         facts = {"tasks": tuple(self.tasks), "default": self.default, "merge": self.merge}
         agree_on_ranks(trainer, "keep statistics per task", lambda: self._layout(pl_module), facts)
         self._end()
-        restored = self._restored
-        bank = self._begin(trainer, pl_module)
-        self._averages = TaskAverages(trainer, bank)
-        if restored is not None:
-            self._averages.load(restored)
-        self._ranks = TasksOnRanks(trainer, bank)
+        self._ranks = TasksOnRanks(trainer, self._begin(trainer, pl_module))
 
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         if self._session is None or self._ranks is None:
@@ -223,15 +216,11 @@ class TaskBatchNorm(BatchNormCallback):
         self._restored = state_dict or None
         if self._session is not None and self.bank is not None and self._restored is not None:
             # In mid-fit, as tuners do that begin anew from where they were.
-            averages = self._averages
-            self._load(self.bank, averaged=averages is not None)
-            if averages is not None:
-                averages.load(state_dict)
+            self._load(self.bank)
 
     def on_load_checkpoint(self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]) -> None:
-        states = checkpoint.get("callbacks", {})
-        others = [str(key) for key in states if str(key).startswith(type(self).__name__)]
-        if self.state_key not in states:
+        if self.state_key not in checkpoint.get("callbacks", {}):
+            others = self._known_under_other_names(checkpoint)
             self._end()
             self.bank = None
             of_others = f" of {self.state_key!r}, but of {quoted(others)}" if others else ""
@@ -247,18 +236,23 @@ class TaskBatchNorm(BatchNormCallback):
                 self.bank = TaskStatistics(module, self.tasks, self._selection, default=self.default, start=self.start)
         else:
             self.bank.attach()
+        self._averages = TaskAverages(trainer, self.bank) if fits(trainer) else None
         if self._restored is not None:
-            self._load(self.bank, averaged=fits(trainer) and bool(averaging_callbacks(trainer)[0]))
+            self._load(self.bank)
         self.bank.task_of = self._task_of
         self.bank.outside.begin(_warn)
         self._session = TaskSession(self.bank, self.unlabelled)
         return self.bank
 
-    def _load(self, bank: TaskStatistics, *, averaged: bool) -> None:
+    def _load(self, bank: TaskStatistics) -> None:
         """Take what was restored: what training goes on with where averages are kept beside it, else what is in use."""
         state, self._restored = self._restored or {}, None
+        averages = self._averages
         with self._checked():
-            told = bank.load_state_dict(without_averages(state) if averaged else state, given_up=self.given_up)
+            current = state if averages is None else averages.current(state)
+            told = bank.load_state_dict(current, given_up=self.given_up)
+        if averages is not None:
+            averages.load(state)
         for message in told:
             rank_zero_info(f"TaskBatchNorm: {message}")
 
@@ -282,9 +276,7 @@ class TaskBatchNorm(BatchNormCallback):
 
     def _merge(self) -> None:
         if self.merge and self._session is not None and self._ranks is not None:
-            averages = [] if self._averages is None else self._averages.parts()
-            self._ranks.merge(averages, self._session.samples)
-            self._session.forget_samples()
+            self._ranks.merge(self._session, [] if self._averages is None else self._averages.parts())
 
     def _end_batch(self) -> None:
         if self._session is not None:
