@@ -4,22 +4,17 @@ Local processes over gloo, one thread each, in which the ways take turns. They s
 nothing over a network, so that a time says nothing about a cluster; how often they have to wait for each other does.
 """
 
-import json
 import math
 import os
-import signal
-import tempfile
 import time
 from collections.abc import Callable, Mapping
-from datetime import timedelta
 from functools import partial
 from itertools import islice
-from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
+from _processes import on_processes
 from _results import Results
 from _rounds import compare
 from torch import Tensor
@@ -40,8 +35,6 @@ LAYERS = (50, 200, 1000)
 PROCESSES = {2: 1000, 4: 25, 8: 15}
 #: Seconds after which no further round begins, for one number of layers; rounds at least and at most; not counted.
 SECONDS, FEWEST, MOST, WARM_UP = 4, 3, 20, 1
-#: Seconds that a collective waits, and after which the processes of one run are ended.
-PATIENCE, LIMIT = 60, 180
 #: How far apart the ways' statistics may be.
 TOLERANCE = 1e-6
 
@@ -78,9 +71,11 @@ def package(gathered: Local) -> Callable[[], Statistics]:
         moments=moments,
         errors=errors,
         averages=torch.stack((moments.mean, variance(moments))),
+        apart=torch.zeros_like(errors),
         eps=torch.full_like(moments.mean, 1e-5),
         uses=torch.ones(len(gathered)),
         nonfinite=torch.zeros(len(gathered)),
+        empty=torch.zeros(len(gathered)),
     )
     totals, device = Counts(batches=1, samples=32), torch.device("cpu")
 
@@ -225,45 +220,9 @@ def measure(rank: int, processes: int, layers: int) -> dict[str, dict[str, Any]]
     return found
 
 
-def take_part(rank: int, processes: int, folder: str) -> None:
-    """One of the processes: everything in one group, met in a file; the first writes down what was found."""
-    # Sent by the system where the parent was killed: ends this process even in the middle of a collective.
-    signal.signal(signal.SIGINT, signal.SIG_DFL)
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=processes,
-        timeout=timedelta(seconds=PATIENCE),
-    )
-    found = [measure(rank, processes, layers) for layers in LAYERS]
-    if rank == 0:
-        Path(folder, "found.json").write_text(json.dumps(found))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-def run_processes(processes: int) -> list[dict[str, dict[str, Any]]]:
-    """What they found, by number of layers; none of them is left, whatever happens.
-
-    Raises:
-        TimeoutError: If they take too long.
-    """
-    with tempfile.TemporaryDirectory() as folder:
-        context = mp.start_processes(
-            take_part, (processes, folder), nprocs=processes, join=False, daemon=True, start_method="spawn"
-        )
-        try:
-            end = time.monotonic() + LIMIT
-            while not context.join(timeout=max(0, end - time.monotonic())):
-                if time.monotonic() >= end:
-                    raise TimeoutError(f"{processes} processes were not done after {LIMIT} seconds")
-        finally:
-            for process in context.processes:
-                process.kill()
-                process.join()
-        return json.loads(Path(folder, "found.json").read_text())
+def measure_all(rank: int, processes: int) -> list[dict[str, dict[str, Any]]]:
+    """The same for each number of layers."""
+    return [measure(rank, processes, layers) for layers in LAYERS]
 
 
 def main() -> None:
@@ -275,7 +234,7 @@ def main() -> None:
     found = {
         (processes, layers): ways
         for processes in PROCESSES
-        for layers, ways in zip(LAYERS, run_processes(processes), strict=True)
+        for layers, ways in zip(LAYERS, on_processes(measure_all, processes), strict=True)
     }
     whole = min(PROCESSES)
     results.table(

@@ -1,17 +1,22 @@
 """What a switch of statistics costs: against a snapshot taken and restored, and in a training step."""
 
+import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import cycle
+from statistics import median
+from typing import Any
 
 import torch
 from _networks import resnet50, seeded
+from _processes import on_processes
 from _results import Results
-from _rounds import Clock, compare
+from _rounds import Clock, Comparison, compare
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lightning_bn.functional import TaskStatistics, restore_snapshot, take_snapshot, task_statistics
+from lightning_bn.functional.distributed.agreement import agree
 
 ROUNDS, SWITCHES = 60, 20
 TURNS = 60
@@ -25,7 +30,7 @@ class Counted(TorchDispatchMode):
         super().__init__()
         self.operators = 0
 
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.operators += 1
         return func(*args, **(kwargs or {}))
 
@@ -87,7 +92,7 @@ def _compared(
     images: torch.Tensor,
     clock: Clock,
     contexts: Callable[[str], AbstractContextManager[None]],
-):  # type: ignore[no-untyped-def]
+) -> dict[str, Comparison]:
     times: dict[str, list[float]] = {name: [] for name in networks}
     optimizers = {name: torch.optim.SGD(network.parameters(), lr=0.0) for name, network in networks.items()}
     for turn in range(TURNS + 3):
@@ -110,6 +115,16 @@ def memory() -> list[dict[str, object]]:
     return [{"network": "ResNet-50", "layers": len(sets), "bytes per task": held}]
 
 
+def agreement(rank: int, processes: int) -> list[float]:
+    """Seconds of agreeing on the task of a batch, call by call, waiting included."""
+    seconds = []
+    for index in range(300):
+        begun = time.perf_counter()
+        agree({"task": TASKS[index % 2]}, torch.device("cpu"), doing="train")
+        seconds.append(time.perf_counter() - begun)
+    return seconds[50:]
+
+
 def main() -> None:
     """Prints the tables and writes them to `benchmarks/results/`."""
     torch.manual_seed(0)
@@ -124,6 +139,15 @@ def main() -> None:
         "A training step with two switches",
         steps(clock),
         f"{TURNS} turns, 2 images of 32x32. The last row is the measurement's own error.",
+    )
+    waited = {processes: on_processes(agreement, processes) for processes in (2, 4)}
+    results.table(
+        "Agreeing on the task of a batch, one small all_reduce a step",
+        [
+            {"processes": processes, "us, fastest": 1e6 * min(seconds), "us, median": 1e6 * median(seconds)}
+            for processes, seconds in waited.items()
+        ],
+        "Only where ranks share the statistics of a batch: broadcast buffers or SyncBatchNorm. Wall time, gloo.",
     )
     results.table("Memory", memory())
     results.write()

@@ -137,7 +137,8 @@ def test_recalibration_before_the_last_file_is_of_the_averages() -> None:
         assert torch.allclose(found, mean, rtol=1e-6)
 
 
-@pytest.mark.filterwarnings("ignore")
+@pytest.mark.filterwarnings("ignore:TaskBatchNorm. outside of any task")
+@pytest.mark.filterwarnings("ignore:tensors of 3 BatchNorm layers with statistics per task were replaced")
 def test_another_kind_of_average_is_named() -> None:
     with pytest.warns(
         UserWarning, match="'StochasticWeightAveraging' averages the statistics of the default task 'det'"

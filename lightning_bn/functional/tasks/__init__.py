@@ -9,11 +9,14 @@ from lightning_bn.functional.tasks.creation import task_statistics
 from lightning_bn.functional.tasks.drift import TaskDrift, task_drift
 from lightning_bn.functional.tasks.export import export_task
 from lightning_bn.functional.tasks.nearest import NearestTask, nearest_task
+from lightning_bn.functional.tasks.session import TaskSession, UnlabelledBatchError
 
 __all__ = [
     "NearestTask",
     "TaskDrift",
+    "TaskSession",
     "TaskStatistics",
+    "UnlabelledBatchError",
     "export_task",
     "nearest_task",
     "task",
