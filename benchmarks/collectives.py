@@ -82,7 +82,8 @@ def package(gathered: Local) -> Callable[[], Statistics]:
     def run() -> Statistics:
         agree({**layer_facts(layout), "estimator": "pooled"}, device)
         layers = {None: (layout, eps)}
-        return across_processes({None: population}, layers, {None: totals}, device)[0][None].statistics("pooled")
+        merged = across_processes({None: population}, layers, {None: totals}, device)[0][None]
+        return {name: (mean, var) for name, (mean, var) in layout.split(merged.statistics("pooled")).items()}
 
     return run
 
@@ -246,8 +247,8 @@ def main() -> None:
             if name != AGAIN
         ],
         "The same for any number of processes. KiB: of the tensors that a process puts in. lightning_bn: a collective "
-        "to agree on the layers and one for eight sums per channel, of which five are for standard errors and the "
-        "other estimator; SyncBatchNorm layers take one more before every batch. The others, by hand: count, sum and "
+        "to agree on the layers and one for ten sums per channel, of which seven are for standard errors, the "
+        "other estimator and uses that lie apart; SyncBatchNorm layers take one more before every batch. The others, by hand: count, sum and "
         "sum of squares, in float64 too; three sums: of all layers in one all_reduce.",
     )
     rows = []
