@@ -247,9 +247,9 @@ def main() -> None:
             if name != AGAIN
         ],
         "The same for any number of processes. KiB: of the tensors that a process puts in. lightning_bn: a collective "
-        "to agree on the layers and one for ten sums per channel, of which seven are for standard errors, the "
-        "other estimator and uses that lie apart; SyncBatchNorm layers take one more before every batch. The others, by hand: count, sum and "
-        "sum of squares, in float64 too; three sums: of all layers in one all_reduce.",
+        "to agree on the layers and one for ten sums per channel, of which seven are for standard errors, the other "
+        "estimator and uses that lie apart; SyncBatchNorm layers take one more before every batch. The others, by "
+        "hand: count, sum and sum of squares, in float64 too; three sums: of all layers in one all_reduce.",
     )
     rows = []
     for (processes, layers), ways in found.items():
