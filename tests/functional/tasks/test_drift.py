@@ -90,3 +90,17 @@ def test_matrix_is_from_the_row_to_the_column() -> None:
     assert lopsided.pairs() == {("a", "b"): [4.0]}, "the larger one of the two directions"
     with pytest.raises(ValueError, match="needs two"):
         task_drift(task_statistics(nn.BatchNorm1d(1), ["a"]))
+
+
+def test_equal_inputs_need_no_set_for_each_task() -> None:
+    model = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 8), nn.BatchNorm1d(8))
+    bank = task_statistics(model, ["det", "seg"])
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(60):
+        for task in bank.tasks:
+            with bank.task(task):
+                model(torch.randn(64, 6, generator=generator))
+    apart = task_drift(bank)
+    assert 0 < apart.worst()[-1] < 0.1
+    assert apart.suggest() == []
+    assert "one set serves all tasks" in str(apart)
