@@ -723,3 +723,13 @@ def test_file_of_callbacks_with_other_names_is_named(tmp_path: Any) -> None:
     saved(tmp_path / "c.ckpt", name="body")
     with pytest.warns(UserWarning, match=r"of 'TaskBatchNorm', but of 'TaskBatchNorm\[body\]'"):
         resume(tmp_path / "c.ckpt")
+
+
+@pytest.mark.parametrize("start", ["shared", "cumulative"])
+def test_statistics_that_an_evaluation_has_read_can_be_trained_on(tmp_path: Any, start: str) -> None:
+    saved(tmp_path / "c.ckpt", start=start)
+    tasks, module = callback(start=start), TasksModule()
+    trainer = quiet(callbacks=[tasks], max_epochs=2, limit_val_batches=1, num_sanity_val_steps=0)
+    trainer.validate(module, loader_of(batches_of(["seg"])), ckpt_path=tmp_path / "c.ckpt", verbose=False)
+    trainer.fit(module.train(), loader_of(batches_of(TASKS)), loader_of(batches_of(["seg"])))
+    assert {int(one["net.body.1"]["num_batches_tracked"]) for _, one in tasks.bank.parts()} == {3 + 2}
