@@ -11,12 +11,12 @@ import pytorch_lightning as pl
 import torch
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 
-from lightning_bn import BatchNormFreezer, BatchNormMonitor, PreciseBatchNorm
+from lightning_bn import BatchNormFreezer, BatchNormMonitor, PreciseBatchNorm, TaskBatchNorm
 from tests.callbacks.fits import Classifier, quiet, train_loader, val_loader
 from tests.models import bits, fill_statistics
 from tests.ranks import ROOT
 
-CALLBACKS = [lambda: BatchNormFreezer(["net"]), BatchNormMonitor, PreciseBatchNorm]
+CALLBACKS = [lambda: BatchNormFreezer(["net"]), BatchNormMonitor, PreciseBatchNorm, lambda: TaskBatchNorm(["one"])]
 
 
 class DeepSpeedStrategy(pl.strategies.DDPStrategy):
