@@ -21,7 +21,7 @@ TASKS = ["a", "b", "c"]
 Batch = tuple[Tensor, str]
 
 
-class BesideRanks(nn.Module):
+class Beside(nn.Module):
     """Two networks that do not feed each other; one of them has statistics per task."""
 
     def __init__(self) -> None:
@@ -34,7 +34,7 @@ class BesideRanks(nn.Module):
 
 
 def network() -> nn.Module:
-    return fill_statistics(seeded(BesideRanks)).double().train()
+    return fill_statistics(seeded(Beside)).double().train()
 
 
 def with_bank(model: nn.Module, tasks: list[str] = TASKS) -> TaskStatistics:

@@ -17,6 +17,7 @@ from lightning_bn.functional import freeze_batch_norm, recalibrate
 from lightning_bn.functional.recalibration.run import PATIENCE
 from lightning_bn.functional.statistics.snapshots import Snapshot
 from lightning_bn.functional.tasks import TaskStatistics, task_statistics
+from tests.functional.recalibration.per_task_ranks import Beside
 from tests.models import Broken, SharedNorm, SmallResNet, bits, fill_statistics, images, seeded
 from tests.oracle import generators
 
@@ -157,18 +158,6 @@ def test_a_joint_steps_forwards_go_to_the_task_whose_context_they_run_in() -> No
     without = recalibrate(pooled, parts, modules="without", forward=lambda net, one: net(one))
     same(done, without)
     assert done.layers == ("without",)
-
-
-class Beside(nn.Module):
-    """Two networks that do not feed each other."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.shared, self.without = SmallResNet(), SmallResNet(5)
-
-    def forward(self, x: Tensor) -> None:
-        self.shared(x)
-        self.without(x)
 
 
 @pytest.mark.parametrize("limit", [{"num_batches": 3}, {"num_samples": 13}, {"max_standard_error": 0.6}, {}])
