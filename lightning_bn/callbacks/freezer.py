@@ -54,6 +54,8 @@ class BatchNormFreezer(BatchNormCallback):
             move, and that batch contributes nothing to the gradients of their ``weight`` and ``bias``.
         task_key: Where the task of a batch is found: a key of the batch, or the import path of a function of batch and
             batch index. For steps that serve several tasks at once, use :func:`lightning_bn.task` inside the step.
+        memory_efficient: Whether frozen layers keep nothing of their inputs for the backward, as for
+            ``freeze_batch_norm``; None for wherever ``stats`` and ``affine`` are both frozen.
         name: Tells this freezer from another one in the same Trainer, which refuses two of one name.
 
     Attributes:
@@ -64,8 +66,7 @@ class BatchNormFreezer(BatchNormCallback):
             nowhere, or if two freezers of one Trainer have the same ``name``.
         SelectionError: When the fit starts, if the selection means no layer or one without running statistics.
 
-    Source: Wu & Johnson (2021), "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 4 for freezing in
-    fine-tuning and in the last epochs.
+    Source: Wu & Johnson (2021), "Rethinking 'Batch' in BatchNorm", arXiv 2105.07576, section 4, on fine-tuning.
     """
 
     def __init__(
@@ -82,6 +83,7 @@ class BatchNormFreezer(BatchNormCallback):
         stop_step: int | None = None,
         by_task: dict[str, list[str]] | None = None,
         task_key: str | None = None,
+        memory_efficient: bool | None = None,
         name: str | None = None,
     ) -> None:
         super().__init__()
@@ -90,7 +92,7 @@ class BatchNormFreezer(BatchNormCallback):
             check_text("task_key", task_key, none="where contexts tell")
             if task_key is not None and not by_task:
                 raise ValueError(f"task_key={task_key!r} means nothing without by_task.")
-            self._chosen = FreezeSelection(modules, exclude, root, by_task, stats, affine)
+            self._chosen = FreezeSelection(modules, exclude, root, by_task, stats, affine, memory_efficient)
             self._schedule = FreezeSchedule(start_epoch, stop_epoch, start_step, stop_step)
         self._settings = {**self._chosen.settings(), "schedule": str(self._schedule)}
         self.stats, self.affine, self.by_task = stats, affine, by_task

@@ -123,6 +123,18 @@ SCENARIOS: dict[str, tuple[Callable[[], Any], Callable[[], BatchNormFreezer], di
         {},
         {"static_graph": True, "gradient_as_bucket_view": True},
     ),
+    "accumulated, inputs kept": (
+        lambda: PretrainedClassifier(optimizer=adamw),
+        lambda: freezer(stop_epoch=1, memory_efficient=False),
+        {"accumulate_grad_batches": 2, "gradient_clip_val": 0.1},
+        {},
+    ),
+    "static graph, inputs kept": (
+        lambda: PretrainedClassifier(optimizer=adamw),
+        lambda: freezer(stop_epoch=1, memory_efficient=False),
+        {},
+        {"static_graph": True, "gradient_as_bucket_view": True},
+    ),
     "unused parameters": (
         lambda: PretrainedClassifier(optimizer=adamw),
         lambda: freezer(stop_epoch=1),

@@ -87,3 +87,11 @@ def test_tasks_leave_their_layers_with_what_others_contributed(ranks: Results) -
         result = rank["tasks by rank"]
         moved = {key for key, value in result["values"][-1].items() if value != result["first"][key]}
         assert {"net.seg_head.1.weight", "net.det_head.1.weight", "net.body.1.weight"} <= moved
+
+
+@pytest.mark.parametrize("scenario", ["accumulated", "static graph"])
+def test_layers_that_keep_nothing_of_their_inputs_end_with_the_bits_of_those_that_do(
+    ranks: Results, scenario: str
+) -> None:
+    for rank in ranks:
+        assert rank[scenario]["state"] == rank[f"{scenario}, inputs kept"]["state"]

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import Any
 
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
+from lightning_bn.functional.freezing.memory_efficient import memory_efficient
 from lightning_bn.functional.layers.overlay import Overlay, put_before, take_away
 from lightning_bn.functional.layers.torch_private import attributes_of
 
@@ -21,28 +24,41 @@ class Pin:
         owners: Who pins it.
         found: The mode it was in when it was first pinned.
         given: The mode it would be in now were it not pinned.
+        constant_for: Those of the owners for whom all its values are constants, ``weight`` and ``bias`` too: while
+            there is one, the layer keeps nothing of its input for the backward.
     """
 
     owners: tuple[str, ...]
     found: bool
     given: bool
+    constant_for: tuple[str, ...] = ()
 
 
-def pin_in_eval(layer: _BatchNorm, owner: str, like: _BatchNorm | None = None) -> None:
+def pin_in_eval(layer: _BatchNorm, owner: str, like: _BatchNorm | None = None, *, constant: bool = False) -> None:
     """Put a layer into eval mode, where it stays through any ``.train()`` until all its owners have released it.
 
     Args:
         layer: Which.
         owner: Who asks.
         like: A pinned layer in whose place it is: it then goes back to the mode that this one would.
+        constant: Whether its ``weight`` and ``bias`` are constants too for this owner.
     """
     put_before(layer, _PinnedInEval)
     attributes = attributes_of(layer)
     found = None if like is None else attributes_of(like).get(PIN)
     found = found or Pin((), layer.training, layer.training)
-    pin = attributes.get(PIN) or replace(found, owners=())
-    attributes[PIN] = replace(pin, owners=tuple(dict.fromkeys((*pin.owners, owner))))
+    pin = _without(attributes.get(PIN) or replace(found, owners=(), constant_for=()), owner)
+    constant_for = (*pin.constant_for, owner) if constant else pin.constant_for
+    attributes[PIN] = replace(pin, owners=(*pin.owners, owner), constant_for=constant_for)
     layer.training = False
+
+
+def let_affine_train(layer: _BatchNorm, owner: str) -> None:
+    """Have a layer that ``owner`` pins give ``weight`` and ``bias`` gradients again, if no other owner objects."""
+    attributes = attributes_of(layer)
+    pin = attributes.get(PIN)
+    if pin is not None:
+        attributes[PIN] = replace(pin, constant_for=_without(pin, owner).constant_for)
 
 
 def release(layer: _BatchNorm, owner: str, *, as_found: bool = False, parent_trains: bool = False) -> None:
@@ -61,12 +77,23 @@ def release(layer: _BatchNorm, owner: str, *, as_found: bool = False, parent_tra
     pin = attributes.get(PIN)
     if pin is None or owner not in pin.owners:
         return
-    attributes[PIN] = pin = replace(pin, owners=tuple(one for one in pin.owners if one != owner))
+    attributes[PIN] = pin = _without(pin, owner)
     if pin.owners:
         return
     del attributes[PIN]
     layer.training = pin.found if as_found else pin.given or (pin.found and parent_trains)
     take_away(layer, _PinnedInEval)
+
+
+def _without(pin: Pin, owner: str) -> Pin:
+    """Return a pin without one of its owners."""
+    owners, constant_for = ((*(one for one in those if one != owner),) for those in (pin.owners, pin.constant_for))
+    return replace(pin, owners=owners, constant_for=constant_for)
+
+
+def _is_constant(layer: _BatchNorm) -> bool:
+    pin = layer.__dict__.get(PIN)
+    return pin is not None and bool(pin.constant_for)
 
 
 class _PinnedInEval(Overlay):
@@ -76,6 +103,10 @@ class _PinnedInEval(Overlay):
     """
 
     mark = PIN
+
+    @classmethod
+    def above(cls, forward: Callable[..., Any]) -> type[Overlay]:
+        return type(cls.__name__, (cls,), {"forward": memory_efficient(forward, _is_constant)})
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

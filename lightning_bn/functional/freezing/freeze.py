@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional._checks import check_flag
-from lightning_bn.functional._text import counted, quoted
-from lightning_bn.functional.freezing.eval_mode import PIN, pin_in_eval, release
+from lightning_bn.functional.freezing.eval_mode import PIN, let_affine_train, pin_in_eval, release
 from lightning_bn.functional.freezing.proof import FreezeProof
-from lightning_bn.functional.layers.behavior import has_initial_statistics
-from lightning_bn.functional.layers.patterns import Patterns, SelectionError
-from lightning_bn.functional.layers.properties import affine_parameters, has_running_statistics
-from lightning_bn.functional.layers.selection import LayerSelection, refuse_lazy
+from lightning_bn.functional.freezing.what_can_be_frozen import (
+    are_constants,
+    select_to_freeze,
+    warn_of_initial_statistics,
+)
+from lightning_bn.functional.layers.patterns import Patterns
+from lightning_bn.functional.layers.properties import affine_parameters
+from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.layers.status import layer_status, update_status
 from lightning_bn.functional.layers.torch_private import attributes_of
 
@@ -33,6 +34,7 @@ def freeze_batch_norm(
     root: str = "",
     stats: bool = True,
     affine: bool = True,
+    memory_efficient: bool | None = None,
 ) -> tuple[str, ...]:
     """Freeze the selected BatchNorm layers in place until :func:`unfreeze_batch_norm`; return their names.
 
@@ -54,11 +56,14 @@ def freeze_batch_norm(
         root: As for ``batch_norm_layers``.
         stats: Whether to freeze the running statistics.
         affine: Whether to freeze ``weight`` and ``bias``.
+        memory_efficient: Whether the layers keep nothing of their inputs for the backward, which takes both to be
+            frozen, by one call; None for wherever they are. What they give is the same, bit for bit; a parameter that
+            requires a gradient nevertheless gets zeros.
 
     Raises:
         SelectionError: As for ``batch_norm_layers``; under ``stats`` also if a selected layer has no running
             statistics.
-        ValueError: If neither ``stats`` nor ``affine`` is asked for.
+        ValueError: If neither ``stats`` nor ``affine`` is asked for, or ``memory_efficient`` without both.
 
     Warns:
         UserWarning: If statistics are frozen that are still those of construction.
@@ -72,12 +77,13 @@ def freeze_batch_norm(
         >>> net.train()[1].training
         False
     """
+    constant = are_constants(stats=stats, affine=affine, memory_efficient=memory_efficient)
     layers = select_to_freeze(model, LayerSelection(modules, exclude, root), stats=stats, affine=affine)
     if stats:
         warn_of_initial_statistics(layers)
     restore = _as_found(layers)
     try:
-        freeze_layers(layers, stats=stats, affine=affine)
+        freeze_layers(layers, stats=stats, affine=affine, constant=constant)
     except BaseException:
         restore()
         raise
@@ -123,6 +129,7 @@ def frozen_batch_norm(
     root: str = "",
     stats: bool = True,
     affine: bool = True,
+    memory_efficient: bool | None = None,
 ) -> Iterator[FreezeProof]:
     """A context in which the selected layers are frozen; yields their names, and whether they stayed what they were.
 
@@ -138,70 +145,27 @@ def frozen_batch_norm(
         root: As for ``freeze_batch_norm``.
         stats: As for ``freeze_batch_norm``.
         affine: As for ``freeze_batch_norm``.
+        memory_efficient: As for ``freeze_batch_norm``.
 
     Raises:
         SelectionError: As for ``freeze_batch_norm``.
         ValueError: As for ``freeze_batch_norm``.
     """
+    constant = are_constants(stats=stats, affine=affine, memory_efficient=memory_efficient)
     layers = select_to_freeze(model, LayerSelection(modules, exclude, root), stats=stats, affine=affine)
     if stats:
         warn_of_initial_statistics(layers, stacklevel=4)  # past contextlib's frame
     restore = _as_found(layers)
     try:
-        freeze_layers(layers, stats=stats, affine=affine)
+        freeze_layers(layers, stats=stats, affine=affine, constant=constant)
         yield FreezeProof.of(layers, stats=stats, affine=affine)
     finally:
         restore()
 
 
-def check_freezes(*, stats: bool, affine: bool) -> None:
-    """Raise if nothing is to be frozen.
-
-    Raises:
-        ValueError: If neither ``stats`` nor ``affine`` is asked for, or one of them is neither True nor False.
-    """
-    check_flag("stats", stats)
-    check_flag("affine", affine)
-    if not stats and not affine:
-        raise ValueError("stats=False with affine=False freezes nothing: ask for at least one of them.")
-
-
-def select_to_freeze(
-    model: nn.Module, selection: LayerSelection, *, stats: bool, affine: bool
-) -> dict[str, _BatchNorm]:
-    """Return the layers that a freeze with these arguments means, checked: nothing is changed.
-
-    Raises:
-        SelectionError: As for :func:`freeze_batch_norm`.
-        ValueError: As for :func:`freeze_batch_norm`.
-    """
-    check_freezes(stats=stats, affine=affine)
-    layers = selection.layers(model)
-    if not stats:
-        return layers
-    without = [name for name, layer in layers.items() if not has_running_statistics(layer)]
-    if without:
-        raise SelectionError(
-            f"BatchNorm without running statistics to freeze: {quoted(without)} (constructed with "
-            f"track_running_stats=False). Leave it out with exclude, or freeze with stats=False."
-        )
-    refuse_lazy(layers)
-    return layers
-
-
-def warn_of_initial_statistics(layers: Mapping[str, _BatchNorm], stacklevel: int = 3) -> None:
-    """Warn where statistics are about to be frozen that are still those of construction."""
-    initial = [name for name, layer in layers.items() if has_initial_statistics(layer)]
-    if initial:
-        warnings.warn(
-            f"freezing {counted(len(initial), 'BatchNorm layer')} with the running statistics of construction, mean 0 "
-            f"and variance 1: {quoted(initial)}. That would normalize nothing: load the pre-trained weights "
-            f"before freezing, or recalibrate first.",
-            stacklevel=stacklevel,
-        )
-
-
-def freeze_layers(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, owner: str = _OWNER) -> None:
+def freeze_layers(
+    layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, owner: str = _OWNER, constant: bool = False
+) -> None:
     """Freeze layers that are already resolved; ``owner`` is who asks, and who has to unfreeze them."""
     if affine:
         # All of them before any changes: layers may share a parameter.
@@ -211,7 +175,7 @@ def freeze_layers(layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool
     declare(layers, stats=stats, affine=affine, owner=owner, frozen=True)
     for layer in layers.values():
         if stats:
-            pin_in_eval(layer, owner)
+            pin_in_eval(layer, owner, constant=constant)
         if affine:
             for parameter in affine_parameters(layer):
                 parameter.requires_grad_(False)
@@ -229,6 +193,8 @@ def unfreeze_layers(
         layer = layers[name]
         if stats:
             release(layer, owner, parent_trains=parent_trains)
+        if affine:
+            let_affine_train(layer, owner)
         if affine and not layer_status(layer).affine_frozen_by:
             required = attributes_of(layer).pop(_REQUIRED_GRAD, ())
             for parameter, before in zip(affine_parameters(layer), required, strict=False):

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._checks import check_text
-from lightning_bn.functional.freezing.freeze import check_freezes, select_to_freeze
+from lightning_bn.functional.freezing.what_can_be_frozen import are_constants, check_freezes, select_to_freeze
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.statistics.channels import ChannelLayout
@@ -30,6 +30,7 @@ class FreezeSelection:
         by_task: Further modules for each task, frozen while a batch of that task is trained.
         stats: Whether to freeze running statistics.
         affine: Whether to freeze ``weight`` and ``bias``.
+        memory_efficient: As for ``freeze_batch_norm``.
 
     Raises:
         ValueError: If neither ``stats`` nor ``affine`` is asked for, or ``by_task`` is no mapping.
@@ -41,16 +42,23 @@ class FreezeSelection:
     by_task: Mapping[str, Patterns] | None = None
     stats: bool = True
     affine: bool = True
+    memory_efficient: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse what freezes nothing or cannot be read."""
         check_freezes(stats=self.stats, affine=self.affine)
+        are_constants(stats=self.stats, affine=self.affine, memory_efficient=self.memory_efficient)
         if self.by_task is not None and not isinstance(self.by_task, Mapping):
             raise ValueError(f"by_task={self.by_task!r} must say which modules for which task: {{'task': ['path']}}.")
         for task in self.by_task or {}:
             check_text("a task in by_task", task)
         # Each of them refuses what it cannot read.
         self.parts()
+
+    @property
+    def constant(self) -> bool:
+        """Whether the layers are constants, and keep nothing of their inputs for the backward."""
+        return are_constants(stats=self.stats, affine=self.affine, memory_efficient=self.memory_efficient)
 
     def parts(self) -> dict[str | None, LayerSelection]:
         """Return what is meant for the batches of each task, and under None what is meant for every batch, if any."""
@@ -89,8 +97,8 @@ class FreezeSelection:
         return ChannelLayout.of({**always, **of_tasks})
 
     def settings(self) -> dict[str, Any]:
-        """Return it as strings, lists and dicts, to be compared with those of another run."""
-        return {name: _plain(value) for name, value in vars(self).items()}
+        """Return what is frozen as strings, lists and dicts, to be compared with those of another run."""
+        return {name: _plain(value) for name, value in vars(self).items() if name != "memory_efficient"}
 
 
 def _plain(value: Any) -> Any:

@@ -16,12 +16,13 @@ from lightning_bn.functional._tasks import Listener
 from lightning_bn.functional.freezing.baseline import Baseline
 from lightning_bn.functional.freezing.change import Change
 from lightning_bn.functional.freezing.eval_mode import pin_in_eval, release
-from lightning_bn.functional.freezing.freeze import declare, warn_of_initial_statistics
+from lightning_bn.functional.freezing.freeze import declare
 from lightning_bn.functional.freezing.freeze_selection import FreezeSelection
 from lightning_bn.functional.freezing.gradients import drop_gradients, drop_zero_gradients
 from lightning_bn.functional.freezing.phase import FreezePhase
 from lightning_bn.functional.freezing.report import FreezeReport, Violation, in_words
 from lightning_bn.functional.freezing.task_freeze import TaskFreeze, parameters_of_all
+from lightning_bn.functional.freezing.what_can_be_frozen import warn_of_initial_statistics
 from lightning_bn.functional.layers.names import named_batch_norm
 from lightning_bn.functional.layers.torch_private import AFFINE
 
@@ -64,7 +65,7 @@ class FreezeSession:
         self._values = {"stats": selection.stats, "affine": selection.affine}
         self._always, by_task = selection.layers(model)
         self._affine = parameters_of_all(self._always.values())
-        self._tasks = TaskFreeze(by_task, **self._values, owner=owner)
+        self._tasks = TaskFreeze(by_task, **self._values, owner=owner, constant=selection.constant)
         self.task_layers = self._tasks.layers
         self._affine_cause, self._tell = affine_cause, tell or _warn
         self._before = before or FreezeReport(was_on=False)
@@ -287,7 +288,7 @@ class FreezeSession:
     def _pin(self, layers: Mapping[str, _BatchNorm], like: Mapping[str, _BatchNorm] | None = None) -> None:
         if self._selection.stats:
             for name, layer in layers.items():
-                pin_in_eval(layer, self._owner, (like or {}).get(name))
+                pin_in_eval(layer, self._owner, (like or {}).get(name), constant=self._selection.constant)
 
 
 def _warn(violations: Sequence[Violation]) -> None:

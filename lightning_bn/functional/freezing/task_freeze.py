@@ -26,6 +26,7 @@ class TaskFreeze:
         stats: Whether running statistics are frozen.
         affine: Whether ``weight`` and ``bias`` are.
         owner: Who freezes.
+        constant: Whether the layers keep nothing of their inputs for the backward.
 
     Attributes:
         layers: Those of all tasks, by name.
@@ -34,9 +35,11 @@ class TaskFreeze:
         batches: How often layers were frozen for their task.
     """
 
-    def __init__(self, by_task: Mapping[str, Layers], *, stats: bool, affine: bool, owner: str) -> None:
+    def __init__(
+        self, by_task: Mapping[str, Layers], *, stats: bool, affine: bool, owner: str, constant: bool = False
+    ) -> None:
         self._by_task: dict[str | None, Layers] = dict(by_task.items())
-        self._stats, self._affine, self._owner = stats, affine, owner
+        self._stats, self._affine, self._owner, self._constant = stats, affine, owner, constant
         self.layers = {name: layer for members in by_task.values() for name, layer in members.items()}
         # Now: while gradients are blocked other tensors are in their place.
         self.parameters = parameters_of_all(self.layers.values())
@@ -69,7 +72,7 @@ class TaskFreeze:
                 own = {name: layer for name, layer in members.items() if "shadow_statistics" not in holders_of(layer)}
                 self._shadow_changes = self._shadow.enter_context(shadow_statistics(own))
                 for layer in members.values():
-                    pin_in_eval(layer, self._owner)
+                    pin_in_eval(layer, self._owner, constant=self._constant)
             if self._affine:
                 self._blocked.enter_context(blocked_gradients(members))
         return changes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, TypeAlias
 
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -25,6 +26,11 @@ class Overlay(_BatchNorm):
 
     mark = ""
     in_copies = True
+
+    @classmethod
+    def above(cls, forward: Callable[..., Any]) -> type[Overlay]:
+        """Return what is put before a class with this forward: this class, or one of its kind that is made for it."""
+        return cls
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         # The class is made at run time, so that pickle cannot find it by name: it is made again from the layer's own.
@@ -55,6 +61,11 @@ def take_away(layer: _BatchNorm, kind: _Kind) -> None:
         _become(layer, _class_of(base, tuple(other for other in kinds if other is not kind)))
 
 
+def own_class(layer: _BatchNorm) -> type[_BatchNorm]:
+    """Return the class that a layer had before others were put before it."""
+    return _MADE.get(type(layer), (type(layer), ()))[0]
+
+
 def _become(layer: _BatchNorm, kind: type[_BatchNorm]) -> None:
     object.__setattr__(layer, "__class__", kind)  # a module's own look-up of what is set is slow
 
@@ -66,7 +77,12 @@ def _class_of(base: type[_BatchNorm], kinds: tuple[_Kind, ...]) -> type[_BatchNo
     if (base, kinds) not in _CLASSES:
         # Name and module stay the base's: exporters, tracers and summaries recognize layers by them.
         names = {"__module__": base.__module__, "__qualname__": base.__qualname__, "__doc__": base.__doc__}
-        made = _CLASSES.setdefault((base, kinds), type(base.__name__, (*kinds, base), names))
+        bases: list[type[_BatchNorm]] = [base]
+        forward: Callable[..., Any] = base.forward
+        for kind in reversed(kinds):
+            bases.insert(0, kind.above(forward))
+            forward = vars(bases[0]).get("forward", forward)
+        made = _CLASSES.setdefault((base, kinds), type(base.__name__, tuple(bases), names))
         _MADE[made] = (base, kinds)
     return _CLASSES[base, kinds]
 

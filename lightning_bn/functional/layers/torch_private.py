@@ -10,9 +10,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
 
 STATISTICS = ("running_mean", "running_var", "num_batches_tracked")
 AFFINE = ("weight", "bias")
+TORCHS_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+"""What a layer runs that has no forward of its own."""
 
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
@@ -49,6 +53,16 @@ def may_run_again() -> bool:
     Its kind with a backward of its own runs without gradients first; the other one keeps hooks for saved tensors.
     """
     return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+
+
+def is_transformed() -> bool:
+    """Whether what runs now is traced, exported, or transformed by torch.func or forward-mode differentiation."""
+    return (
+        torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or torch.compiler.is_exporting()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 def children_of(module: nn.Module) -> dict[str, nn.Module | None]:

@@ -14,15 +14,14 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.functional._tasks import none_begins
 from lightning_bn.functional._text import named
 from lightning_bn.functional.layers.exchange import holders_of
-from lightning_bn.functional.layers.overlay import Overlay, put_before, take_away
+from lightning_bn.functional.layers.overlay import Overlay, own_class, put_before, take_away
 from lightning_bn.functional.layers.properties import processes_of
-from lightning_bn.functional.layers.torch_private import attributes_of, buffers_of
+from lightning_bn.functional.layers.torch_private import TORCHS_FORWARDS, attributes_of, buffers_of
 from lightning_bn.functional.tasks.placed_sets import PlacedSets
 from lightning_bn.functional.tasks.row_parts import evaluated_by_row, put_together, take
 from lightning_bn.functional.tasks.task_sets import Buffers, check_known
 
 _MARK = "_lightning_bn_rows"
-_TORCHS_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 @contextmanager
@@ -133,7 +132,8 @@ class _Rows:
         sets = [self._placed.sets[task][name] for task in self._tasks]
         which, indices = self._indices(batch.device)
         fits = len(sets) > 1 and batch.dim() > 1 and batch.shape[1] == layer.num_features and batch.is_contiguous()
-        if fits and not layer.training and getattr(forward, "__func__", None) in _TORCHS_FORWARDS:
+        torchs = own_class(layer).forward in TORCHS_FORWARDS and not isinstance(forward, partial)
+        if fits and not layer.training and torchs:
             return evaluated_by_row(layer, sets, which, batch)
         if not layer.training and torch.is_grad_enabled():
             # A backward in eval mode reads them, and a later forward in train mode moves them unseen.
