@@ -57,6 +57,39 @@ def efficientnet_b0() -> nn.Module:
     return nn.Sequential(*layers, *head)
 
 
+def mobilenet_v3() -> nn.Module:
+    """46 BatchNorm layers, 12,200 channels (Howard et al. 2019, table 1: large)."""
+    layers, inputs = [_conv(3, 16, 3, 2, activation=nn.Hardswish)], 16
+    for kernel, width, outputs, squeezes, activation, stride in (
+        (3, 16, 16, False, nn.ReLU, 1),
+        (3, 64, 24, False, nn.ReLU, 2),
+        (3, 72, 24, False, nn.ReLU, 1),
+        (5, 72, 40, True, nn.ReLU, 2),
+        (5, 120, 40, True, nn.ReLU, 1),
+        (5, 120, 40, True, nn.ReLU, 1),
+        (3, 240, 80, False, nn.Hardswish, 2),
+        (3, 200, 80, False, nn.Hardswish, 1),
+        (3, 184, 80, False, nn.Hardswish, 1),
+        (3, 184, 80, False, nn.Hardswish, 1),
+        (3, 480, 112, True, nn.Hardswish, 1),
+        (3, 672, 112, True, nn.Hardswish, 1),
+        (5, 672, 160, True, nn.Hardswish, 2),
+        (5, 960, 160, True, nn.Hardswish, 1),
+        (5, 960, 160, True, nn.Hardswish, 1),
+    ):
+        gate = [_SqueezeExcitation(width, width // 4, nn.ReLU, nn.Hardsigmoid)] if squeezes else []
+        branch = nn.Sequential(
+            *([] if width == inputs else [_conv(inputs, width, 1, activation=activation)]),
+            _conv(width, width, kernel, stride, groups=width, activation=activation),
+            *gate,
+            _conv(width, outputs, 1, activation=None),
+        )
+        layers.append(_Residual(branch) if stride == 1 and inputs == outputs else branch)
+        inputs = outputs
+    head = (_conv(inputs, 960, 1, activation=nn.Hardswish), nn.AdaptiveAvgPool2d(1), nn.Flatten())
+    return nn.Sequential(*layers, *head, nn.Linear(960, 1280), nn.Hardswish(), nn.Linear(1280, 100))
+
+
 def mlp500(width: int = 32) -> nn.Module:
     """500 narrow layers, each with a BatchNorm: next to no arithmetic, so that it shows what each layer costs."""
     return nn.Sequential(
@@ -106,18 +139,33 @@ class _Dense(nn.Module):
 
 
 class _SqueezeExcitation(nn.Module):
-    def __init__(self, channels: int, squeezed: int) -> None:
+    def __init__(
+        self,
+        channels: int,
+        squeezed: int,
+        activation: Callable[[], nn.Module] = nn.SiLU,
+        gate: Callable[[], nn.Module] = nn.Sigmoid,
+    ) -> None:
         super().__init__()
         self.gate = nn.Sequential(
             nn.AdaptiveAvgPool2d(1),
             nn.Conv2d(channels, squeezed, 1),
-            nn.SiLU(),
+            activation(),
             nn.Conv2d(squeezed, channels, 1),
-            nn.Sigmoid(),
+            gate(),
         )
 
     def forward(self, x: Tensor) -> Tensor:
         return x * self.gate(x)
+
+
+class _Residual(nn.Module):
+    def __init__(self, branch: nn.Module) -> None:
+        super().__init__()
+        self.branch = branch
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.branch(x)
 
 
 class _MBConv(nn.Module):
