@@ -6,8 +6,9 @@ and detectron2's FrozenBatchNorm2d and timm's FrozenBatchNormAct2d written out. 
 
 import copy
 import multiprocessing
-import resource
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import torch
 from _networks import densenet121, efficientnet_b0, mobilenet_v3, resnet50, seeded
@@ -151,6 +152,11 @@ def kept(network: nn.Module, batch: Tensor) -> int:
     return sum(size for pointer, size in sizes.items() if pointer not in own)
 
 
+def resident_at_most() -> int:
+    """Bytes of this process that were in memory at one time, since that was last set back."""
+    return 1024 * int(re.findall(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())[0])
+
+
 def peak(name: str, trained: str, rival: str, kind: str) -> int:
     """Bytes that a step needs at its peak beyond what was there: of a process of its own, or of CUDA's allocator."""
     device = torch.device(kind)
@@ -162,10 +168,10 @@ def peak(name: str, trained: str, rival: str, kind: str) -> int:
         before = torch.cuda.memory_allocated(device)
         step(network, batch)
         return torch.cuda.max_memory_allocated(device) - before
-    # Of the process, whose highest level so far is that of building the network.
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the highest level so far, on Linux
+    before = resident_at_most()
     step(network, batch)
-    return 1024 * (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+    return resident_at_most() - before
 
 
 def peaks(name: str, trained: str, kind: str) -> dict[str, int]:

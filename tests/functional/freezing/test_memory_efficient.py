@@ -1,6 +1,7 @@
 """A frozen layer keeps nothing of its input for the backward, and gives what torch's layer in evaluation gives."""
 
 import copy
+import gc
 import io
 import itertools
 import pickle
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 from torch.nn import functional as F
+from torch.nn import functional as of_torch
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.checkpoint import checkpoint
 
@@ -24,7 +26,9 @@ from lightning_bn.functional import (
     frozen_batch_norm,
     unfreeze_batch_norm,
 )
+from lightning_bn.functional.freezing import memory_efficient
 from lightning_bn.functional.freezing.freeze import freeze_layers, unfreeze_layers
+from lightning_bn.functional.freezing.memory_efficient import RENEW_EVERY
 from tests.models import BatchNormAct2d, SmallResNet, bits, fill_statistics, images, seeded, warmed
 
 
@@ -40,7 +44,26 @@ class ByPosition(nn.BatchNorm2d):
 
     def forward(self, values: Tensor) -> Tensor:
         mean, variance = self.running_mean, self.running_var
-        return F.batch_norm(values, mean, variance, self.weight, self.bias, self.training, 0.1, self.eps)
+        return of_torch.batch_norm(values, mean, variance, self.weight, self.bias, self.training, 0.1, self.eps)
+
+
+class Twofold(nn.BatchNorm2d):
+    """A second layer inside, in eval mode, whose parameters train."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.inner = fill_statistics(nn.BatchNorm2d(channels)).eval()
+
+    def forward(self, input: Tensor) -> Tensor:
+        return self.inner(super().forward(input))
+
+
+class OfTheBatch(nn.BatchNorm2d):
+    """It normalizes with the batch whatever its mode is."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        mean, variance = self.running_mean, self.running_var
+        return F.batch_norm(input, mean, variance, self.weight, self.bias, training=True, momentum=0.0, eps=self.eps)
 
 
 KINDS = [nn.BatchNorm2d, nn.SyncBatchNorm, ActivationAfter, BatchNormAct2d, ByPosition]
@@ -72,13 +95,14 @@ def by_hand(layer: Any) -> Any:
 
 
 def kept(run: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes of storages that are kept for the backward, beside those of the model's parameters and buffers."""
+    """Bytes of storages that are kept for the backward, beside parameters, buffers and the scale of a layer."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
+    scale = max(layer.num_features for layer in batch_norm_layers(model).values()) * 4
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
+        if storage.data_ptr() not in own and storage.nbytes() > scale:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -171,6 +195,16 @@ def test_a_gradient_penalty_is_that_of_torchs_layer(dtype: torch.dtype) -> None:
     torch.testing.assert_close(*found)
 
 
+def test_a_gradient_penalty_gives_weight_and_bias_zeros_too() -> None:
+    layer = layer_of()
+    freeze_batch_norm(layer)
+    layer.requires_grad_()
+    x = leaf()
+    (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
+    gradient.square().sum().backward()
+    assert not any(parameter.grad.count_nonzero() for parameter in layer.parameters())
+
+
 def test_autocast_gives_the_dtype_and_the_bits_that_torchs_layer_gives() -> None:
     net = nn.Sequential(nn.Conv2d(5, 5, 3), layer_of(), nn.Conv2d(5, 2, 1))
     expected = by_hand(net)
@@ -197,6 +231,39 @@ def test_what_torchs_layer_refuses_is_refused_with_the_same_words() -> None:
                 one(wrong)
             said.append((refused.type, str(refused.value)))
         assert said[0] == said[1]
+
+
+def test_a_batch_without_channels_is_refused_as_a_synchronized_layer_refuses_it() -> None:
+    layer = layer_of(nn.SyncBatchNorm)
+    freeze_batch_norm(layer)
+    with pytest.raises(ValueError, match="number of input channels should be non-zero"):
+        layer(leaf(4, 0, 3, 3))
+
+
+def test_a_layer_whose_flag_is_set_directly_trains() -> None:
+    # Whoever froze it notices; what it gives is what torch's layer in train mode gives.
+    layer = layer_of()
+    expected = copy.deepcopy(layer).train()
+    freeze_batch_norm(layer)
+    layer.training = True
+    assert_same_bits(pulled_back(layer, batch()), pulled_back(expected, batch()))
+    assert bits(layer.running_mean) == bits(expected.running_mean)
+
+
+def test_what_else_a_layers_own_forward_normalizes_is_not_touched() -> None:
+    layer = layer_of(Twofold)
+    expected = by_hand(layer)
+    freeze_batch_norm(layer, exclude="inner")
+    assert_same_bits(pulled_back(layer.eval(), batch()), pulled_back(expected, batch()))
+    assert bits(layer.inner.weight.grad) == bits(expected.inner.weight.grad)
+    assert expected.inner.weight.grad.count_nonzero()
+
+
+def test_a_forward_that_normalizes_with_the_batch_still_does() -> None:
+    layer = layer_of(OfTheBatch)
+    expected = by_hand(layer)
+    freeze_batch_norm(layer)
+    assert_same_bits(pulled_back(layer, batch()), pulled_back(expected, batch()))
 
 
 # what is kept
@@ -240,7 +307,7 @@ def test_without_memory_efficient_as_much_is_kept_as_torchs_layer_keeps() -> Non
 def test_an_evaluation_runs_the_layers_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
     layer = layer_of()
     freeze_batch_norm(layer)
-    monkeypatch.setattr("lightning_bn.functional.freezing.memory_efficient.normalize", None)
+    monkeypatch.setattr("lightning_bn.functional.freezing.memory_efficient._normalize", None)
     with torch.no_grad():
         layer(leaf())
     with torch.inference_mode():
@@ -349,7 +416,7 @@ def test_layers_of_a_task_keep_nothing_while_it_runs() -> None:
 # values that are written to
 
 
-@pytest.mark.parametrize("write", ["copy_", "data", "load_state_dict", "another tensor"])
+@pytest.mark.parametrize("write", ["copy_", "data", "data of another", "load_state_dict", "another tensor"])
 def test_the_next_step_uses_values_that_were_written(write: str) -> None:
     layer, other = layer_of(), layer_of()
     with torch.no_grad():
@@ -362,25 +429,62 @@ def test_the_next_step_uses_values_that_were_written(write: str) -> None:
             layer.running_var.copy_(other.running_var)
             layer.weight.copy_(other.weight)
     elif write == "data":
+        # It leaves no version behind: noticed after a while.
         layer.running_var.data.copy_(other.running_var)
+        layer.weight.data.copy_(other.weight)
+    elif write == "data of another":
+        layer.running_var.data = other.running_var.clone()
         layer.weight.data = other.weight.detach().clone()
     elif write == "load_state_dict":
         layer.load_state_dict(other.state_dict())
     else:
         layer.running_var = other.running_var.clone()
         layer.weight = nn.Parameter(other.weight.detach().clone(), False)
-    after = pulled_back(layer, batch())
+    for _ in range(RENEW_EVERY if write == "data" else 1):
+        after = pulled_back(layer, batch())
     assert_same_bits(after, pulled_back(other.eval(), batch()))
     assert bits(after[1]) != bits(before[1])
 
 
-def test_values_written_between_forward_and_backward_are_an_error_as_with_torchs_layer() -> None:
+def test_a_backward_is_that_of_the_values_that_its_forward_used() -> None:
+    layer = layer_of()
+    wanted = pulled_back(by_hand(layer), batch())[1]
+    freeze_batch_norm(layer)
+    x = leaf()
+    y = layer(x)
+    layer.running_var.mul_(2)  # torch's layer would raise an error
+    y.backward(batch(seed=1))
+    assert bits(x.grad) == bits(wanted)
+
+
+def test_the_scale_of_a_layer_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    computed = []
+    original = memory_efficient._compute_scale
+
+    def noting(*args: Any) -> Tensor:
+        computed.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(memory_efficient, "_compute_scale", noting)
     layer = layer_of()
     freeze_batch_norm(layer)
-    y = layer(leaf())
-    layer.running_var.mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        y.sum().backward()
+    for _ in range(RENEW_EVERY):
+        pulled_back(layer, batch())
+    assert len(computed) == 1
+    layer.eps *= 2
+    pulled_back(layer, batch())
+    assert len(computed) == 2
+
+
+def test_what_is_remembered_of_a_layer_goes_with_it() -> None:
+    layer = layer_of()
+    freeze_batch_norm(layer)
+    pulled_back(layer, batch())
+    assert layer in memory_efficient._scales
+    count = len(memory_efficient._scales)
+    del layer
+    gc.collect()
+    assert len(memory_efficient._scales) < count
 
 
 # copies, transformations, compilers
@@ -457,9 +561,14 @@ def test_traced_exported_and_scripted_it_is_torchs_layer(pair: tuple[Any, Any]) 
     if not isinstance(net[1], nn.SyncBatchNorm | ActivationAfter):
         # TorchScript knows no super(), and no processes.
         made["scripted"] = torch.jit.script(net)
+    if not isinstance(net[1], ActivationAfter):
+        # What is no layer of torch's is traced through, in which torch's own check of the dimensions stands.
+        net[1].requires_grad_()
+        made["traced by fx"] = torch.fx.symbolic_trace(net)
+    assert not [node for node in made["exported"].graph.nodes if "autograd" in str(node.target)]
     for name, one in made.items():
         torch.testing.assert_close(one(x), expected(x))
-        if name != "exported":
+        if name in ("traced", "scripted"):
             torch.jit.save(one, io.BytesIO())
     assert kept(lambda: net[1](leaf()), net[1]) <= batch().untyped_storage().nbytes()
     assert unfreeze_batch_norm(net) == ("1",)

@@ -47,6 +47,34 @@ def test_the_allocator_holds_no_input_of_a_frozen_layer(autocast: bool) -> None:
     assert held[1] - held[0] >= 8 * 64 * 64 * 64 * (2 if autocast else 4)
 
 
+def test_a_captured_graph_replays_the_step_of_torchs_layer() -> None:
+    net = nn.Sequential(nn.Conv2d(5, 5, 3), layer_of(), nn.Conv2d(5, 2, 1)).cuda()
+    expected = by_hand(net)
+    freeze_batch_norm(net)
+    held = batch().cuda()
+
+    def step(model: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        for parameter in model.parameters():
+            parameter.grad = None
+        y: torch.Tensor = model(x)
+        y.square().sum().backward()
+        return y
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step(net, held)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        found = step(net, held)
+    held.copy_(batch(seed=1).cuda())
+    graph.replay()
+    torch.testing.assert_close(found, step(expected, batch(seed=1).cuda()))
+    torch.testing.assert_close(net[0].weight.grad, expected[0].weight.grad)
+
+
 def test_a_network_compiled_by_inductor_gives_the_same_gradients() -> None:
     torch._dynamo.reset()
     net = nn.Sequential(nn.Conv2d(3, 5, 3), layer_of(), nn.SiLU(), nn.Conv2d(5, 2, 1)).cuda()
