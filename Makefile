@@ -12,13 +12,16 @@ ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-fast test-gpu coverage lint format docs bench bench-gpu clean distclean
+.PHONY: help demo demo-pretrained test test-fast test-gpu coverage lint format docs bench bench-gpu clean distclean
 
 help: ## list what can be done here
-	@$(PYTHON) -c 'import re; [print("  make %-10s %s" % t) for t in re.findall(r"^([a-z-]+):.*?## (.+)$$", open("Makefile").read(), re.M)]'
+	@$(PYTHON) -c 'import re; [print("  make %-15s %s" % t) for t in re.findall(r"^([a-z-]+):.*?## (.+)$$", open("Makefile").read(), re.M)]'
 
 demo: $(VENV)/.installed-examples ## run the main example on real data: three tables and a figure
 	@$(BIN)/python examples/digits_multitask/run.py
+
+demo-pretrained: $(VENV)/.installed-examples ## fine-tune a network with ImageNet weights: four tables and a figure
+	@$(BIN)/python examples/pretrained_backbone/run.py
 
 test: $(VENV)/.installed-test ## run all tests, doctests and the README's code
 	@echo "Running the tests, two at a time"

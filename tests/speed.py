@@ -25,6 +25,7 @@ SLOW = (
     "tests/callbacks/test_monitor_faults.py",
     "tests/callbacks/test_namespaces.py",
     "tests/examples/test_digits_multitask.py",
+    "tests/examples/test_pretrained_backbone.py",
     "tests/functional/recalibration/test_architectures.py",
     "tests/test_alternatives.py",
     "tests/test_plotting.py",

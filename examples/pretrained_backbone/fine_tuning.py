@@ -22,7 +22,7 @@ from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.statistics import Snapshot
 from model import TwoTasks
 from network import PretrainedNetwork
-from photographs import answers, kept
+from photographs import answers, kept, old_answers
 from tables import results_table, spread
 
 HERE = Path(__file__).parent
@@ -60,14 +60,16 @@ class Outcome:
     history: DriftHistory
 
 
-def run(seed: int, folder: Path, announce: Callable[[str], None]) -> dict[Row, Outcome]:
-    """One fit per row."""
+def run(
+    seed: int, folder: Path, announce: Callable[[str], None], rows: Sequence[Row] = ROWS, **settings: Any
+) -> dict[Row, Outcome]:
+    """One fit per row, with ``settings`` of the Trainer beside the file's."""
     outcomes = {}
     old = PretrainedNetwork()
     before = take_snapshot(old, root="backbone")
-    for row in ROWS:
+    for row in rows:
         announce(", ".join(in_words(row)))
-        trainer, network = fit_yaml(seed, folder, *row)
+        trainer, network = fit_yaml(seed, folder, *row, **settings)
         outcomes[row] = Outcome(
             network=network,
             old_kept=kept(answers(network)),
@@ -141,6 +143,7 @@ def reading(seeds: Sequence[dict[Row, Outcome]]) -> str:
     statistics = sum(outcome.before.same_bits(outcome.after) for outcome in frozen)
     lost, kept_with = (fmean(outcome.old_kept for outcome in outcomes) for outcomes in (free, frozen))
     return (
+        f"The old network sees {len(old_answers().unique())} of ImageNet's classes in the {len(old_answers())} crops. "
         f"Where only the heads trained, the backbone's weights are bit-identical in {weights} of "
         f"{len(free + frozen)} fits. With free BatchNorm {lost:.0f} % of the old answers are still given; with frozen "
         f"{kept_with:.0f} %, its statistics bit-identical in {statistics} of {len(frozen)} fits."

@@ -58,14 +58,13 @@ def main() -> None:
     show(console, drifting.table(tuned), drifting.reading(tuned))
     show(console, cost.table(costs))
     path = figure.save(OUTPUT / "pretrained_backbone.png", tuned[0][fine_tuning.HEADS, False])
+    fits, seconds = len(seeds) * len(fine_tuning.ROWS), time.monotonic() - started
     console.print(
         f"\nEach number: mean over {len(seeds)} seeds, below it least–largest; answers on {len(crops())} crops of two "
-        f"photographs,\nnew tasks on {NUM_TEST} pictures never trained on. "
-        f"{len(seeds) * len(fine_tuning.ROWS)} fits and the rest in {time.monotonic() - started:.0f} s.\n"
-        f"Figure: {path}",
+        f"photographs, new tasks on {NUM_TEST} pictures never trained on. {fits} fits and the rest in {seconds:.0f} s.",
         highlight=False,
-        soft_wrap=True,
     )
+    console.print(f"Figure: {path}", highlight=False, soft_wrap=True)
 
 
 def be_quiet() -> None:
