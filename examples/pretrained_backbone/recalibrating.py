@@ -71,7 +71,7 @@ def old_network(on: str) -> Recalibrated:
 def recalibrated_on(network: PretrainedNetwork, on: str) -> Recalibration:
     """Statistics of 320 training pictures or of all crops, with the weights as they are."""
     batches = pictures("train").tensors[0][:320].split(64) if on == DIGITS else crops().split(14)
-    # The blocks leave out paths at random, as functions that go by the blocks' own mode.
+    # In training mode the blocks leave out paths at random, by a function that goes by the block's own mode.
     return recalibrate(
         network,
         batches,
