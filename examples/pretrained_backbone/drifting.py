@@ -14,8 +14,6 @@ STAGES = {"stem and block 0": 0, "blocks 1–2": 2, "blocks 3–4": 4, "blocks 5
 """By name, the last block of each; their images have 32, 16, 8, 4 and 2 pixels a side."""
 ABOVE = 0.1
 """Of the Jeffreys divergence of a channel: a variance x1.6, or a mean 0.3 sigma off."""
-
-
 OFF = ("mean off\nby, σ:", "variance\nx or ÷:")
 """In which units."""
 
@@ -74,6 +72,6 @@ def reading(seeds: Sequence[dict[Row, Outcome]]) -> str:
     counts = ", ".join(f"{layers[index]:.0f} after {steps[index]} steps" for index in shown)
     worst = max((summarize(outcome.before, outcome.after) for outcome in outcomes), key=lambda summary: summary.max)
     return (
-        f"Of the {len(histories[0].names)} layers, those with a channel above {ABOVE} (a variance x1.6, or a mean 0.3 "
-        f"sigma off): {counts}. The worst channel of all: {worst.in_words()}."
+        f"1 in 20: one channel of twenty is further off. Of the {len(histories[0].names)} layers, those with a channel "
+        f"above {ABOVE} (a variance x1.6, or a mean 0.3 sigma off): {counts}. The worst channel: {worst.in_words()}."
     )
