@@ -5,21 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 
-from rich.markup import escape
-from rich.table import Column, Table
-
-from lightning_bn._tables import plain_table
+from lightning_bn._tables import Column, LayerTable
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.tasks.drift import APART, TaskDrift
 
-_FOR_NAMES = 36
-"""Of 80 characters, what names of layers and the last column need."""
 
-
-def task_drift_table(drift: TaskDrift, above: float = APART, most: int = 10) -> Table:
+def task_drift_table(drift: TaskDrift, above: float = APART, most: int = 10) -> LayerTable:
     """How far tasks lie apart in each layer, the furthest first, and below it which layers need a set for each task.
 
-    A column for each two tasks where these fit into 80 characters, else the two that lie furthest apart.
+    A column for each two tasks where these fit on the console, else the two that lie furthest apart.
 
     Args:
         drift: What :func:`~lightning_bn.functional.task_drift` gave.
@@ -28,30 +22,21 @@ def task_drift_table(drift: TaskDrift, above: float = APART, most: int = 10) -> 
     """
     pairs, largest = drift.pairs(), drift.largest()
     needs = {name: not value <= above for name, value in largest.items()}
-    places = {name: index for index, name in enumerate(drift.layers)}
     order = sorted(drift.layers, key=lambda name: -_finite_or_most(largest[name]))
-    widths = [max(*map(len, pair), len("0.0012")) + 1 for pair in pairs]
-    by_pair = sum(widths) <= 80 - _FOR_NAMES
-    columns = [Column("layer", overflow="fold", min_width=24)]
-    if by_pair:
-        columns += [Column(escape("\n".join(pair)), justify="right", no_wrap=True) for pair in pairs]
-    else:
-        columns += [Column("furthest apart", overflow="fold", max_width=32), Column("drift", justify="right")]
     title = f"Running statistics of {counted(len(drift.layers), 'BatchNorm layer')} by task, the furthest apart first"
     rest = len(order) - most
     said = [f"... {rest} more in which tasks lie closer"] * (rest > 0) + [_suggested(drift, above, needs, largest)]
-    table = plain_table(title, "\n".join(said), [*columns, Column("sets", min_width=8)], padding=(0, 1, 0, 0))
+    sets = Column("sets", 2)
+    furthest = LayerTable(title, [Column("furthest apart", 3), Column("drift", 1, "right"), sets], below=said)
+    by_pair = [Column("\n".join(pair), 3, "right") for pair in pairs]
+    table = LayerTable(title, [*by_pair, sets], below=said, otherwise=furthest)
     for name in order[:most]:
-        values = {pair: of_layers[places[name]] for pair, of_layers in pairs.items()}
+        place = drift.layers.index(name)
+        values = {pair: of_layers[place] for pair, of_layers in pairs.items()}
         worst = max(values, key=lambda pair: _finite_or_most(values[pair]))
-        shown = list(values.values()) if by_pair else [values[worst]]
-        table.add_row(
-            escape(name or "(the model itself)"),
-            *([] if by_pair else [escape(", ".join(worst))]),
-            *(f"{value:.2g}" for value in shown),
-            "per task" if needs[name] else "one",
-            style="yellow" if needs[name] else None,
-        )
+        needed, style = ("per task", "yellow") if needs[name] else ("one", "")
+        table.add_row(name, *(f"{value:.2g}" for value in values.values()), needed, style=style)
+        furthest.add_row(name, ", ".join(worst), f"{values[worst]:.2g}", needed, style=style)
     return table
 
 
@@ -62,7 +47,7 @@ def _suggested(drift: TaskDrift, above: float, needs: Mapping[str, bool], larges
         return f"One set serves all tasks: no layer's drift is above {above:g}."
     same = [largest[name] for name, needed in needs.items() if not needed]
     enough = f" In others one set is enough: at most {max(same):.2g}." if same else ""
-    return escape(f"A set for each task: modules: [{', '.join(paths)}].{enough}")
+    return f"A set for each task: modules: [{', '.join(paths)}].{enough}"
 
 
 def _finite_or_most(value: float) -> float:

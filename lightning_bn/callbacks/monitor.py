@@ -6,16 +6,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from rich.table import Table
 from torch import nn
 
+from lightning_bn._drift_table import session_table
+from lightning_bn._tables import LayerTable
 from lightning_bn.callbacks._base import BatchNormCallback
 from lightning_bn.callbacks._lightning.figures import log_figure, not_ending_the_fit, print_table
 from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer, rank_zero_info, rank_zero_warn
 from lightning_bn.callbacks._lightning.state import in_training_fit
 from lightning_bn.callbacks._ranks import agree_on_ranks, max_over_ranks, mean_over_ranks
 from lightning_bn.functional._checks import check_choice, check_flag, check_text, check_whole
-from lightning_bn.functional.layers.behavior import describe_layers
 from lightning_bn.functional.layers.selection import batch_norm_layers
 from lightning_bn.functional.layers.sets_per_task import statistics_by_task
 from lightning_bn.functional.monitoring.history import DriftHistory
@@ -26,7 +26,6 @@ from lightning_bn.functional.monitoring.settings import check_settings
 from lightning_bn.functional.monitoring.threshold import BatchNormDriftError
 from lightning_bn.functional.statistics.channels import ChannelLayout
 from lightning_bn.functional.statistics.drift_measures import Measure
-from lightning_bn.report import drift_table
 
 __all__ = ["BatchNormDriftError", "BatchNormMonitor"]
 
@@ -228,8 +227,8 @@ class BatchNormMonitor(BatchNormCallback):
             self._restored = state
         self.history = self.history if state is None else state.history
 
-    def table(self, module: nn.Module, most: int = 10) -> Table:
-        """Layer by layer what the last sample found, the worst first, during a fit and after it.
+    def table(self, module: nn.Module, most: int = 10) -> LayerTable:
+        """What to do by what the fit has shown, then each layer at the last sample, the worst first; also in mid-fit.
 
         Args:
             module: The LightningModule of the fit.
@@ -241,19 +240,8 @@ class BatchNormMonitor(BatchNormCallback):
         session = self._session
         if session is None or session.last is None:
             raise RuntimeError("BatchNormMonitor has no sample yet: there is a table from the first one of a fit on.")
-        return drift_table(
-            describe_layers(self._selection.layers(module)),
-            session.own.reference,
-            session.own.sampled,
-            session.own.history,
-            session.last.updates,
-            self.measure,
-            session.statuses,
-            session.training,
-            session.own.warm_up.layers,
-            self._selection.lookalikes(module),
-            most=most,
-        )
+        others = self._selection.lookalikes(module)
+        return session_table(session, self._selection.layers(module), others, self.measure, most)
 
     def figure(self) -> Any:
         """The history as a ``matplotlib.figure.Figure``: layers by depth against steps, colored by drift.

@@ -485,20 +485,20 @@ def test_table_and_figure_can_be_had_during_a_fit_and_after_it() -> None:
 
     class Asking(pl.Callback):
         def on_train_batch_end(self, trainer: Any, pl_module: Any, *_: Any) -> None:
-            seen.append([list(watching.table(pl_module).columns[0].cells), watching.figure()])
+            seen.append([list(watching.table(pl_module).cells("history")), watching.figure()])
 
     net = module()
     fit(net, watching, Asking(), max_epochs=1, count=32)
     assert len(seen) == 4
-    assert sorted(seen[0][0]) == ["net.bn BatchNorm2d", "net.features.1 BatchNorm2d", "net.head.1 BatchNorm1d"]
-    assert list(watching.table(net, most=1).columns[0].cells) == [seen[-1][0][0]]
+    assert sorted(seen[0][0]) == ["net.bn", "net.features.1", "net.head.1"]
+    assert list(watching.table(net, most=1).cells("history")) == [seen[-1][0][0]]
     assert len(watching.figure().axes[0].get_yticklabels()) == 3
 
 
 def test_the_table_says_what_training_did_also_after_eval() -> None:
     watching, net = monitor(), module()
     fit(net, watching, max_epochs=1, count=32)
-    assert list(watching.table(net.eval()).columns[1].cells) == ["batch"] * 3
+    assert [*watching.table(net.eval()).cells("trains with").values()] == ["batch"] * 3
 
 
 def test_layers_that_are_not_measured_yet_are_said_not_to_be(
@@ -511,7 +511,7 @@ def test_layers_that_are_not_measured_yet_are_said_not_to_be(
     assert "did not move" not in caplog.text
     assert "the worst first" in capsys.readouterr().out
     table = watching.table(module())
-    assert [list(table.columns[index].cells) for index in (4, 5)] == [["not"] * 3, ["yet"] * 3]
+    assert [*table.cells("jeffreys").values()] == ["not yet"] * 3
 
 
 def test_drift_of_layers_that_started_untrained_is_said_to_be_since_they_were_measured(
@@ -558,6 +558,20 @@ def test_the_table_is_printed_once_at_the_end(capsys: pytest.CaptureFixture[str]
     fit(module(), monitor(report=True), max_epochs=2, count=32)
     text = capsys.readouterr().out
     assert text.count("Running statistics of 3 BatchNorm layers, the worst first (jeffreys)") == 1
+
+
+def test_the_table_says_first_what_to_do_and_nothing_where_there_is_nothing(capsys: pytest.CaptureFixture[str]) -> None:
+    watching, net = monitor(report=True, warn_above=0.5), module(fault=shifted_from(5, 20.0))
+    said = fit(net, watching, max_epochs=1)
+    title, to_do, layers = capsys.readouterr().out.split("\n\n")[:3]
+    assert "the worst first" in title
+    assert to_do.startswith("What to do:\n- step 6: ")
+    assert "layer" in layers.split()[:10]
+    words = " ".join(to_do.split())
+    assert len(said) > 1
+    assert all(line.removeprefix("BatchNormMonitor: ") in words for line in said)
+    fit(module(), monitor(report=True), max_epochs=1)
+    assert "What to do" not in capsys.readouterr().out
 
 
 # --- training is not disturbed -------------------------------------------------------------------------------------

@@ -88,7 +88,8 @@ def test_layer_that_is_gone_when_the_table_is_made_is_not_in_it(
     warned(lambda: run(monitor(report=True, modules=modules), module=Loses(), max_epochs=3))
     table = capsys.readouterr().out
     assert "Running statistics of 2 BatchNorm layers" in table
-    assert "net.bn " not in table
+    assert [line.split()[0] for line in table.split("──\n")[1].splitlines()[:2]] == ["features.1", "head.1"]
+    assert "\nbn " not in table
 
 
 def test_only_layer_that_is_gone_is_one_warning() -> None:

@@ -11,8 +11,8 @@ from typing import Any
 
 import fsspec
 from rich.console import Console
-from rich.table import Table
 
+from lightning_bn._tables import LayerTable
 from lightning_bn.callbacks._lightning.namespaces import Callback, Trainer, rank_zero_info, rank_zero_warn
 
 
@@ -25,7 +25,7 @@ def not_ending_the_fit(callback: Callback, what: str) -> Iterator[None]:
         rank_zero_warn(f"{type(callback).__name__}: {what} could not be made ({type(error).__name__}: {error})")
 
 
-def print_table(table: Table) -> None:
+def print_table(table: LayerTable) -> None:
     """Print a table, with question marks for what the terminal cannot show."""
     console = Console()
     with console.capture() as printed:

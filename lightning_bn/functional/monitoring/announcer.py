@@ -80,12 +80,14 @@ class Announcer:
 
     Attributes:
         told: Layers and kinds of findings that were said, with the task where it was one's.
+        said: What was said since the start, each sentence once; of drift the last one.
     """
 
     def __init__(self, warn_above: float | None, act_above: float | None) -> None:
         # One noisy sample does not stop a run.
         self.warning, self.action = Threshold(warn_above), Threshold(act_above, in_a_row=2)
         self.told: frozenset[tuple[str, ...]] = frozenset()
+        self.said: dict[tuple[str, ...], str] = {}
 
     def announced(self, sample: Sample, worst: DriftSummary, largest: float, sentences: DriftSentences) -> Sample:
         """Return the sample with what is to be said of it.
@@ -103,13 +105,19 @@ class Announcer:
         for one in sample.findings:
             if told_of(one.layer, one.kind, one.task) not in self.told:
                 self.told |= one.told
-                yield f"step {sample.step:,}: {one.sentence}"
+                yield self._noted(told_of(one.layer, one.kind, one.task), f"step {sample.step:,}: {one.sentence}")
         if self.warning.triggers(worst.max):
             moved = f"{sentences.moved(worst)}; {sentences.measure} {worst.max:.3g}"
-            yield (
+            yield self._noted(
+                ("drift",),
                 f"step {sample.step:,}: {moved} is above warn_above={self.warning.limit:g}. If it should not move, "
-                f"freeze it or give it statistics of its own; if it is meant to, leave it out with exclude."
+                f"freeze it or give it statistics of its own; if it is meant to, leave it out with exclude.",
             )
+
+    def _noted(self, key: tuple[str, ...], sentence: str) -> str:
+        self.said.pop(key, None)
+        self.said[key] = sentence
+        return sentence
 
     def _exceeded(self, step: int, worst: DriftSummary, largest: float, sentences: DriftSentences) -> str:
         # One rank's drift is every rank's: they have to stop together.
@@ -117,4 +125,4 @@ class Announcer:
             return ""
         moved = sentences.moved(worst) if self.action.is_above(worst.max) else "statistics of another rank moved most"
         above = f"above act_above={self.action.limit:g} in two samples in a row"
-        return f"step {step:,}: {moved}; {sentences.measure} {largest:.3g} is {above}"
+        return self._noted(("action",), f"step {step:,}: {moved}; {sentences.measure} {largest:.3g} is {above}")

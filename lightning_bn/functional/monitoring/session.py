@@ -122,6 +122,11 @@ class MonitorSession:
         return self.own.history
 
     @property
+    def said(self) -> tuple[str, ...]:
+        """What was said since the start, each sentence once; of drift the last one."""
+        return tuple(self._announcer.said.values())
+
+    @property
     def _sets(self) -> list[MeasuredSet]:
         return [self.own, *self.tasks.values()]
 
