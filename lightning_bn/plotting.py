@@ -7,7 +7,7 @@ from itertools import pairwise
 from math import inf, isfinite
 from typing import Any
 
-from lightning_bn.functional.monitoring.history import DriftHistory
+from lightning_bn.functional.monitoring.history import FROM_THE_START, DriftHistory
 from lightning_bn.functional.tasks.drift import APART, TaskDrift
 
 _TITLE = "How far running statistics are from their reference"
@@ -21,6 +21,8 @@ _MARKS = {
 
 def drift_figure(history: DriftHistory, measure: str, threshold: float | None = None) -> Any:
     """Drift of every layer over time: layers by depth against steps, with freezes and recalibrations marked.
+
+    Layers that are frozen from the start have a black square at the left edge.
 
     Args:
         history: Samples, at least one.
@@ -226,6 +228,11 @@ def _mark(figure: Any, axes: Any, history: DriftHistory, patches: Mapping[str, s
     most = max(2, len(rows) // 2)
     size, edge = (6, 0.6) if len(rows) <= 40 else (3, 0.3)
     outlined = {"markeredgecolor": "black", "markeredgewidth": edge, "clip_on": False}
+    still = sorted({rows[name] for _, name, event in history.marks if event == FROM_THE_START and name in rows})
+    if still:
+        # Each of them, at the edge, where it covers nothing.
+        left = [_edges(history.steps)[0]] * len(still)
+        axes.plot(left, still, "s", color="black", label=FROM_THE_START, markersize=size, **outlined)
     for event, (shape, color) in _MARKS.items():
         by_step: dict[int, set[int]] = {}
         for step, name, what in history.marks:

@@ -27,7 +27,13 @@ def history(names: tuple[str, ...] = FEW, samples: int = 12, scale: float = 0.05
         values = scale * torch.rand(len(names), generator=generator, dtype=torch.float64)
         built.append(50 * (index + 1), index // 4, names, values)
     if marks:
-        for step, event in ((100, "frozen"), (200, "recalibrated"), (300, "reset"), (400, "unfrozen")):
+        for step, event in (
+            (0, "frozen from the start"),
+            (100, "frozen"),
+            (200, "recalibrated"),
+            (300, "reset"),
+            (400, "unfrozen"),
+        ):
             built.mark(step, names[-1], event)
     return built
 
@@ -85,6 +91,22 @@ def test_the_label_of_the_color_bar_is_no_longer_than_the_figure(measure: str) -
     box = label.get_window_extent(figure.canvas.get_renderer())
     assert box.y0 >= 0
     assert box.y1 <= figure.canvas.get_width_height()[1]
+
+
+@pytest.mark.parametrize(("names", "frozen"), [(FEW, FEW[:2]), (MANY, MANY[:150]), (FEW, ()), (FEW[:1], FEW[:1])])
+def test_layers_that_are_frozen_from_the_start_have_a_mark_each_at_the_left_edge(
+    names: tuple[str, ...], frozen: tuple[str, ...]
+) -> None:
+    built = history(names)
+    for name in (*frozen, *frozen[:1], "gone.since"):
+        built.mark(0, name, "frozen from the start")
+    figure = drawn(built, "jeffreys")
+    axes = figure.axes[0]
+    lines = [line for line in axes.get_lines() if line.get_label() == "frozen from the start"]
+    assert [list(line.get_ydata()) for line in lines] == ([list(range(len(frozen)))] if frozen else [])
+    assert {x for line in lines for x in line.get_xdata()} <= {axes.get_xlim()[0]}
+    said = [text.get_text() for legend in figure.legends for text in legend.get_texts()]
+    assert said == (["frozen from the start"] if frozen else [])
 
 
 def test_axes_have_titles_and_units_and_whole_names() -> None:

@@ -19,7 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 from wandb.proto import wandb_internal_pb2
 
-from lightning_bn import BatchNormMonitor, PreciseBatchNorm
+from lightning_bn import BatchNormFreezer, BatchNormMonitor, PreciseBatchNorm
 from lightning_bn.callbacks.monitor import BatchNormDriftError
 from lightning_bn.functional import take_snapshot
 from lightning_bn.functional.statistics.drift_measures import drift
@@ -572,6 +572,17 @@ def test_the_table_says_first_what_to_do_and_nothing_where_there_is_nothing(caps
     assert all(line.removeprefix("BatchNormMonitor: ") in words for line in said)
     fit(module(), monitor(report=True), max_epochs=1)
     assert "What to do" not in capsys.readouterr().out
+
+
+def test_the_figure_says_which_layers_are_frozen_from_the_start() -> None:
+    watching, freezer = monitor(), BatchNormFreezer(["features", "bn"], root="net")
+    fit(module(), watching, freezer, max_epochs=2, count=32)
+    assert watching.history.marks == [(0, name, "frozen from the start") for name in ("net.features.1", "net.bn")]
+    [legend] = watching.figure().legends
+    assert [text.get_text() for text in legend.get_texts()] == ["frozen from the start"]
+    watching, later = monitor(), BatchNormFreezer(["features"], root="net", start_epoch=1)
+    fit(module(), watching, later, max_epochs=2, count=32)
+    assert [(name, event) for _, name, event in watching.history.marks] == [("net.features.1", "frozen")]
 
 
 # --- training is not disturbed -------------------------------------------------------------------------------------

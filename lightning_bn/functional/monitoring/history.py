@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+FROM_THE_START = "frozen from the start"
+"""The event of a layer that is frozen when a session begins."""
 _FEWEST_TO_JUMP = 5
 """Samples that tell a jump from what came before it."""
 
@@ -73,10 +75,11 @@ class DriftHistory:
         self.steps, self.epochs, self._rows = self.steps[which], self.epochs[which], self._rows[which]
 
     def mark(self, step: int, layer: str, event: str) -> None:
-        """Note an event of a layer: frozen, unfrozen, recalibrated, reset, warming up, warmed up."""
+        """Note an event of a layer: frozen (from the start), unfrozen, recalibrated, reset, warming up, warmed up."""
         self.marks.append((step, layer, event))
         if len(self.marks) > 10 * self.most:
-            self.marks = self.marks[::2]
+            lasting = [mark for mark in self.marks if mark[2] == FROM_THE_START]
+            self.marks = lasting + [mark for mark in self.marks if mark[2] != FROM_THE_START][::2]
 
     def jumped_at(self, layer: str) -> int | None:
         """Return the step at about which a layer's drift jumped to where it is now; None if it did not, or grew slowly.

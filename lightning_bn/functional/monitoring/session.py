@@ -20,7 +20,7 @@ from lightning_bn.functional.monitoring.announcer import Announcer
 from lightning_bn.functional.monitoring.batch_deviation import momenta
 from lightning_bn.functional.monitoring.cadence import Cadence
 from lightning_bn.functional.monitoring.diagnosis import most_of_one_batch
-from lightning_bn.functional.monitoring.history import DriftHistory
+from lightning_bn.functional.monitoring.history import FROM_THE_START, DriftHistory
 from lightning_bn.functional.monitoring.judgment import Judgment
 from lightning_bn.functional.monitoring.measure import LayerTable, over_ranks, to_host
 from lightning_bn.functional.monitoring.measured_set import Drift, MeasuredSet
@@ -114,6 +114,9 @@ class MonitorSession:
         self._uses = Uses({}, ())
         self.training: dict[str, bool] = {}
         self.statuses = self._current_statuses()
+        for name, status in self.statuses.items():
+            if status.stats_frozen_by:
+                self._mark(step, name, FROM_THE_START)
         self.last: Sample | None = None
 
     @property

@@ -67,10 +67,12 @@ def test_other_layers_start_a_new_history() -> None:
 
 def test_marks_are_bounded_too() -> None:
     history = DriftHistory(10)
+    history.mark(0, "a", "frozen from the start")
     for step in range(1000):
         history.mark(step, "a", "reset")
     assert 0 < len(history.marks) <= 100
-    assert history.marks[0][1:] == ("a", "reset")
+    assert history.marks[0][1:] == ("a", "frozen from the start")
+    assert history.marks[1][1:] == ("a", "reset")
     assert all(isinstance(mark, tuple) for mark in history.marks)
 
 
