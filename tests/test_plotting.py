@@ -27,13 +27,8 @@ def history(names: tuple[str, ...] = FEW, samples: int = 12, scale: float = 0.05
         values = scale * torch.rand(len(names), generator=generator, dtype=torch.float64)
         built.append(50 * (index + 1), index // 4, names, values)
     if marks:
-        for step, event in (
-            (0, "frozen from the start"),
-            (100, "frozen"),
-            (200, "recalibrated"),
-            (300, "reset"),
-            (400, "unfrozen"),
-        ):
+        events = ("frozen from the start", "frozen", "recalibrated", "reset", "unfrozen")
+        for step, event in zip(range(0, 500, 100), events, strict=True):
             built.mark(step, names[-1], event)
     return built
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
 from lightning_bn.callbacks._lightning.callback_list import is_asked_by, same_kind_beside
+from lightning_bn.callbacks._lightning.hyperparameters import log_hyperparameters
 from lightning_bn.callbacks._lightning.namespaces import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_bn.callbacks._lightning.state import refuse_strategy
 from lightning_bn.functional._checks import check_text
@@ -39,6 +41,15 @@ class BatchNormCallback(Callback):
                 f"two {type(self).__name__}s have the name {self.name!r}: give each its own name=, so that their "
                 f"states are told apart in checkpoints."
             )
+        if stage == "fit":
+            of = type(self).__name__ + (f"/{self.name}" if self.name else "")
+            log_hyperparameters(trainer, of, self._settings_by_name())
+
+    def _settings_by_name(self) -> dict[str, Any]:
+        """The arguments of its class, not of one derived from it, as they are now."""
+        kind = next(one for one in type(self).__mro__ if one.__module__.startswith("lightning_bn."))
+        names = [name for name in inspect.signature(kind).parameters if hasattr(self, name)]
+        return {name: getattr(self, name) for name in names}
 
     def _select(self, modules: Patterns, exclude: Patterns, root: str, name: str | None) -> None:
         """Take the arguments that all callbacks have.

@@ -95,7 +95,9 @@ class BatchNormFreezer(BatchNormCallback):
             self._chosen = FreezeSelection(modules, exclude, root, by_task, stats, affine, memory_efficient)
             self._schedule = FreezeSchedule(start_epoch, stop_epoch, start_step, stop_step)
         self._settings = {**self._chosen.settings(), "schedule": str(self._schedule)}
-        self.stats, self.affine, self.by_task = stats, affine, by_task
+        self.stats, self.affine, self.by_task, self.task_key = stats, affine, by_task, task_key
+        self.start_epoch, self.stop_epoch = start_epoch, stop_epoch
+        self.start_step, self.stop_step = start_step, stop_step
         self.report: FreezeReport | None = None
         self._task_of = TaskOf(task_key)
         self._session: FreezeSession | None = None
