@@ -65,6 +65,7 @@ class BatchNormMonitor(BatchNormCallback):
             largest drift of the layer that is worst at the moment, second worst, and so on.
         report: Whether to print a table at the end of the fit, and to draw a figure into the log directory and the
             loggers that take images, where matplotlib is installed.
+        prog_bar: Whether the progress bar shows the largest drift, ``<prefix>/<measure>_max``.
 
     Attributes:
         history: The samples so far, bounded in number and saved in checkpoints.
@@ -92,12 +93,14 @@ class BatchNormMonitor(BatchNormCallback):
         prefix: str = "bn",
         log_worst: int = 0,
         report: bool = True,
+        prog_bar: bool = False,
     ) -> None:
         super().__init__()
         with self._checked():
             self._select(modules, exclude, root, name)
             check_text("prefix", prefix)
             check_flag("report", report)
+            check_flag("prog_bar", prog_bar)
             check_choice("action", action, ("warn", "stop", "raise"))
             check_whole("log_worst", log_worst, 0)
             check_settings(every_n_steps, measure, reference, warn_above, act_above)
@@ -112,6 +115,7 @@ class BatchNormMonitor(BatchNormCallback):
         self.prefix = prefix
         self.log_worst = log_worst
         self.report = report
+        self.prog_bar = prog_bar
         self.history = DriftHistory()
         self._session: MonitorSession | None = None
         self._running: MonitorSession | None = None
@@ -173,6 +177,8 @@ class BatchNormMonitor(BatchNormCallback):
     ) -> None:
         if self._running is not None and self._running.after_batch(batch, trainer.global_step):
             self._sample(trainer, right_after=True)
+            if self.prog_bar:
+                self._log_monitorable(trainer, on_step=True)
 
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Before averaged weights and recalibrated statistics are put in.
@@ -271,13 +277,17 @@ class BatchNormMonitor(BatchNormCallback):
         trainer.should_stop |= stops
         rank_zero_warn(f"BatchNormMonitor: {sample.exceeded}{': training stops' if stops else ''}")
 
-    def _log_monitorable(self, trainer: Trainer) -> None:
+    def _log_monitorable(self, trainer: Trainer, on_step: bool = False) -> None:
         if self._running is None or self._running.last is None:
             return
         values = self._running.last.monitorable(self.prefix, self.measure)
-        # The loggers have their curve already.
-        log_dict: Any = self.log_dict  # type: ignore[attr-defined]
-        log_dict(values, on_step=False, on_epoch=True, logger=False, batch_size=1, sync_dist=trainer.world_size > 1)
+        log: Any = self.log  # type: ignore[attr-defined]
+        for key, value in values.items():
+            shown = self.prog_bar and key == f"{self.prefix}/{self.measure}_max"
+            if shown or not on_step:
+                # The loggers have their curve already. Between epochs the bar has what rank 0 has.
+                how = {"on_step": on_step, "on_epoch": not on_step, "sync_dist": trainer.world_size > 1 and not on_step}
+                log(key, value, prog_bar=shown, logger=False, batch_size=1, **how)
 
     def _show(self, trainer: Trainer) -> None:
         if not (self.report and trainer.is_global_zero):

@@ -291,6 +291,33 @@ def test_a_checkpoint_that_has_gone_since_is_an_error_before_training(tmp_path: 
         fit(module(), watching, max_epochs=1)
 
 
+class Bars(pl.Callback):
+    """What the progress bar shows after every training batch and at the end."""
+
+    def __init__(self) -> None:
+        self.shown: list[Any] = []
+
+    def on_train_batch_end(self, trainer: Any, *_: Any) -> None:
+        self.shown.append(trainer.progress_bar_metrics.get("bn/jeffreys_max"))
+
+    def on_train_end(self, trainer: Any, *_: Any) -> None:
+        self.shown.append({key for key in trainer.progress_bar_metrics if "bn/" in key})
+
+
+@pytest.mark.parametrize("validate", [True, False])
+def test_the_largest_drift_is_in_the_progress_bar_on_request(validate: bool) -> None:
+    watching, bars = monitor(every_n_steps=2, prog_bar=True), Bars()
+    fit(module(), watching, bars, max_epochs=2, count=32, validate=validate)
+    *steps, names = bars.shown
+    assert names == {"bn/jeffreys_max"}
+    largest = dict(zip(watching.history.steps, watching.history.values().amax(1).tolist(), strict=True))
+    assert steps[0] is None
+    assert steps[1:4] == pytest.approx([largest[2], largest[2], largest[4]])
+    bars = Bars()
+    fit(module(), monitor(), bars, max_epochs=1, count=32, validate=validate)
+    assert bars.shown == [None] * 4 + [set()]
+
+
 # --- logging -------------------------------------------------------------------------------------------------------
 
 
