@@ -11,7 +11,7 @@ from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 
 from lightning_bn import PreciseBatchNorm
-from lightning_bn.callbacks._second_run import sources
+from lightning_bn.callbacks._second_run import long_pass
 from lightning_bn.functional import recalibrate, take_snapshot
 from tests.callbacks.fits import Classifier, quiet, train_loader, trajectory, val_loader
 from tests.callbacks.freezing_fits import said
@@ -64,7 +64,7 @@ def test_a_step_that_writes_to_a_trained_weight_is_refused_by_name_and_the_weigh
 
 
 def test_a_pass_that_takes_long_says_so_once(monkeypatch) -> None:
-    monkeypatch.setattr(sources, "LONG", 0.0)
+    monkeypatch.setattr(long_pass, "LONG", 0.0)
     with said() as lines:
         quiet(callbacks=[PreciseBatchNorm(num_batches=3)], max_epochs=1).fit(Classifier(), **data())
     assert sum("recalibrating" in line for line in lines) == 1

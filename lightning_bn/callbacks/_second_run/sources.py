@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import AbstractContextManager
 from itertools import islice
@@ -16,19 +15,17 @@ from lightning_bn.callbacks._lightning.namespaces import (
     LightningModule,
     MisconfigurationException,
     Trainer,
-    rank_zero_info,
     rank_zero_warn,
 )
 from lightning_bn.callbacks._lightning.state import datamodule_of
 from lightning_bn.callbacks._second_run.copies import copied
 from lightning_bn.callbacks._second_run.drawn_once import CHOICES, below, refuse_shared
 from lightning_bn.callbacks._second_run.loading import can_fork, loaded_apart
+from lightning_bn.callbacks._second_run.long_pass import shown_when_long
 from lightning_bn.functional.recalibration.isolation import preserved_rng
 from lightning_bn.functional.recalibration.stopping import StoppingRule
 
 Source: TypeAlias = Literal["train", "recent"]
-LONG = 3.0
-"""Seconds after which a pass says that it is under way."""
 _ENDLESS = (
     "PreciseBatchNorm(num_batches=None): {} does not say how long it is, and a pass over a loader that never ends "
     "would not end either. Set num_batches or num_samples."
@@ -71,7 +68,8 @@ def batches_for(
     """
     if source_method is None and source == "recent":
         # Prepared when training used them.
-        yield from tuple(recent)
+        kept = tuple(recent)
+        yield from shown_when_long(trainer, kept, len(kept))
         return
     forked, path, epoch = can_fork(), source_method or TRAINING, float("inf")
     if source_method is not None:
@@ -95,7 +93,7 @@ def batches_for(
     with preserved_rng(), loaded_apart(opened) if forked else opened() as batches:
         wanted = islice(batches, None if limit == float("inf") else int(limit))
         # The Trainer skips batches that are None, and says so.
-        yield from _told_when_long(prepare(batch) for batch in wanted if batch is not None)
+        yield from shown_when_long(trainer, (prepare(batch) for batch in wanted if batch is not None), limit)
 
 
 def check_training_loaders(trainer: Trainer, rule: StoppingRule) -> None:
@@ -122,19 +120,6 @@ def _begun_anew(loaders: Any) -> Any:
             # Workers that live on and pinned memory are the other process's. A loader refuses such changes by name.
             loader.__dict__.update(_iterator=None, pin_memory=False)
     return loaders
-
-
-def _told_when_long(batches: Iterable[Any]) -> Iterator[Any]:
-    """Yield the batches; say so if they take longer than somebody who watches a progress bar stand still expects.
-
-    The Trainer's progress bar has no public place for what happens inside a hook.
-    """
-    began, told = time.monotonic(), False
-    for number, batch in enumerate(batches):
-        if not told and time.monotonic() - began > LONG:
-            told = True
-            rank_zero_info(f"PreciseBatchNorm: recalibrating, {number:,} batches in {LONG:.0f} s so far")
-        yield batch
 
 
 def loader_method(trainer: Trainer, module: LightningModule, method: str) -> Callable[[], Any]:
