@@ -239,6 +239,26 @@ def test_frozen_layers_that_did_not_move_are_one_line_together() -> None:
     assert "history" not in text
 
 
+@pytest.mark.parametrize("entry", ["running_mean", "running_var"])
+def test_a_frozen_layer_that_moved_is_a_row_and_says_who_froze_it(entry: str) -> None:
+    net = fill_statistics(nn.ModuleDict({name: nn.BatchNorm2d(4) for name in ("a", "b")}))
+    reference = take_snapshot(net)
+    getattr(net["a"], entry)[3] += 0.5
+    text = drift_text(
+        120,
+        describe(net),
+        reference,
+        take_snapshot(net),
+        DriftHistory(),
+        [0.0, 0.0],
+        "jeffreys",
+        frozen_by({}, "a", "b"),
+    )
+    [row] = rows_of(text)
+    assert (row[0], row[3]) == ("a", "BatchNormFreezer")
+    assert "Frozen by BatchNormFreezer, did not move: b (1 layer)" in text
+
+
 def test_what_to_do_stands_first() -> None:
     to_do = ["step 5: stage1 is fed by sources that alternate: give each statistics of its own.", "step 9: look."]
     lines = drift_text(60, *drifted(), to_do=to_do).splitlines()

@@ -19,6 +19,7 @@ from torch import nn
 from torch.utils.data import DataLoader
 
 from lightning_bn import PreciseBatchNorm
+from lightning_bn.callbacks._lightning import progress
 from lightning_bn.callbacks._second_run import long_pass
 from tests.callbacks.fits import Classifier, quiet, train_loader, trajectory, val_loader
 from tests.callbacks.freezing_fits import said
@@ -117,8 +118,17 @@ def test_a_bar_stands_below_the_trainers_and_counts_the_batches(bar: str, source
 
 @pytest.mark.parametrize("bar", BARS)
 def test_nothing_of_it_stays(bar: str, terminal: Terminal, monkeypatch: pytest.MonkeyPatch) -> None:
+    kept: list[Any] = []
+
+    def made(**options: Any) -> Any:
+        # Nothing is closed only because nobody refers to it any more.
+        kept.append(Tqdm(**options))
+        return kept[-1]
+
+    monkeypatch.setattr(progress, "Tqdm", made)
     fit(terminal, BARS[bar]())
     assert len(SEEN) == 6
+    assert len(kept) == (0 if bar == "rich" else 2)
     plain = Terminal()
     monkeypatch.setattr(long_pass, "LONG", 1e9)
     fit(plain, BARS[bar]())
