@@ -95,7 +95,8 @@ class BatchNormFreezer(BatchNormCallback):
             self._chosen = FreezeSelection(modules, exclude, root, by_task, stats, affine, memory_efficient)
             self._schedule = FreezeSchedule(start_epoch, stop_epoch, start_step, stop_step)
         self._settings = {**self._chosen.settings(), "schedule": str(self._schedule)}
-        self.stats, self.affine, self.by_task, self.task_key = stats, affine, by_task, task_key
+        self.stats, self.affine, self.memory_efficient = stats, affine, memory_efficient
+        self.by_task, self.task_key = by_task, task_key
         self.start_epoch, self.stop_epoch = start_epoch, stop_epoch
         self.start_step, self.stop_step = start_step, stop_step
         self.report: FreezeReport | None = None
@@ -240,11 +241,8 @@ class BatchNormFreezer(BatchNormCallback):
         self._close(trainer)
         if self.report is None:
             return
-        figures: dict[str, float] = {
-            "bn/frozen_layers": len(self.report.layers) + len(self.report.task_layers),
-            "bn/frozen_violations": len(self.report.violations),
-        }
-        self._log_curves(trainer, figures)
+        layers = len(self.report.layers) + len(self.report.task_layers)
+        self._log_curves(trainer, {"bn/frozen_layers": layers, "bn/frozen_violations": len(self.report.violations)})
         (rank_zero_info if self.report.identical else rank_zero_warn)(f"BatchNormFreezer: {self.report}")
 
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
