@@ -22,7 +22,7 @@ from lightning_bn.functional.layers.sets_per_task import sets_of
 from lightning_bn.functional.layers.status import layer_status, update_status
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.result import AllFrozenError, Recalibration
-from lightning_bn.functional.statistics.file_entries import FileEntry
+from lightning_bn.functional.statistics.file_entries import FileEntry, Shapes
 from lightning_bn.functional.statistics.files import check_out, read_checkpoint
 
 _COUNTER = "num_batches_tracked"
@@ -37,6 +37,7 @@ class RecalibratedCheckpoint:
         averaged: Whether the weights in it are averages, as WeightAveraging saves them.
         recalibration: What was done to the statistics.
         found: Where in the file the model's weights were, if not under the same names; empty otherwise.
+        files: Names of the files whose average was recalibrated; empty for a single one.
         not_in_model: BatchNorm layers of the file that the model lacks, by their names in the file; left as they were.
         tasks_left: Tasks whose statistics lie in the file beside the model's own; left as they were.
     """
@@ -47,9 +48,11 @@ class RecalibratedCheckpoint:
     found: str = ""
     not_in_model: tuple[str, ...] = ()
     tasks_left: tuple[str, ...] = ()
+    files: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         weights = "averaged weights" if self.averaged else "weights as saved"
+        weights = f"average of {counted(len(self.files), 'file')}, {weights}" if self.files else weights
         said = f"{self.path.name}: {weights}{f' ({self.found})' if self.found else ''}, {self.recalibration}"
         if self.not_in_model:
             layers = counted(len(self.not_in_model), "BatchNorm layer")
@@ -58,7 +61,7 @@ class RecalibratedCheckpoint:
 
 
 def recalibrate_checkpoint(
-    path: str | Path,
+    path: str | Path | Sequence[str | Path],
     model: nn.Module,
     batches: Iterable[Any],
     out: str | Path,
@@ -77,8 +80,12 @@ def recalibrate_checkpoint(
     left out. Of statistics per task, as TaskBatchNorm saves them, the default task's are recalibrated, since they are
     the model's own; a warning names the others, which stay as they are.
 
+    Of several files the weights are averaged first (a "model soup"): no file's statistics are those of the average. All
+    else in the new file is the first one's.
+
     Args:
-        path: A checkpoint of Lightning, a state dict, one nested in other things, or a ``.safetensors`` file.
+        path: A checkpoint of Lightning, a state dict, one nested in other things, or a ``.safetensors`` file; or a list
+            of those of one model.
         model: Takes the weights, which it holds afterwards: the LightningModule itself, or the network in it.
         batches: As for :func:`~lightning_bn.functional.recalibrate`.
         out: Where to write, in the format of its suffix. The file appears when it is complete.
@@ -93,17 +100,23 @@ def recalibrate_checkpoint(
     Raises:
         FileExistsError: If ``out`` exists and ``overwrite`` is not given; nothing is read then.
         IsADirectoryError: If ``out`` is a folder; nothing is read then.
-        IsADirectoryError: If ``path`` is a folder, as sharded checkpoints are.
+        IsADirectoryError: If ``path`` is a folder, as sharded checkpoints are, and not a list of files.
         ModuleNotFoundError: If the format needs a package that is not installed.
         ValueError: If the file cannot be read or holds no state dict, if none or more than one place in it fits
             ``model``, if ``out`` cannot hold what it holds, or if its dtype cannot hold a population statistic; if
-            ``model`` has statistics per task; and as for ``recalibrate``. Nothing is written then.
+            ``model`` has statistics per task; if several files have other whole numbers; and as for ``recalibrate``.
+            Nothing is written then.
         pickle.UnpicklingError: If the file holds more than tensors and plain values.
+
+    Source: Wortsman et al. (2022), "Model soups", arXiv 2203.05482; Izmailov et al. (2018), arXiv 1803.05407, section
+    3.3, on the statistics of averaged weights.
     """
-    path, out = Path(path), Path(out)
+    paths, out = [Path(one) for one in ([path] if isinstance(path, str | Path) else path)], Path(out)
+    if not paths:
+        raise ValueError("path is an empty list: name a checkpoint.")
     check_out(out, overwrite)
     _refuse_sets(model)
-    checkpoint = read_checkpoint(path)
+    checkpoint = read_checkpoint(paths[0])
     checkpoint.refuse_format(out)
     wanted = {
         name: value.shape if isinstance(value, Tensor) and not is_lazy(value) else None
@@ -111,16 +124,19 @@ def recalibrate_checkpoint(
         if name.rpartition(".")[2] != _COUNTER  # torch too loads what older versions saved without it
     }
     entry = checkpoint.entry(wanted, type(model).__name__, key=key, prefix=prefix)
+    for value, average in _averages(entry, paths[1:], wanted, type(model).__name__, key=key, prefix=prefix).items():
+        entry.state[entry.name_of(value)] = average
     _load(model, entry)
     frozen = set() if recalibrate_frozen else _frozen_in(checkpoint.content)
     layers = batch_norm_layers(model)
     try:
-        with _marked_frozen(_of_file(model, entry, frozen), path.name):
+        with _marked_frozen(_of_file(model, entry, frozen), checkpoint.path.name):
             recalibration = recalibrate(model, batches, **options)
     except AllFrozenError as error:
         if not frozen:
             raise
-        raise AllFrozenError(f"{error} {path.name} records them as frozen: see recalibrate_frozen=.") from error
+        records = f"{checkpoint.path.name} records them as frozen"
+        raise AllFrozenError(f"{error} {records}: see recalibrate_frozen=.") from error
     rewritten = {id(layers[name]): name for name in recalibration.layers}
     for place, layer in model.named_modules(remove_duplicate=False):  # by all names, wrappers' components included
         if id(layer) in rewritten:
@@ -137,7 +153,29 @@ def recalibrate_checkpoint(
     others = [name for name in entry.state if name.endswith("running_mean") and name not in known]
     averaged = "averaging_state" in checkpoint.content and entry.key == "state_dict"
     not_in_model = tuple(name.removesuffix("running_mean").rstrip(".") for name in others)
-    return RecalibratedCheckpoint(out, averaged, recalibration, str(entry), not_in_model, tasks_left)
+    files = tuple(one.name for one in paths) if len(paths) > 1 else ()
+    return RecalibratedCheckpoint(out, averaged, recalibration, str(entry), not_in_model, tasks_left, files)
+
+
+def _averages(
+    first: FileEntry, others: Sequence[Path], wanted: Shapes, of: str, **choice: str | None
+) -> dict[str, Tensor]:
+    """Return by the model's names the averages of what several files hold; one file at a time is in memory.
+
+    Raises:
+        ValueError: If a file does not fit the model, or if whole numbers differ.
+    """
+    sums = {name: first[name].double() for name in (first.names if others else ()) if isinstance(first[name], Tensor)}
+    for path in others:
+        entry = read_checkpoint(path).entry(wanted, of, **choice)
+        for name in sums:
+            if not first[name].is_floating_point() and not torch.equal(first[name], entry[name]):
+                raise ValueError(
+                    f"{path.name}: {name!r} holds whole numbers ({first[name].dtype}) that are not those of the first "
+                    f"file, and have no average. Are these checkpoints of one model?"
+                )
+            sums[name] += entry[name]
+    return {name: (total / (1 + len(others))).to(first[name].dtype) for name, total in sums.items()}
 
 
 def _load(model: nn.Module, entry: FileEntry) -> None:

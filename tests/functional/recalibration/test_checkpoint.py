@@ -573,3 +573,81 @@ def test_a_model_with_statistics_per_task_is_refused_and_nothing_is_read(tmp_pat
     assert state_bits(net) == before
     assert not (tmp_path / "out.pt").exists()
     bank.release()
+
+
+# several files
+
+
+def several(tmp_path: Path, count: int = 3, **changes: Any) -> list[Path]:
+    """Files of one model after other trainings."""
+    paths = []
+    for index in range(count):
+        net = fill_statistics(seeded(Net, index))
+        path = tmp_path / f"{index}.pt"
+        torch.save({"state_dict": net.state_dict(), "epoch": index, **changes}, path)
+        paths.append(path)
+    return paths
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_the_average_of_several_files_is_what_is_recalibrated(tmp_path: Path, count: int) -> None:
+    paths = several(tmp_path, count)
+    done = recalibrate_checkpoint(paths, Net(), batches(), tmp_path / "soup.pt")
+    states = [read(path)["state_dict"] for path in paths]
+    soup = read(tmp_path / "soup.pt")
+    for name, value in soup["state_dict"].items():
+        if "running" not in name and "num_batches" not in name:
+            expected = torch.stack([state[name].double() for state in states]).mean(0)
+            torch.testing.assert_close(value, expected.to(value.dtype), rtol=1e-7, atol=0)
+    assert_precise(soup["state_dict"], "")
+    assert soup["epoch"] == 0
+    assert str(done).startswith(f"soup.pt: average of {count} files, weights as saved")
+    assert done.files == tuple(path.name for path in paths)
+
+
+def test_one_file_in_a_list_is_that_file(tmp_path: Path) -> None:
+    paths = several(tmp_path, 1)
+    done = recalibrate_checkpoint(paths, Net(), batches(), tmp_path / "one.pt")
+    recalibrate_checkpoint(paths[0], Net(), batches(), tmp_path / "other.pt")
+    assert done.files == ()
+    assert not differences(read(tmp_path / "one.pt"), read(tmp_path / "other.pt"))
+
+
+def test_averages_keep_the_dtype_of_the_first_file(tmp_path: Path) -> None:
+    paths = several(tmp_path, 2)
+    content = read(paths[0])
+    content["state_dict"] = {
+        name: value.half() if value.is_floating_point() else value for name, value in content["state_dict"].items()
+    }
+    torch.save(content, paths[0])
+    recalibrate_checkpoint(paths, Net(), batches(), tmp_path / "soup.pt")
+    values = [value for value in read(tmp_path / "soup.pt")["state_dict"].values() if value.is_floating_point()]
+    assert {value.dtype for value in values} == {torch.float16}
+
+
+class Indexed(Net):
+    def __init__(self, start: int = 0) -> None:
+        super().__init__()
+        self.register_buffer("positions", torch.arange(start, start + 3))
+
+
+def test_whole_numbers_that_differ_have_no_average_and_nothing_is_written(tmp_path: Path) -> None:
+    paths = []
+    for start in (0, 0, 1):
+        paths.append(tmp_path / f"{len(paths)}.pt")
+        torch.save(fill_statistics(Indexed(start)).state_dict(), paths[-1])
+    recalibrate_checkpoint(paths[:2], Indexed(), batches(), tmp_path / "soup.pt")
+    assert read(tmp_path / "soup.pt")["positions"].tolist() == [0, 1, 2]
+    with pytest.raises(ValueError, match=r"2\.pt: 'positions' holds whole numbers"):
+        recalibrate_checkpoint(paths, Indexed(), batches(), tmp_path / "other.pt")
+    assert not (tmp_path / "other.pt").exists()
+
+
+def test_a_file_of_another_model_among_several_is_named(tmp_path: Path) -> None:
+    paths = several(tmp_path, 2)
+    torch.save(SmallResNet().state_dict(), paths[1])
+    with pytest.raises(ValueError, match=r"1\.pt does not fit Net"):
+        recalibrate_checkpoint(paths, Net(), batches(), tmp_path / "soup.pt")
+    with pytest.raises(ValueError, match="path is an empty list"):
+        recalibrate_checkpoint([], Net(), batches(), tmp_path / "soup.pt")
+    assert not (tmp_path / "soup.pt").exists()
