@@ -9,6 +9,7 @@ from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from lightning_bn.callbacks.cli import RecalibrateCommand
     from lightning_bn.callbacks.freezer import BatchNormFreezer
     from lightning_bn.callbacks.monitor import BatchNormMonitor
     from lightning_bn.callbacks.precise import PreciseBatchNorm
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from lightning_bn.metrics import BatchNormDrift
 
 __all__ = ["BatchNormDrift", "BatchNormDriftError", "BatchNormFreezer", "BatchNormMonitor", "PreciseBatchNorm"]
-__all__ += ["TaskBatchNorm", "__version__", "task"]
+__all__ += ["RecalibrateCommand", "TaskBatchNorm", "__version__", "task"]
 
 _HOME = {
     "BatchNormDrift": "lightning_bn.metrics",
@@ -26,6 +27,7 @@ _HOME = {
     "BatchNormFreezer": "lightning_bn.callbacks.freezer",
     "BatchNormMonitor": "lightning_bn.callbacks.monitor",
     "PreciseBatchNorm": "lightning_bn.callbacks.precise",
+    "RecalibrateCommand": "lightning_bn.callbacks.cli",
     "TaskBatchNorm": "lightning_bn.callbacks.tasks",
     "task": "lightning_bn.functional._tasks",
 }
