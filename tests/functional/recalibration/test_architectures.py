@@ -22,7 +22,9 @@ def networks() -> ModuleType:
     return module
 
 
-@pytest.mark.parametrize(("name", "layers"), [("resnet50", 53), ("densenet121", 121), ("efficientnet_b0", 49)])
+@pytest.mark.parametrize(
+    ("name", "layers"), [("resnet50", 53), ("densenet121", 121), ("efficientnet_b0", 49), ("mobilenet_v3", 46)]
+)
 def test_statistics_of_a_real_architecture_equal_those_in_float64(name: str, layers: int) -> None:
     torch.manual_seed(0)
     net = getattr(networks(), name)().train()
