@@ -19,7 +19,7 @@ from _rounds import Clock, asked_device, compare
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 
-from lightning_bn.functional import recalibrate
+from lightning_bn.functional import batch_norm_layers, recalibrate
 
 warnings.filterwarnings("ignore", "`torch.jit.script` is deprecated", DeprecationWarning)
 from fvcore.nn.precise_bn import update_bn_stats  # noqa: E402
@@ -33,6 +33,7 @@ TOOLS: dict[str, Tool] = {
     TORCH: lambda model, batches, number: update_bn(batches, model),
 }
 BATCHES = 8
+SHORT_CALLS = 20
 
 
 @dataclass
@@ -96,6 +97,30 @@ def measure(network: nn.Module, batch: Tensor, calls: int) -> dict[str, Turns]:
         for name, tool in TOOLS.items():
             (turns[name] if number >= clock.warm_up else Turns(clock)).run(tool, network, copy, batch)
     return turns
+
+
+def short_pass(network: nn.Module, batch: Tensor, number: int) -> dict[str, object]:
+    """What a call for few batches costs beside their forwards, by calls and bare forwards in turn."""
+    clock, layers = Clock(batch.device), len(batch_norm_layers(network))
+    network.train()
+    copy = deepcopy(network)
+    marks: dict[Tool, list[tuple[object, object]]] = {TOOLS[OURS]: [], bare: []}
+    for turn in range(clock.warm_up + 1 + SHORT_CALLS):
+        for tool, model in ((bare, copy), (TOOLS[OURS], network)):
+            gc.collect()
+            started = clock.now()
+            tool(model, [batch] * number, number)
+            # The first turn fills caches.
+            marks[tool] += [(started, clock.now())] * (turn > clock.warm_up)
+    calls, forwards = (clock.seconds(marks[tool]) for tool in (TOOLS[OURS], bare))
+    differences = [call - forward for call, forward in zip(calls, forwards, strict=True)]
+    return {
+        "batches": number,
+        "call, ms": 1000 * min(calls),
+        "forwards, ms": 1000 * min(forwards),
+        "beside them, ms per layer": 1000 * (min(calls) - min(forwards)) / layers,
+        "median": 1000 * median(differences) / layers,
+    }
 
 
 def bare(model: nn.Module, batches: Iterable[Tensor], number: int) -> None:
@@ -165,6 +190,18 @@ def main() -> None:
         "batch.",
     )
     results.table("What is added to a batch's forward", overheads, "Median of the differences of neighbors.")
+    rows = [
+        {"network": architecture, **short_pass(seeded(build).to(device), tiny, number)}
+        for architecture, build, _, tiny, _ in networks
+        for number in (1, 2)
+    ]
+    results.table(
+        "Passes of few batches",
+        rows,
+        "The fastest call less the fastest of the same bare forwards, over the number of layers; median: of neighbors. "
+        "It holds the copies of all weights and buffers and their comparison, which grow with their size. 2 images of "
+        "32x32, or 32 vectors, a batch.",
+    )
     # Last, since the profiler may leave the process slower.
     rows = [
         {"network": architecture, "tool": name, **counts(tool, seeded(build).to(device), batch)}

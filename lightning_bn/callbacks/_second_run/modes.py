@@ -38,7 +38,7 @@ class TrainingModes:
     @contextmanager
     def in_place(self, module: nn.Module) -> Iterator[None]:
         """Give modules the modes that were seen; at the end those that they had."""
-        with preserved_modes(module):
+        with preserved_modes(module.modules()):
             for submodule, training in self._modes:
                 submodule.training = training
             yield

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable
+from functools import cached_property
 
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -13,7 +14,7 @@ from torch.optim.swa_utils import AveragedModel
 
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.layers.patterns import Pattern, Patterns, SelectionError, as_patterns, is_below
-from lightning_bn.functional.layers.torch_private import buffers_of, child_of
+from lightning_bn.functional.layers.torch_private import buffers_of, children_of
 
 # Of compiled, sharded and checkpointed modules, and the two that Fabric's wrapper has for one module.
 _WRAPPER_COMPONENTS = frozenset({"_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module"})
@@ -23,31 +24,27 @@ _WRAPPERS = (DistributedDataParallel, DataParallel, AveragedModel)
 _WRAPPER_NAMES = frozenset({"ModelEma", "ModelEmaV2", "ModelEmaV3"})  # timm's
 
 
-def named_paths(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
-    """Yield every module under every one of its canonical names, in registration order."""
-    seen: set[tuple[str, int]] = set()
-    for path, module in model.named_modules(remove_duplicate=False):
-        name = canonical_name(model, path)
-        if (name, id(module)) not in seen:
-            seen.add((name, id(module)))
-            yield name, module
-
-
-def canonical_name(model: nn.Module, path: str) -> str:
-    """Return ``path`` below ``model`` without the components that wrappers add.
+def named_paths(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """Return every module under every one of its canonical names, in registration order.
 
     Example:
-        >>> canonical_name(nn.Sequential(), "backbone._orig_mod.bn1")
-        'backbone.bn1'
+        >>> relu = nn.ReLU()
+        >>> [name for name, _ in named_paths(nn.ModuleDict({"act": relu, "_orig_mod": nn.ModuleDict({"again": relu})}))]
+        ['', 'act', '', 'again']
     """
-    kept: list[str] = []
-    module: nn.Module | None = model
-    for component in path.split(".") if path else ():
-        wrapped = component == "module" and _is_wrapper(module)
-        if not wrapped and component not in _WRAPPER_COMPONENTS:
-            kept.append(component)
-        module = None if module is None else child_of(module, component)
-    return ".".join(kept)
+    found: dict[tuple[str, int], nn.Module] = {}
+
+    def visit(name: str, module: nn.Module) -> None:
+        if (name, id(module)) in found:
+            return
+        found[name, id(module)] = module
+        for key, child in children_of(module).items():
+            if child is not None:
+                wrapped = key in _WRAPPER_COMPONENTS or (key == "module" and _is_wrapper(module))
+                visit(name if wrapped else f"{name}.{key}" if name else key, child)
+
+    visit("", model)
+    return [(name, module) for (name, _), module in found.items()]
 
 
 def named_batch_norm(model: nn.Module) -> dict[str, _BatchNorm]:
@@ -59,14 +56,17 @@ def named_batch_norm(model: nn.Module) -> dict[str, _BatchNorm]:
     return dict(found.values())
 
 
-def lookalikes(model: nn.Module) -> dict[str, nn.Module]:
+def lookalikes(paths: Iterable[tuple[str, nn.Module]]) -> dict[str, nn.Module]:
     """Return modules that have running statistics and are not torch's BatchNorm, under the first of their names.
+
+    Args:
+        paths: Modules under all of their names.
 
     For instance an in-place activated BatchNorm, an InstanceNorm that tracks, BatchNorm in TorchScript, or one written
     by hand. Not one whose statistics no forward moves, as torchvision's FrozenBatchNorm2d.
     """
     found: dict[int, tuple[str, nn.Module]] = {}
-    for name, module in named_paths(model):
+    for name, module in paths:
         has = all(buffers_of(module).get(key) is not None for key in ("running_mean", "running_var"))
         if has and not isinstance(module, _BatchNorm) and kind_of(module) != "FrozenBatchNorm2d":
             found.setdefault(id(module), (name, module))
@@ -89,31 +89,36 @@ def without_wrappers(name: str) -> str:
     return ".".join(part for part in name.split(".") if part != "module" and part not in _WRAPPER_COMPONENTS)
 
 
-def _is_wrapper(module: nn.Module | None) -> bool:
+def _is_wrapper(module: nn.Module) -> bool:
     return isinstance(module, _WRAPPERS) or type(module).__name__ in _WRAPPER_NAMES
 
 
 class LayerNames:
-    """All names of all BatchNorm layers below one model, and of the modules around them."""
+    """All names of all BatchNorm layers below one model, and of the modules around them, from one walk over it.
+
+    Args:
+        model: Any module.
+
+    Attributes:
+        layers: The BatchNorm layers by their ids.
+        names: All names of each of them, by its id.
+
+    Raises:
+        SelectionError: If there is no BatchNorm layer.
+    """
 
     def __init__(self, model: nn.Module) -> None:
         self.layers: dict[int, _BatchNorm] = {}
         self.names: dict[int, list[str]] = {}
-        self.paths: dict[str, None] = {}
-        self.lookalikes = {name: kind_of(module) for name, module in lookalikes(model).items()}
-        self.frozen: list[str] = []
-        others: Counter[str] = Counter()
-        for name, module in named_paths(model):
-            self.paths[name] = None
+        self._found = named_paths(model)
+        for name, module in self._found:
             if isinstance(module, _BatchNorm):
                 self.layers[id(module)] = module
                 self.names.setdefault(id(module), []).append(name)
-            elif "Norm" in type(module).__name__:
-                others[type(module).__name__] += 1
-                self.frozen += [name] if kind_of(module) == "FrozenBatchNorm2d" else []
         if not self.layers:
+            others = Counter(type(one).__name__ for _, one in self._found if "Norm" in type(one).__name__)
             kinds = ", ".join(f"{count} {kind}" for kind, count in others.items()) or "no normalization layer at all"
-            alike = [f"{name!r} ({kind_of(module)})" for name, module in lookalikes(model).items()]
+            alike = [f"{name!r} ({kind})" for name, kind in self.lookalikes.items()]
             if alike:
                 kinds += f"; with running statistics of another kind: {', '.join(alike[:5])}"
             raise SelectionError(
@@ -121,6 +126,28 @@ class LayerNames:
                 f"torch.nn.modules.batchnorm._BatchNorm; if the layers are built later (configure_model), call this "
                 f"afterwards."
             )
+
+    @cached_property
+    def modules(self) -> dict[nn.Module, str]:
+        """Every module of the model once, with the first of its names, in registration order."""
+        found: dict[nn.Module, str] = {}
+        for name, module in self._found:
+            found.setdefault(module, name)
+        return found
+
+    @cached_property
+    def paths(self) -> dict[str, None]:
+        """All names of all modules."""
+        return dict.fromkeys(name for name, _ in self._found)
+
+    @cached_property
+    def lookalikes(self) -> dict[str, str]:
+        """The kind of each of :func:`lookalikes`, by name."""
+        return {name: kind_of(module) for name, module in lookalikes(self._found).items()}
+
+    def named(self, keys: Collection[int] | None = None) -> dict[str, _BatchNorm]:
+        """Return the BatchNorm layers, or those of some ids, under the first name of each."""
+        return {self.names[key][0]: layer for key, layer in self.layers.items() if keys is None or key in keys}
 
     def match(self, patterns: Patterns, root: str, argument: str) -> set[int]:
         """Return the keys of the layers that any of the patterns means."""
@@ -147,7 +174,9 @@ class LayerNames:
         full = f"{root}.{pattern.text}" if root else pattern.text
         if full in self.paths:
             below = [f"{name!r} ({kind})" for name, kind in self.lookalikes.items() if is_below(name, full)]
-            frozen = [name for name in self.frozen if is_below(name, full)]
+            frozen = [
+                name for name, module in self._found if is_below(name, full) and kind_of(module) == "FrozenBatchNorm2d"
+            ]
             if below:
                 return (
                     f"{argument}: {full!r} has no BatchNorm layer of torch's; what has running statistics there is of "

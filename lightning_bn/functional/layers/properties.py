@@ -5,14 +5,14 @@ from __future__ import annotations
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+from torch.nn.parameter import UninitializedTensorMixin  # type: ignore[attr-defined]  # its stub lacks it
 
 from lightning_bn.functional.layers.torch_private import AFFINE, places_of
 
 
 def is_lazy(tensor: Tensor) -> bool:
     """Whether the tensor belongs to a lazy layer that has not seen a batch yet."""
-    return isinstance(tensor, UninitializedBuffer | UninitializedParameter)
+    return isinstance(tensor, UninitializedTensorMixin)
 
 
 def has_running_statistics(layer: _BatchNorm) -> bool:
@@ -34,8 +34,10 @@ def is_synchronized(layer: _BatchNorm) -> bool:
 
     SyncBatchNorm and layers of its kind have the ``process_group`` that they communicate in.
     """
-    kind = isinstance(layer, nn.SyncBatchNorm) or hasattr(layer, "process_group")
-    return kind and dist.is_available() and dist.is_initialized()
+    # In this order: an attribute that a layer lacks takes long to be missed.
+    if not (dist.is_available() and dist.is_initialized()):
+        return False
+    return isinstance(layer, nn.SyncBatchNorm) or hasattr(layer, "process_group")
 
 
 def affine_parameters(layer: _BatchNorm) -> list[nn.Parameter]:

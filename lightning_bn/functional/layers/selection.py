@@ -10,7 +10,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._checks import check_text
 from lightning_bn.functional._text import counted, named, quoted
-from lightning_bn.functional.layers.names import LayerNames, lookalikes
+from lightning_bn.functional.layers.names import LayerNames, lookalikes, named_paths
 from lightning_bn.functional.layers.patterns import Pattern, Patterns, SelectionError, as_patterns
 from lightning_bn.functional.layers.properties import has_running_statistics
 
@@ -38,9 +38,9 @@ class LayerSelection:
         if self.exclude is not None and self.exclude != []:
             as_patterns(self.exclude, "exclude")
 
-    def layers(self, model: nn.Module) -> dict[str, _BatchNorm]:
-        """As :func:`batch_norm_layers`."""
-        found = LayerNames(model)
+    def layers(self, model: nn.Module, names: LayerNames | None = None) -> dict[str, _BatchNorm]:
+        """As :func:`batch_norm_layers`; where somebody has walked over the model, with the names found."""
+        found = LayerNames(model) if names is None else names
         everything = self.modules is None and not self.root
         selected = set(found.layers) if everything else found.match(self.modules, self.root, self.argument)
         if self.exclude is not None and self.exclude != []:
@@ -51,11 +51,11 @@ class LayerSelection:
                     f"exclude less, or select more."
                 )
             selected = remaining
-        return {found.names[key][0]: layer for key, layer in found.layers.items() if key in selected}
+        return found.named(selected)
 
-    def tracked_layers(self, model: nn.Module) -> dict[str, _BatchNorm]:
-        """As :func:`tracked_layers`."""
-        layers = self.layers(model)
+    def tracked_layers(self, model: nn.Module, names: LayerNames | None = None) -> dict[str, _BatchNorm]:
+        """As :func:`tracked_layers`; with ``names`` as for :meth:`layers`."""
+        layers = self.layers(model, names)
         without = [name for name, layer in layers.items() if not has_running_statistics(layer)]
         if without and (self.modules is not None or len(without) == len(layers)):
             raise SelectionError(
@@ -64,7 +64,8 @@ class LayerSelection:
                 f"Leave it out with exclude, or construct it with track_running_stats=True."
             )
         refuse_lazy(layers)
-        tracked = {name: layer for name, layer in layers.items() if name not in set(without)}
+        left_out = set(without)
+        tracked = {name: layer for name, layer in layers.items() if name not in left_out}
         for name, layer in tracked.items():
             size = layer.running_mean.numel()  # type: ignore[union-attr]
             if not layer.num_features and isinstance(layer, nn.modules.lazy.LazyModuleMixin):
@@ -85,7 +86,7 @@ class LayerSelection:
         excluded = as_patterns(self.exclude, "exclude") if self.exclude else []
         return {
             name: module
-            for name, module in lookalikes(model).items()
+            for name, module in lookalikes(named_paths(model)).items()
             if any(pattern.matches(name, self.root) for pattern in self.patterns())
             and not any(pattern.matches(name, self.root) for pattern in excluded)
         }

@@ -78,7 +78,7 @@ def sets_for(model: nn.Module, selected: Mapping[str, nn.Module]) -> SetsPerTask
         ValueError: As for :func:`sets_among`.
     """
     sets = sets_among(selected)
-    return sets_among(batch_norm_layers(model)) if sets is None else sets
+    return sets_among(batch_norm_layers(model)) if sets is None and _of else sets
 
 
 def homes_of(layers: Iterable[_BatchNorm], sets: SetsPerTask) -> list[dict[str, Any]]:

@@ -33,16 +33,19 @@ class LayerStatus:
     recalibrated_at: int | None = None
 
 
+_NOTHING = LayerStatus()
+
+
 def layer_status(layer: _BatchNorm) -> LayerStatus:
     """Return what is known of ``layer``; the empty status if nothing is."""
     status = attributes_of(layer).get(_ATTRIBUTE)
-    return status if isinstance(status, LayerStatus) else LayerStatus()
+    return status if isinstance(status, LayerStatus) else _NOTHING
 
 
 def update_status(layer: _BatchNorm, **changes: Any) -> None:
     """Record something of ``layer``; a status that says nothing leaves no trace on it."""
     status = replace(layer_status(layer), **changes)
-    if status == LayerStatus():
+    if status == _NOTHING:
         attributes_of(layer).pop(_ATTRIBUTE, None)
     else:
         attributes_of(layer)[_ATTRIBUTE] = status

@@ -36,6 +36,14 @@ def attributes_of(module: nn.Module) -> dict[str, Any]:
     return module.__dict__
 
 
+def set_training(module: nn.Module, training: bool) -> None:
+    """Set a module's own ``training`` flag, without its ``__setattr__``, which looks for much else first."""
+    if "training" in attributes_of(module):
+        attributes_of(module)["training"] = training
+    else:
+        module.training = training
+
+
 def running_backward() -> int | None:
     """The number of the backward that runs this code, as it does with checkpointed forwards; None outside of any."""
     number = torch._C._current_graph_task_id()

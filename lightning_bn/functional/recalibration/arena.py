@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from itertools import chain
 from typing import Any
 
 import torch
@@ -12,7 +13,6 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.functional._text import named
 from lightning_bn.functional.layers.exchange import Entries
 from lightning_bn.functional.recalibration.collected_forward import NARROW, NOT_CALLED, CollectedForward, not_written
-from lightning_bn.functional.statistics.channels import ChannelLayout
 
 _ALIGNED = 8
 """Elements that a layer's part of the arena begins at a multiple of: kernels may load several of them at once."""
@@ -35,34 +35,35 @@ class Arena:
     """
 
     def __init__(self, layers: Mapping[str, _BatchNorm], merge: Callable[[], Any]) -> None:
-        grouped: dict[tuple[torch.device, torch.dtype], dict[str, int]] = {}
-        for name, layer in layers.items():
-            running = layer.running_mean
+        grouped: dict[tuple[torch.device, torch.dtype], dict[str, _BatchNorm]] = {}
+        own: list[Any] = [(layer.running_mean, layer.running_var) for layer in layers.values()]
+        for (name, layer), (running, _) in zip(layers.items(), own, strict=True):
             if running is None:
                 raise ValueError(f"BatchNorm layer {named(name)} has no running statistics to collect into")
             dtype = torch.float32 if running.dtype in NARROW else running.dtype
-            sizes = grouped.setdefault((running.device, dtype), {})
-            sizes[name] = -(-layer.num_features // _ALIGNED) * _ALIGNED
-        layouts = [ChannelLayout(tuple(sizes), tuple(sizes.values())) for sizes in grouped.values()]
+            grouped.setdefault((running.device, dtype), {})[name] = layer
         self._flats: list[Tensor] = []
-        views: dict[str, Tensor] = {}
-        for layout, (device, dtype) in zip(layouts, grouped, strict=True):
-            self._flats.append(torch.ones((2, layout.channels), device=device, dtype=dtype))
-            views |= layout.split(self._flats[-1])
-        self.forwards: list[CollectedForward] = []
-        for name, layer in layers.items():
-            written = views[name][:, : layer.num_features]
-            written.copy_(torch.stack((layer.running_mean, layer.running_var)))  # type: ignore[arg-type]
-            self.forwards.append(CollectedForward(name, layer, written, merge))
+        views: dict[str, Any] = {}
+        # Of all layers, in the order of the flat tensors: their channels, and what lies between them and the next ones.
+        sizes: list[int] = []
+        for (device, dtype), found in grouped.items():
+            parts = [part for one in found.values() for part in (one.num_features, -one.num_features % _ALIGNED)]
+            mean, var = flat = torch.ones((2, sum(parts)), device=device, dtype=dtype)
+            views |= zip(found, zip(mean.split(parts)[::2], var.split(parts)[::2], strict=True), strict=True)
+            self._flats.append(flat)
+            sizes += parts
+        self.forwards = [CollectedForward(name, layer, views[name], merge) for name, layer in layers.items()]
+        with torch.no_grad():
+            torch._foreach_copy_([*chain(*(views[name] for name in layers))], [*chain(*own)])
         # What lies there before a forward: the layer's own, for one that reads them. With momentum 1 they have no
         # weight in what it writes, unless they are inf or NaN.
         self._starts = [torch.where(flat.isfinite(), flat, 1) for flat in self._flats]
         self.device = self._flats[0].device
         self.dtype = torch.float32 if self.device.type == "mps" else torch.float64
-        joined = ChannelLayout.joined(layouts)
-        places = joined.split(torch.arange(joined.channels))
-        filled = torch.cat([places[name][: layer.num_features] for name, layer in layers.items()])
-        self._filled = None if torch.equal(filled, torch.arange(joined.channels)) else filled.to(self.device)
+        self._filled: Tensor | None = None
+        if any(sizes[1::2]) or list(views) != list(layers):
+            places = dict(zip(views, torch.arange(sum(sizes)).split(sizes)[::2], strict=True))
+            self._filled = torch.cat([places[name] for name in layers]).to(self.device)
 
     def entries(self) -> list[Entries]:
         """What each layer is to hold while statistics are collected."""

@@ -36,28 +36,30 @@ class CollectedForward:
     Args:
         name: Of the layer, for errors.
         layer: With running statistics.
-        written: Where mean and variance of the batch are to be, ``(2, channels)``.
+        written: Where mean and variance of the batch are to be.
         merge: Empties the arena before a second use in a batch.
 
     Attributes:
         name: Of the layer.
+        processes: How many share the layer's batches.
         count: Values per channel that the layer was given; -1 where it was not called.
         empty: How many batches without any value it was given.
     """
 
-    def __init__(self, name: str, layer: _BatchNorm, written: Tensor, merge: Callable[[], Any]) -> None:
+    def __init__(self, name: str, layer: _BatchNorm, written: tuple[Tensor, Tensor], merge: Callable[[], Any]) -> None:
         self.count, self.empty = NOT_CALLED, 0
         self.name, self._layer, self._written, self._merge = name, layer, written, merge
         self._forward, self._held, self._attributes = layer.forward, buffers_of(layer), attributes_of(layer)
-        self._own = dict(self._held)
-        self._mean: Any = layer.running_mean
-        self._var: Any = layer.running_var
-        self._alone = processes_of(layer) == 1
+        self._own = self._held.copy()
+        running: Any = (self._own["running_mean"], self._own["running_var"])
+        self._mean, self._var = running
+        self.processes = processes_of(layer)
+        self._alone = self.processes == 1
         function = getattr(self._forward, "__func__", None)
         self._torchs = function in _TORCHS_FORWARDS
         # What was so before the pass is to be mended by it; what a step sets for a forward is meant to update nothing.
         self._untracked, self._still = not layer.track_running_stats, layer.momentum == 0
-        self._by_hand = self._untracked or (self._alone and layer.running_mean.dtype in NARROW)  # type: ignore[union-attr]
+        self._by_hand = self._untracked or (self._alone and self._mean.dtype in NARROW)
         self._inside: dict[str, Tensor | None] = dict.fromkeys(self._own)
         if self._by_hand or function is not _BatchNorm.forward:
             # torch's own forward does without the counter, and counting costs a kernel.
@@ -65,7 +67,7 @@ class CollectedForward:
         if not self._by_hand:
             self._inside["running_mean"], self._inside["running_var"] = written
         self._differs: Tensor | None = None
-        self.begin_batch()
+        self._used, self._elsewhere, self._versions = False, False, -1
 
     def entries(self) -> Entries:
         """What the layer is to hold meanwhile; on the instance, where compiled code run as written finds it."""
@@ -141,7 +143,8 @@ class CollectedForward:
             self._merge()
         self.count = count
         if self._by_hand:
-            self._written.copy_(_statistics(batch))
+            for written, values in zip(self._written, _statistics(batch), strict=True):
+                written.copy_(values)
 
     def _watched(self, batch: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """A forward of the user's own may normalize a part of its input, in several parts, or compute by itself."""
@@ -154,7 +157,7 @@ class CollectedForward:
         if self.count == NOT_CALLED:
             self._given(batch)
             if self._alone and not self._by_hand:
-                differs = _differ(self._written.double(), _statistics(batch).double(), self.count)
+                differs = _differ(torch.stack(self._written).double(), _statistics(batch).double(), self.count)
                 self._differs = differs if self._differs is None else self._differs | differs
         return output
 

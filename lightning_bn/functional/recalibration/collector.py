@@ -9,7 +9,6 @@ import torch
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional.layers.exchange import COLLECTING, exchanged
-from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.recalibration.arena import Arena
 from lightning_bn.functional.recalibration.collected_forward import NOT_CALLED
 from lightning_bn.functional.recalibration.gathered import Gathered
@@ -48,7 +47,8 @@ class Collector:
         self.arena = Arena(layers, self.merge)
         device, dtype, layout = self.arena.device, self.arena.dtype, ChannelLayout.of(layers)
         # A layer whose tracking was switched off writes nothing; its own values are taken, whoever it normalizes with.
-        sharing = tuple(processes_of(layer) if layer.track_running_stats else 1 for layer in layers.values())
+        forwards = zip(self.arena.forwards, layers.values(), strict=True)
+        sharing = tuple(one.processes if layer.track_running_stats else 1 for one, layer in forwards)
         none = torch.zeros(len(layout), device=device, dtype=torch.int64)
         zeros = torch.zeros(layout.channels, device=device, dtype=dtype)
         both, eps = torch.stack((zeros, zeros)), tuple(layer.eps for layer in layers.values())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pickle
 import random
 import sys
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from typing import Any
@@ -14,19 +14,17 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional._bits import Flat, is_plain, same_bits
-from lightning_bn.functional.layers.properties import has_running_statistics, is_lazy
-from lightning_bn.functional.layers.selection import batch_norm_layers
-from lightning_bn.functional.layers.torch_private import buffers_of
+from lightning_bn.functional.layers.properties import has_running_statistics
+from lightning_bn.functional.layers.torch_private import children_of, set_training
 from lightning_bn.functional.recalibration.one_value_per_channel import single_values_refused
-from lightning_bn.functional.recalibration.weights import preserved_weights
+from lightning_bn.functional.recalibration.preserved_tensors import preserved_tensors
 
 _PLAIN_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
 
 
 @contextmanager
 def isolated_statistics(
-    model: nn.Module,
+    modules: Mapping[nn.Module, str],
     targets: Collection[_BatchNorm],
     *,
     containers_in_eval: bool = False,
@@ -34,21 +32,25 @@ def isolated_statistics(
 ) -> Iterator[None]:
     """Run forwards that collect the statistics of ``targets``; all else is afterwards as it was, whatever happens.
 
-    ``also`` are further dictionaries of tensors, which are put back as buffers are.
+    Args:
+        modules: All of the model, with their names.
+        targets: Layers among them.
+        containers_in_eval: As for :func:`set_modes_for_statistics`.
+        also: Further dictionaries of tensors, which are put back as buffers are.
     """
     # Layers without statistics normalize with the batch in every mode.
-    always = {name: layer for name, layer in batch_norm_layers(model).items() if not has_running_statistics(layer)}
+    layers = {name: module for module, name in modules.items() if isinstance(module, _BatchNorm)}
+    always = {name: layer for name, layer in layers.items() if not has_running_statistics(layer)}
     with (
         torch.inference_mode(False),
         torch.no_grad(),
         run_as_written(),
         preserved_rng(),
-        preserved_modes(model),
-        preserved_weights(model),
-        preserved_buffers(model, also),
+        preserved_modes(modules),
+        preserved_tensors(modules, also),
         single_values_refused(always),
     ):
-        set_modes_for_statistics(model, targets, containers_in_eval=containers_in_eval)
+        set_modes_for_statistics(modules, targets, containers_in_eval=containers_in_eval)
         yield
 
 
@@ -81,46 +83,16 @@ def _generators() -> list[tuple[Callable[[Any], Any], Any]]:
 
 
 @contextmanager
-def preserved_buffers(model: nn.Module, also: Collection[dict[str, Any]] = ()) -> Iterator[None]:
-    """Put back at the end all buffers of ``model`` and ``also``: the same objects with the same form and bits.
-
-    Of sparse ones the objects; a buffer that was resized gets memory of its own.
-
-    Costs a copy of them for the duration.
-    """
-    homes = [*map(buffers_of, model.modules()), *also]
-    found = [(home, dict(home)) for home in homes]
-    every = {id(buffer): buffer for home in homes for buffer in home.values() if buffer is not None}
-    real = [buffer for buffer in every.values() if not is_lazy(buffer) and is_plain(buffer)]
-    values, forms = Flat(real), [_form(buffer) for buffer in real]
+def preserved_modes(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Put back at the end every module's ``training`` flag, set directly and not through ``.train()``."""
+    found = [*modules]
+    modes = [module.training for module in found]
     try:
         yield
     finally:
-        with torch.no_grad():
-            for now, buffers in found:
-                now.clear()
-                now.update(buffers)
-            reformed = {id(buffer) for buffer, form in zip(real, forms, strict=True) if _form(buffer) != form}
-            if reformed or not values.same_bits(real):
-                for buffer, (shape, stride, dtype), kept in zip(real, forms, values.parts(), strict=True):
-                    if id(buffer) in reformed:
-                        buffer.data = torch.empty_strided(shape, stride, dtype=dtype, device=kept.device)
-                    # Only what changed is written: a write bumps the version that others watch.
-                    if not same_bits(buffer.reshape(-1), kept):
-                        buffer.copy_(kept.view_as(buffer))
-
-
-def _form(tensor: Tensor) -> tuple[torch.Size, tuple[int, ...], torch.dtype]:
-    return tensor.shape, tensor.stride(), tensor.dtype
-
-
-@contextmanager
-def preserved_modes(model: nn.Module) -> Iterator[None]:
-    """Put back at the end every module's ``training`` flag, set directly and not through ``.train()``."""
-    with ExitStack() as at_the_end:
-        for module in model.modules():
-            at_the_end.callback(setattr, module, "training", module.training)
-        yield
+        for module, training in zip(found, modes, strict=True):
+            if module.training is not training:
+                set_training(module, training)
 
 
 def run_as_written() -> AbstractContextManager[None]:
@@ -130,7 +102,7 @@ def run_as_written() -> AbstractContextManager[None]:
 
 
 def set_modes_for_statistics(
-    model: nn.Module, targets: Collection[_BatchNorm], *, containers_in_eval: bool = False
+    modules: Collection[nn.Module], targets: Collection[_BatchNorm], *, containers_in_eval: bool = False
 ) -> None:
     """Set the modes in which a forward collects the statistics of ``targets`` and moves nothing else.
 
@@ -140,16 +112,17 @@ def set_modes_for_statistics(
     ``containers_in_eval`` they go to eval too.
     """
     chosen = {id(layer) for layer in targets}
-    for module in model.modules():
-        if id(module) in chosen:
-            module.training = True
-        elif (
-            containers_in_eval
+    composite = {kind for kind in {type(module) for module in modules} if _is_composite_layer(kind)}
+    for module in modules:
+        target = id(module) in chosen
+        if module.training is not target and (
+            target
+            or containers_in_eval
             or isinstance(module, _BatchNorm)
-            or not [*module.children()]
-            or _is_composite_layer(type(module))
+            or type(module) in composite
+            or not any(child is not None for child in children_of(module).values())
         ):
-            module.training = False
+            set_training(module, target)
 
 
 def _is_composite_layer(kind: type[nn.Module]) -> bool:

@@ -16,9 +16,10 @@ from lightning_bn.functional._batches import default_forward, model_device
 from lightning_bn.functional._checks import check_choice, check_flag, check_positive
 from lightning_bn.functional.distributed.agreement import agree, layer_facts, tell_failure
 from lightning_bn.functional.distributed.lockstep import Lockstep
+from lightning_bn.functional.layers.names import LayerNames
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.properties import is_synchronized
-from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
+from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.layers.sets_per_task import homes_of, sets_for
 from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.across_processes import across_processes
@@ -145,8 +146,9 @@ def recalibrate(
         _check(batches, estimator, forward=forward, task_of=task_of)
         check_flag("containers_in_eval", containers_in_eval, none="to say where it matters")
         check_positive("prior", prior, none="to forget what the layers hold")
-        selected = LayerSelection(modules, exclude, root).tracked_layers(model)
-        targets = targets_of(model, selected, distributed=distributed)
+        selection, names = LayerSelection(modules, exclude, root), LayerNames(model)
+        selected = selection.tracked_layers(model, names)
+        targets = targets_of(names.modules, selected, distributed=distributed)
         sets = sets_for(model, selected)
         if sets is None and task_of is not None:
             raise ValueError(
@@ -179,8 +181,9 @@ def recalibrate(
         step(inner, batch)
         drew = drew or (watched and generator_states() != states)
 
-    kept = [] if sets is None else homes_of(batch_norm_layers(inner).values(), sets)
-    isolated = isolated_statistics(inner, targets.values(), containers_in_eval=bool(containers_in_eval), also=kept)
+    kept = [] if sets is None else homes_of(names.layers.values(), sets)
+    in_eval = bool(containers_in_eval)
+    isolated = isolated_statistics(names.modules, targets.values(), containers_in_eval=in_eval, also=kept)
     try:
         with isolated, collecting_parts(parts, sets) as collected:
             run.feed(batches, run_batch, collected)

@@ -67,8 +67,9 @@ class Rewriting:
         names = gathered.layout.names
         with self._in_place() if self.written else nullcontext():
             before = snapshot_of(self.written)
-            write(self.written, gathered.layout.split(self._statistics))
-            after = snapshot_of(self.written)
+            if self.written:
+                write(self.written, gathered.layout.pick(self._statistics, self.written))
+            after = snapshot_of(self.written, before.weight)
             if self._sets is not None and self._task is not None and self.written:
                 self._sets.wrote(self._task)
         return Recalibration(

@@ -34,10 +34,13 @@ def blended(
 def unheld_by(statistics: Tensor, targets: Mapping[str, _BatchNorm], layout: ChannelLayout) -> dict[str, str]:
     """By layer the statistic that its dtype cannot hold, in words."""
     dtypes = {name: layer.running_var.dtype for name, layer in targets.items() if layer.running_var is not None}
-    limits = layout.constant(tuple(torch.finfo(dtype).max for dtype in dtypes.values()), statistics.device)
-    over = layout.sum((~(statistics.abs() <= limits)).double()).tolist()
+    largest_of = {dtype: torch.finfo(dtype).max for dtype in {*dtypes.values()}}
+    limits = layout.constant(tuple(largest_of[dtype] for dtype in dtypes.values()), statistics.device)
+    over = ~(statistics.abs() <= limits)
+    if not over.any():
+        return {}
     parts, found = layout.split(statistics), {}
-    for name, *counts in zip(layout.names, *over, strict=True):
+    for name, *counts in zip(layout.names, *layout.sum(over.double()).tolist(), strict=True):
         for quantity, count, values in zip(("mean", "variance"), counts, parts[name], strict=True):
             if count:
                 largest = float(values.abs().max())
@@ -45,10 +48,9 @@ def unheld_by(statistics: Tensor, targets: Mapping[str, _BatchNorm], layout: Cha
     return found
 
 
-def write(layers: Mapping[str, _BatchNorm], statistics: Mapping[str, Tensor]) -> None:
-    """Write mean and variance, ``(2, channels)`` by layer, into the tensors that the layers hold."""
+def write(layers: Mapping[str, _BatchNorm], statistics: Tensor) -> None:
+    """Write mean and variance of all layers, ``(2, C)`` in their order, into the tensors that the layers hold."""
+    sizes = [layer.num_features for layer in layers.values()]
+    buffers = [layer.running_mean for layer in layers.values()] + [layer.running_var for layer in layers.values()]
     with torch.no_grad():
-        for name, layer in layers.items():
-            for buffer, values in zip((layer.running_mean, layer.running_var), statistics[name], strict=True):
-                if buffer is not None:
-                    buffer.copy_(values)
+        torch._foreach_copy_(buffers, [part for row in statistics for part in row.split(sizes)])  # type: ignore[arg-type]

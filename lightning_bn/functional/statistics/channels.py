@@ -66,7 +66,8 @@ class ChannelLayout:
 
     def pick(self, values: Tensor, names: Iterable[str]) -> Tensor:
         """Values of some of the layers, ``(..., C)`` to ``(..., C')``, in the order of ``names``."""
-        return torch.cat([values[..., self.slices[name]] for name in names], -1)
+        names = tuple(names)
+        return values if names == self.names else torch.cat([values[..., self.slices[name]] for name in names], -1)
 
     def split(self, values: Tensor) -> dict[str, Tensor]:
         """Views of each layer's channels, ``(..., C)`` to ``(..., channels)``, by name."""

@@ -11,13 +11,14 @@ import torch
 from torch import nn
 
 from lightning_bn.functional import WeightsMovedError, recalibrate, take_snapshot
+from lightning_bn.functional.layers.names import named_paths
 from lightning_bn.functional.recalibration.isolation import (
-    preserved_buffers,
     preserved_modes,
     preserved_rng,
     run_as_written,
     set_modes_for_statistics,
 )
+from lightning_bn.functional.recalibration.preserved_tensors import preserved_tensors
 from tests.models import BatchNormAct2d, SmallResNet, fill_statistics, images, seeded
 from tests.oracle import everything, generators
 
@@ -31,6 +32,10 @@ def model() -> nn.Module:
 def ends(error: type[BaseException] | None):
     """Where an error is expected of the context's body."""
     return pytest.raises(error) if error else pytest.MonkeyPatch.context()
+
+
+def named(net: nn.Module) -> dict[nn.Module, str]:
+    return {module: name for name, module in named_paths(net)}
 
 
 ERRORS = pytest.mark.parametrize("error", [None, RuntimeError, KeyboardInterrupt, GeneratorExit])
@@ -72,7 +77,7 @@ def test_modes_are_given_back_one_by_one(error):
     net.layer1.eval()
     net.head.bn.eval()
     found = everything(net)
-    with ends(error), preserved_modes(net):
+    with ends(error), preserved_modes([*net.modules()]):
         net.eval()
         net.layer1.train()
         end(error)
@@ -85,7 +90,7 @@ def test_modes_are_given_back_without_calling_train():
             raise AssertionError("called")
 
     net = nn.Sequential(Stubborn(2, 2))
-    with preserved_modes(net):
+    with preserved_modes([*net.modules()]):
         net[0].training = False
     assert net[0].training
 
@@ -95,7 +100,7 @@ def test_buffers_are_given_back_as_objects_and_bits(error):
     net = model()
     net.bn1.running_var[0] = torch.nan
     found = everything(net)
-    with ends(error), preserved_buffers(net):
+    with ends(error), preserved_tensors(named(net)):
         net.bn1.running_mean += 1
         net.layer1[0].bn1.running_mean = torch.zeros(4)
         net.layer1[0].bn2.running_mean = None
@@ -108,7 +113,7 @@ def test_buffers_are_given_back_as_objects_and_bits(error):
 def test_buffers_that_did_not_change_are_not_written_to():
     net = model()
     versions = [buffer._version for buffer in net.buffers()]
-    with preserved_buffers(net):
+    with preserved_tensors(named(net)):
         net.bn1.num_batches_tracked += 0
     assert [b._version for b in net.buffers()][:2] == versions[:2]
     assert [b._version for b in net.buffers()][3:] == versions[3:]
@@ -117,7 +122,7 @@ def test_buffers_that_did_not_change_are_not_written_to():
 def test_buffer_shared_by_two_modules_is_given_back_to_both():
     a, b = nn.BatchNorm1d(2), nn.BatchNorm1d(2)
     b.running_mean = a.running_mean
-    with preserved_buffers(nn.ModuleList([a, b])):
+    with preserved_tensors({a: "a", b: "b"}):
         b.running_mean += 1
         a.running_mean = torch.ones(2)
     assert a.running_mean is b.running_mean
@@ -136,7 +141,7 @@ def test_buffers_of_any_dtype_are_given_back():
 
     net = Many()
     found = everything(net)
-    with preserved_buffers(net):
+    with preserved_tensors(named(net)):
         for buffer in net.buffers():
             buffer.zero_()
     assert everything(net) == found
@@ -157,7 +162,7 @@ def test_targets_train_leaves_rest_and_containers_keep_their_mode():
             "recurrent": nn.LSTM(2, 2, 2, dropout=0.5),
         }
     )
-    set_modes_for_statistics(net, [net["target"], net["activated"]])
+    set_modes_for_statistics([*net.modules()], [net["target"], net["activated"]])
     training = {name: module.training for name, module in net.items()}
     assert training == {
         "target": True,

@@ -1,0 +1,98 @@
+"""Buffers, weights and gradients that are afterwards what they were before: objects, forms and bits."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bn.functional._bits import Flat, is_plain
+from lightning_bn.functional._text import quoted
+from lightning_bn.functional.layers.properties import is_lazy
+from lightning_bn.functional.layers.torch_private import buffers_of, parameters_of
+from lightning_bn.functional.recalibration.result import WeightsMovedError
+
+
+@contextmanager
+def preserved_tensors(modules: Mapping[nn.Module, str], also: Collection[dict[str, Any]] = ()) -> Iterator[None]:
+    """Put back at the end all buffers, weights and gradients; costs a copy of buffers and weights.
+
+    Of sparse ones the objects are put back.
+
+    Args:
+        modules: Whose own ones are meant, with their names.
+        also: Further dictionaries of tensors, which are put back as buffers are.
+
+    Raises:
+        WeightsMovedError: At the end, if a weight that requires a gradient was written to or replaced. Others, such as
+            a teacher's, are put back and nothing is said.
+    """
+    nothing: dict[str, Any] = {}
+    parameters = [(home, home.copy() if home else nothing) for home in map(parameters_of, modules)]
+    buffers = [(home, home.copy() if home else nothing) for home in (*map(buffers_of, modules), *also)]
+    weights = _tensors(parameters)
+    copies, gradients = _Copies((weights | _tensors(buffers)).values()), [weight.grad for weight in weights.values()]
+    # A backward inside the forward begins its own gradients.
+    for weight, gradient in zip(weights.values(), gradients, strict=True):
+        if gradient is not None:
+            weight.grad = None
+    try:
+        yield
+    finally:
+        moved = {id(one) for home, own in parameters for name, one in own.items() if home.get(name) is not one}
+        for home, own in (*parameters, *buffers):
+            if home or own:
+                home.clear()
+                home.update(own)
+        for weight, gradient in zip(weights.values(), gradients, strict=True):
+            if weight.grad is not gradient:
+                weight.grad = gradient
+        moved |= copies.put_back()
+    trained = [
+        f"{prefix}.{name}".removeprefix(".")
+        for prefix, (_, own) in zip(modules.values(), parameters, strict=True)
+        for name, weight in (own.items() if moved else ())
+        if id(weight) in moved and weight is not None and weight.requires_grad
+    ]
+    if trained:
+        raise WeightsMovedError(
+            f"the forward writes to the trained weight{'s' * (len(trained) > 1)} {quoted(trained)}, which would change "
+            f"the training; put back, and nothing was changed. Use a forward that only runs the network on a batch."
+        )
+
+
+def _tensors(found: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> dict[int, Tensor]:
+    """What lies there, each tensor once, lazy ones left out."""
+    return {id(one): one for _, own in found for one in own.values() if one is not None and not is_lazy(one)}
+
+
+class _Copies:
+    """Copies of tensors, and their forms; of sparse ones there is none."""
+
+    def __init__(self, tensors: Iterable[Tensor]) -> None:
+        self._tensors = [tensor for tensor in tensors if is_plain(tensor)]
+        self._copies = Flat(self._tensors)
+        # Each form once: of thousands of objects that stay Python collects garbage, which takes longer than all else.
+        forms = ((tensor.shape, tensor.stride(), tensor.dtype) for tensor in self._tensors)
+        seen: dict[tuple[Any, ...], tuple[Any, ...]] = {}
+        self._forms = [seen.setdefault(form, form) for form in forms]
+
+    def put_back(self) -> set[int]:
+        """Write values and forms back wherever they are others, and return the ids of these tensors.
+
+        A tensor that was resized gets memory of its own.
+        """
+        moved: set[int] = set()
+        for tensor, (shape, stride, dtype) in zip(self._tensors, self._forms, strict=True):
+            if tensor.shape != shape or tensor.stride() != stride or tensor.dtype != dtype:
+                moved.add(id(tensor))
+                tensor.data = torch.empty_strided(shape, stride, dtype=dtype, device=tensor.device)
+        for index, copy in self._copies.changed(self._tensors):
+            tensor = self._tensors[index]
+            moved.add(id(tensor))
+            # Past autograd and versions, which others watch.
+            tensor.data.copy_(copy.view_as(tensor))
+        return moved
