@@ -66,7 +66,8 @@ def drift_figure(history: DriftHistory, measure: str, threshold: float | None = 
     bar.ax.set_yticklabels([f"{value:.3g}" for value in ticks])
     bar.set_label(f"{measure}\n(largest channel)", fontsize=8)
     _mark(figure, axes, history, patches)
-    axes.set(xlabel="optimizer step", ylabel="BatchNorm layer, first one on top", title=_TITLE)
+    dropped = f"\n{history.marks_dropped:,} marks close to others are left out" if history.marks_dropped else ""
+    axes.set(xlabel="optimizer step", ylabel="BatchNorm layer, first one on top", title=f"{_TITLE}{dropped}")
     every = max(1, -(-layers // 60))
     axes.set_yticks(range(0, layers, every), history.names[::every], fontsize=8 if layers <= 30 else 6)
     axes.set(xlim=(columns[0], columns[-1]), ylim=(rows[-1], rows[0]))

@@ -202,6 +202,13 @@ def test_what_happened_to_most_layers_is_one_line_and_covers_none_of_them() -> N
     assert [text.get_text() for text in figure.legends[0].get_texts()] == ["recalibrated", "recalibrated, most layers"]
 
 
+def test_marks_that_were_dropped_are_counted_in_the_title() -> None:
+    built = history(marks=True)
+    assert "left out" not in drawn(built, "jeffreys").axes[0].get_title()
+    built.marks_dropped = 12_345
+    assert "12,345 marks" in drawn(built, "jeffreys").axes[0].get_title()
+
+
 def test_marks_of_layers_that_are_gone_are_left_out() -> None:
     built = history()
     built.mark(100, "another.layer", "frozen")

@@ -12,6 +12,7 @@ FROM_THE_START = "frozen from the start"
 """The event of a layer that is frozen when a session begins."""
 _FEWEST_TO_JUMP = 5
 """Samples that tell a jump from what came before it."""
+_STAY = (FROM_THE_START, "warming up", "warmed up")
 
 
 class DriftHistory:
@@ -27,7 +28,8 @@ class DriftHistory:
         names: The layers, in registration order; empty before the first sample.
         steps: Optimizer step of each sample.
         epochs: Epoch of each sample.
-        marks: What happened to layers: step, name and event.
+        marks: What happened to layers: step, name and event; bounded in number too.
+        marks_dropped: How many there were beside these.
     """
 
     def __init__(self, most: int = 1000) -> None:
@@ -36,6 +38,7 @@ class DriftHistory:
         self.steps: list[int] = []
         self.epochs: list[int] = []
         self.marks: list[tuple[int, str, str]] = []
+        self.marks_dropped = 0
         self._rows: list[Tensor] = []
         self._stride = 1
         self._seen = 0
@@ -75,11 +78,31 @@ class DriftHistory:
         self.steps, self.epochs, self._rows = self.steps[which], self.epochs[which], self._rows[which]
 
     def mark(self, step: int, layer: str, event: str) -> None:
-        """Note an event of a layer: frozen (from the start), unfrozen, recalibrated, reset, warming up, warmed up."""
+        """Note an event of a layer: frozen (from the start), unfrozen, recalibrated, reset, warming up, warmed up.
+
+        Of too many those go whose steps lie closest together: all of a step or none, so that what happened to all
+        layers at once still looks so. The newest ones stay, and what is frozen from the start. Beginnings and ends of
+        warming up go last, the oldest first.
+        """
         self.marks.append((step, layer, event))
-        if len(self.marks) > 10 * self.most:
-            lasting = [mark for mark in self.marks if mark[2] == FROM_THE_START]
-            self.marks = lasting + [mark for mark in self.marks if mark[2] != FROM_THE_START][::2]
+        if len(self.marks) > 10 * max(self.most, len(self.names)):
+            self._thin(len(self.marks) * 3 // 4)
+
+    def _thin(self, most: int) -> None:
+        steps, found = sorted({step for step, _, _ in self.marks}), len(self.marks)
+        apart = 1
+        while len(self.marks) > most and len(steps) > 2:
+            # From the oldest one on: what stays now stays until it is too close to the one before it.
+            apart, last, kept = 2 * apart, steps[0], {steps[0], steps[-1]}
+            for step in steps:
+                if step - last >= apart:
+                    kept.add(last := step)
+            self.marks = [mark for mark in self.marks if mark[0] in kept or mark[2] in _STAY]
+            steps = [step for step in steps if step in kept]
+        lasting = [mark for mark in self.marks if mark[2] == FROM_THE_START]
+        others = [mark for mark in self.marks if mark[2] != FROM_THE_START]
+        self.marks = lasting + others[-max(most - len(lasting), 1) :]
+        self.marks_dropped += found - len(self.marks)
 
     def jumped_at(self, layer: str) -> int | None:
         """Return the step at about which a layer's drift jumped to where it is now; None if it did not, or grew slowly.
@@ -112,6 +135,7 @@ class DriftHistory:
             **lists,
             "most": self.most,
             "marks": [list(mark) for mark in self.marks],
+            "marks_dropped": self.marks_dropped,
             "stride": self._stride,
             "seen": self._seen,
             "values": self.values(),
@@ -128,5 +152,6 @@ class DriftHistory:
         history._rows = rows[: len(history.steps)]
         history.epochs = list(state.get("epochs", [0] * len(rows)))
         history.marks = [(int(step), str(layer), str(event)) for step, layer, event in state.get("marks", ())]
+        history.marks_dropped = state.get("marks_dropped", 0)
         history._stride, history._seen = state.get("stride", 1), state.get("seen", len(rows))
         return history

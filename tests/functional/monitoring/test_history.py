@@ -1,6 +1,7 @@
 """Drift over time: bounded, whole, and the same after a checkpoint."""
 
 import io
+from collections import Counter
 
 import pytest
 import torch
@@ -74,6 +75,37 @@ def test_marks_are_bounded_too() -> None:
     assert history.marks[0][1:] == ("a", "frozen from the start")
     assert history.marks[1][1:] == ("a", "reset")
     assert all(isinstance(mark, tuple) for mark in history.marks)
+
+
+def test_of_too_many_marks_all_of_a_step_stay_or_go_and_the_steps_are_spread_evenly() -> None:
+    history, layers = DriftHistory(20), [f"layer{index}" for index in range(16)]
+    for step in range(100, 10_001, 100):
+        for layer in layers:
+            history.mark(step, layer, "recalibrated")
+    assert len(history.marks) <= 200
+    assert history.marks_dropped == 1600 - len(history.marks)
+    assert DriftHistory.from_state_dict(history.state_dict()).marks_dropped == history.marks_dropped
+    of_steps = Counter(step for step, _, _ in history.marks)
+    assert {*of_steps.values()} == {16}
+    steps = [*of_steps]
+    assert steps[-1] == 10_000
+    assert len(steps) >= 5
+    gaps = torch.tensor([0, *steps]).diff()
+    assert int(gaps.max()) <= 2000, "a fifth of the run"
+
+
+def test_too_many_marks_do_not_leave_a_layer_warming_up_forever() -> None:
+    history = DriftHistory(10)
+    history.mark(5, "a", "warming up")
+    history.mark(50, "a", "warmed up")
+    for step in range(51, 1000):
+        history.mark(step, "b", "reset")
+    assert [mark for mark in history.marks if mark[1] == "a"] == [(5, "a", "warming up"), (50, "a", "warmed up")]
+    for step in range(1000, 3000):
+        history.mark(step, "b", "warming up")
+        history.mark(step, "b", "warmed up")
+    assert len(history.marks) <= 100
+    assert history.marks[-1] == (2999, "b", "warmed up")
 
 
 @pytest.mark.parametrize("count", [0, 1, 25])
