@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from itertools import accumulate, islice
 from typing import Any
 
 import torch
@@ -30,11 +31,9 @@ def preserved_tensors(modules: Mapping[nn.Module, str], also: Collection[dict[st
         WeightsMovedError: At the end, if a weight that requires a gradient was written to or replaced. Others, such as
             a teacher's, are put back and nothing is said.
     """
-    nothing: dict[str, Any] = {}
-    parameters = [(home, home.copy() if home else nothing) for home in map(parameters_of, modules)]
-    buffers = [(home, home.copy() if home else nothing) for home in (*map(buffers_of, modules), *also)]
-    weights = _tensors(parameters)
-    copies, gradients = _Copies((weights | _tensors(buffers)).values()), [weight.grad for weight in weights.values()]
+    parameters, buffers = _Contents(map(parameters_of, modules)), _Contents([*map(buffers_of, modules), *also])
+    weights = parameters.tensors()
+    copies, gradients = _Copies((weights | buffers.tensors()).values()), [weight.grad for weight in weights.values()]
     # A backward inside the forward begins its own gradients.
     for weight, gradient in zip(weights.values(), gradients, strict=True):
         if gradient is not None:
@@ -42,19 +41,16 @@ def preserved_tensors(modules: Mapping[nn.Module, str], also: Collection[dict[st
     try:
         yield
     finally:
-        moved = {id(one) for home, own in parameters for name, one in own.items() if home.get(name) is not one}
-        for home, own in (*parameters, *buffers):
-            if home or own:
-                home.clear()
-                home.update(own)
+        moved = parameters.put_back()
+        buffers.put_back()
         for weight, gradient in zip(weights.values(), gradients, strict=True):
             if weight.grad is not gradient:
                 weight.grad = gradient
         moved |= copies.put_back()
     trained = [
         f"{prefix}.{name}".removeprefix(".")
-        for prefix, (_, own) in zip(modules.values(), parameters, strict=True)
-        for name, weight in (own.items() if moved else ())
+        for prefix, own in (zip(modules.values(), parameters.each(), strict=True) if moved else ())
+        for name, weight in own
         if id(weight) in moved and weight is not None and weight.requires_grad
     ]
     if trained:
@@ -64,9 +60,42 @@ def preserved_tensors(modules: Mapping[nn.Module, str], also: Collection[dict[st
         )
 
 
-def _tensors(found: Iterable[tuple[dict[str, Any], dict[str, Any]]]) -> dict[int, Tensor]:
-    """What lies there, each tensor once, lazy ones left out."""
-    return {id(one): one for _, own in found for one in own.values() if one is not None and not is_lazy(one)}
+class _Contents:
+    """What lies in dictionaries, in the order in which it does.
+
+    In three long lists: of thousands of small containers Python collects garbage, which takes longer than all else.
+    """
+
+    def __init__(self, homes: Iterable[dict[str, Any]]) -> None:
+        self._homes = list(homes)
+        self._keys = [key for home in self._homes for key in home]
+        self._values = [value for home in self._homes for value in home.values()]
+        self._ends = list(accumulate(map(len, self._homes)))
+
+    def tensors(self) -> dict[int, Tensor]:
+        """Return each tensor once by its id, lazy ones left out."""
+        return {id(one): one for one in self._values if one is not None and not is_lazy(one)}
+
+    def each(self) -> Iterator[list[tuple[str, Any]]]:
+        """Yield what each dictionary held."""
+        start = 0
+        for end in self._ends:
+            yield list(zip(self._keys[start:end], self._values[start:end], strict=True))
+            start = end
+
+    def put_back(self) -> set[int]:
+        """Put back what differs, and return the ids of what was no longer in its place."""
+        missing: set[int] = set()
+        held = zip(self._keys, self._values, strict=True)
+        for home, start, end in zip(self._homes, (0, *self._ends), self._ends, strict=False):
+            # Iterated to its end whatever is found: the next one begins there.
+            same = [home.get(key, home) is value for key, value in islice(held, end - start)]
+            if len(home) != len(same) or not all(same) or list(home) != self._keys[start:end]:
+                own = dict(zip(self._keys[start:end], self._values[start:end], strict=True))
+                missing |= {id(value) for key, value in own.items() if home.get(key, home) is not value}
+                home.clear()
+                home.update(own)
+        return missing
 
 
 class _Copies:
@@ -75,7 +104,7 @@ class _Copies:
     def __init__(self, tensors: Iterable[Tensor]) -> None:
         self._tensors = [tensor for tensor in tensors if is_plain(tensor)]
         self._copies = Flat(self._tensors)
-        # Each form once: of thousands of objects that stay Python collects garbage, which takes longer than all else.
+        # Each form once: Python collects garbage of what stays.
         forms = ((tensor.shape, tensor.stride(), tensor.dtype) for tensor in self._tensors)
         seen: dict[tuple[Any, ...], tuple[Any, ...]] = {}
         self._forms = [seen.setdefault(form, form) for form in forms]
