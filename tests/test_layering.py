@@ -43,13 +43,14 @@ FLOOR = "lightning_bn.functional"
 
 #: The rooms of the ground floor, and those that each of them must not import.
 ROOMS = {
-    "layers": ("statistics", "distributed", "freezing", "recalibration", "monitoring", "tasks"),
-    "statistics": ("distributed", "freezing", "recalibration", "monitoring", "tasks"),
-    "distributed": ("freezing", "recalibration", "monitoring", "tasks"),
-    "freezing": ("recalibration", "monitoring", "tasks"),
-    "recalibration": ("freezing", "monitoring", "tasks"),
-    "monitoring": ("freezing", "recalibration", "tasks"),
-    "tasks": ("freezing", "recalibration", "monitoring"),
+    "layers": ("statistics", "distributed", "freezing", "inspection", "recalibration", "monitoring", "tasks"),
+    "statistics": ("distributed", "freezing", "inspection", "recalibration", "monitoring", "tasks"),
+    "distributed": ("freezing", "inspection", "recalibration", "monitoring", "tasks"),
+    "freezing": ("inspection", "recalibration", "monitoring", "tasks"),
+    "inspection": ("distributed", "freezing", "recalibration", "monitoring", "tasks"),
+    "recalibration": ("freezing", "inspection", "monitoring", "tasks"),
+    "monitoring": ("freezing", "inspection", "recalibration", "tasks"),
+    "tasks": ("freezing", "inspection", "recalibration", "monitoring"),
 }
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import pickle
 import re
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -93,7 +94,7 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
             f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} OUT.pt`, one of Lightning with `python -m "
             f"pytorch_lightning.utilities.consolidate_checkpoint {path}`."
         )
-    read = _read_safetensors(path) if _is_safetensors(path) else CheckpointFile(path, _read_torch(path))
+    read = read_safetensors(path) if _is_safetensors(path) else _read_dictionary(path)
     if not state_dicts_in(read.content):
         raise ValueError(f"{path.name} holds no state dict: neither the file itself nor an entry of it is one.")
     return read
@@ -112,10 +113,19 @@ def check_out(out: Path, overwrite: bool) -> None:
         raise FileExistsError(f"{out} exists: choose another out=, or pass overwrite=True to replace it.")
 
 
-def _read_torch(path: Path) -> dict[str, Any]:
+def read_torch(path: Path, mmap: bool = False) -> Any:
+    """Return what a file of torch.save holds, on the CPU; nothing in the file is executed.
+
+    Args:
+        path: The file.
+        mmap: Whether tensors stay in the file until they are looked at. Not for files of torch before 1.6.
+
+    Raises:
+        ValueError: If it is no such file, or is cut off.
+        pickle.UnpicklingError: If it holds more than tensors and plain values.
+    """
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-        return content if isinstance(content, dict) else {}
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise
     except Exception as error:
@@ -135,7 +145,23 @@ def _read_torch(path: Path) -> dict[str, Any]:
         ) from error
 
 
-def _read_safetensors(path: Path) -> CheckpointFile:
+def _read_dictionary(path: Path) -> CheckpointFile:
+    content = read_torch(path)
+    return CheckpointFile(path, content if isinstance(content, dict) else {})
+
+
+def read_safetensors(path: Path, wanted: Callable[[list[str]], Iterable[str]] = iter) -> CheckpointFile:
+    """Return tensors of a safetensors file, on the CPU.
+
+    Args:
+        path: The file.
+        wanted: Chooses among the names of all of them; others are not read.
+
+    Raises:
+        ValueError: If it is no such file, or is cut off.
+        FileNotFoundError: If there is none.
+        ModuleNotFoundError: If the library of the format is not installed.
+    """
     _safetensors(path)
     from safetensors import SafetensorError, safe_open
 
@@ -143,7 +169,7 @@ def _read_safetensors(path: Path) -> CheckpointFile:
         raise FileNotFoundError(f"there is no file {path}.")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            names = file.keys()
+            names = wanted(list(file.keys()))
             return CheckpointFile(path, {name: file.get_tensor(name) for name in names}, file.metadata())
     except SafetensorError as error:
         raise ValueError(f"{path.name} cannot be read as a file of safetensors: {error}.") from error

@@ -1,0 +1,82 @@
+"""What subcommands share: exit codes, errors as one line, results as JSON."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import math
+from collections.abc import Iterable, Mapping
+from pathlib import PurePath
+from typing import Any
+
+HEALTHY, FOUND, NO = 0, 1, 2
+"""Exit codes."""
+FORMAT = 1
+"""Of the JSON; a later one may have more, and the same names mean the same."""
+_MOST = 600
+
+
+def add_json(parser: argparse.ArgumentParser) -> None:
+    """Add the option that all subcommands have."""
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead, for programs")
+
+
+def add_parser_to(subparsers: Any, name: str, about: str, more: str) -> argparse.ArgumentParser:
+    """Add and return the parser of a subcommand, whose help has these texts as they are written."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser: argparse.ArgumentParser = subparsers.add_parser(name, description=about, epilog=more, formatter_class=form)
+    return parser
+
+
+def print_parts(parts: Iterable[Any]) -> None:
+    """Print what rich can print, with a line between any two."""
+    from rich.console import Console
+
+    console = Console(highlight=False)
+    for index, part in enumerate(parts):
+        if index:
+            console.print()
+        console.print(part)
+
+
+def as_json(value: Mapping[str, Any]) -> str:
+    """Return a result as one JSON object; what JSON has no number for is "nan", "inf" or "-inf"."""
+    return json.dumps({"format": FORMAT, **_plain(value)}, indent=2, allow_nan=False)
+
+
+def said(error: BaseException) -> str:
+    """Return what an error says, in one line.
+
+    Example:
+        >>> said(PermissionError(13, "Permission denied", "last.ckpt"))
+        'last.ckpt: permission denied.'
+    """
+    if isinstance(error, OSError) and error.strerror and error.filename is not None:
+        text = f"{error.filename}: {error.strerror[:1].lower()}{error.strerror[1:]}."
+    elif isinstance(error, ValueError | OSError | ImportError) or type(error).__name__ == "UnpicklingError":
+        text = str(error)
+    elif isinstance(error, MemoryError):
+        text = "there is not enough memory for what the file says that it holds."
+    else:
+        text = f"the file cannot be read ({type(error).__name__}: {error})."
+    return printable(text)
+
+
+def printable(text: str) -> str:
+    """Return a text in one line, without control characters and not too long."""
+    line = " ".join(text.split())
+    line = line if len(line) <= _MOST else line[:_MOST] + " ..."
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in line)
+
+
+def _plain(value: Any) -> Any:
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: _plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
+    if isinstance(value, Mapping):
+        return {str(name): _plain(one) for name, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return str(value)
+    return str(value) if isinstance(value, PurePath) else value

@@ -1,0 +1,93 @@
+"""``lightning-bn inspect``: every BatchNorm layer of a checkpoint, and what is wrong with it."""
+
+from __future__ import annotations
+
+import argparse
+from typing import Any
+
+from lightning_bn._cli.common import FOUND, HEALTHY, add_json, add_parser_to, as_json, print_parts
+
+_ABOUT = """\
+Every BatchNorm layer of a checkpoint: updates, ranges of mean and variance, and
+what is wrong, the worst first.
+
+FILE is a checkpoint of Lightning, a state dict, nested or not, a safetensors
+file, the index of a sharded checkpoint, or a folder that holds one of these.
+Copies with averaged weights, sets of several tasks and what callbacks of
+lightning_bn left in the file are shown too. Nothing in it is executed.
+"""
+_MORE = """\
+examples:
+  lightning-bn inspect last.ckpt
+  lightning-bn inspect last.ckpt --modules backbone --all
+  lightning-bn inspect model.safetensors --html report.html --plot report.png
+  lightning-bn inspect last.ckpt --json | jq '.findings[].what'
+
+exit code 1 if there is a fault:
+  not finite         a mean, variance, weight or bias is NaN or infinite
+  negative variance  a variance is below 0
+  zeros              all means and variances of a layer are 0
+  never updated      a layer has mean 0 and variance 1, and counted no update
+  unmoved            the same although updates were counted
+  collapsed          a variance is below 1e-5 where the weight is not near zero
+  exploding          mean and four standard deviations are beyond 65,504, the end
+                     of float16, or a standard deviation is 1,000 times the
+                     median of the layer
+  broken             a running_mean without its running_var, of another size,
+                     without values, or of a kind that no BatchNorm has
+worth knowing, and exit code 1 with --strict only:
+  warming up         fewer than 44 updates: 1 % of the initial values is left
+  counters           layers were updated differently often
+  weights near zero  of half of a layer's channels, below 1e-3
+  averages           averaged weights with the running statistics of others
+  other kind         running statistics that are no BatchNorm's
+
+A file does not say a layer's momentum and eps: torch's own, 0.1 and 1e-5, are
+assumed. An InstanceNorm with running statistics looks as a BatchNorm does.
+
+Memory: torch's own, ten times the BatchNorm layers (of which 64 MiB are read at
+most), and for files of torch.save what is no tensor (16 MiB at most; up to 100
+times as much where a file was made to harm). Files of torch before 1.6 are read
+whole.
+"""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand and its options."""
+    parser = add_parser_to(subparsers, "inspect", _ABOUT, _MORE)
+    parser.add_argument("file", metavar="FILE", help="checkpoint, index of shards, or folder")
+    parser.add_argument(
+        "--modules", metavar="PATH", nargs="+", help="only these layers: paths, globs ('**.bn?') or 're:...'"
+    )
+    parser.add_argument("--all", action="store_true", help="list all layers, not only the first 20")
+    parser.add_argument("--strict", action="store_true", help="what is only worth knowing makes exit code 1 too")
+    parser.add_argument("--html", metavar="FILE.html", help="write a page too, which needs nothing beside it")
+    parser.add_argument("--plot", metavar="FILE.png", help="draw a figure too (needs matplotlib)")
+    add_json(parser)
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the subcommand and return its exit code."""
+    from lightning_bn._callback_states import callbacks_in_words
+    from lightning_bn.functional.inspection.inspect import inspect_checkpoint
+
+    found = inspect_checkpoint(options.file, options.modules)
+    callbacks = callbacks_in_words(found.callbacks, found.about)
+    if options.plot:
+        from lightning_bn._inspection_figure import write_figure
+
+        write_figure(found, options.plot)
+    if options.html:
+        from lightning_bn._inspection_page import write_page
+
+        write_page(found, callbacks, options.html)
+    if options.json:
+        print(as_json({**{name: getattr(found, name) for name in _FIELDS}, "callbacks": callbacks}))
+    else:
+        from lightning_bn._inspection_table import inspection_report
+
+        print_parts(inspection_report(found, callbacks, most=None if options.all else 20))
+    return FOUND if (found.findings if options.strict else found.faults) else HEALTHY
+
+
+_FIELDS = ("path", "files", "kind", "size", "about", "findings", "entries")

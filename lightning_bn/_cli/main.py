@@ -1,0 +1,102 @@
+"""The console command ``lightning-bn``: which subcommands there are, and what every one of them does with an error."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import os
+import sys
+import warnings
+from collections.abc import Sequence
+from contextlib import suppress
+
+from lightning_bn._cli.common import HEALTHY, NO, as_json, said
+
+SUBCOMMANDS = {
+    "inspect": ("lightning_bn._cli.inspect_file", "every BatchNorm layer of a checkpoint, and what is wrong with it"),
+    "diff": ("lightning_bn._cli.diff_files", "how far the running statistics of two checkpoints lie apart"),
+    "tasks": (
+        "lightning_bn._cli.tasks_of_file",
+        "how far the tasks of a checkpoint lie apart, and what to do about it",
+    ),
+}
+"""Their names, the file of each and one line on it; a file has ``add_parser`` and ``run`` and is imported if named."""
+
+_ABOUT = "What is the matter with the BatchNorm layers of a model, from the files that it left."
+_EXAMPLES = """\
+examples:
+  lightning-bn inspect last.ckpt             what is in it, and is it well?
+  lightning-bn inspect runs/7 --json         the same for a program
+  lightning-bn diff before.ckpt after.ckpt   what moved, the worst first
+  lightning-bn diff a.pt b.pt --fail-above 0.1
+                                             a check for a pipeline
+  lightning-bn tasks multi.ckpt              which layers need a set for each task
+  lightning-bn inspect --help                all options of one of them
+
+exit codes:
+  0  healthy, or done
+  1  something was found
+  2  it could not be done: no such file, no checkpoint, a wrong option
+
+Files are read without executing anything that is in them.
+"""
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command and return its exit code: 0 healthy or done, 1 something was found, 2 it could not be done.
+
+    Args:
+        argv: Its arguments; None for those of the process.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(AttributeError, ValueError):  # a name from a file may have what a console cannot show
+            stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    try:
+        with warnings.catch_warnings():
+            # What a library says of its own future is nothing to the reader of a file.
+            warnings.simplefilter("ignore")
+            return _run(arguments)
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # Who reads has seen enough, as `head` has; nothing more can be said there, not even at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return HEALTHY
+
+
+def _run(arguments: list[str]) -> int:
+    parser = _parser(arguments)
+    options = parser.parse_args(arguments)
+    if options.command is None:
+        parser.print_help()
+        return NO
+    try:
+        code: int = importlib.import_module(SUBCOMMANDS[options.command][0]).run(options)
+    except BrokenPipeError:
+        raise
+    except Exception as error:  # whatever a file made to harm may raise in a library: one line, no traceback
+        why = said(error)
+        if getattr(options, "json", False):
+            print(as_json({"error": why}))
+        print(f"lightning-bn {options.command}: {why}", file=sys.stderr)
+        return NO
+    sys.stdout.flush()
+    return code
+
+
+def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+    """Of all subcommands, with the options of the one that is named."""
+    from lightning_bn import __version__
+
+    form = argparse.RawDescriptionHelpFormatter
+    parser = argparse.ArgumentParser("lightning-bn", description=_ABOUT, epilog=_EXAMPLES, formatter_class=form)
+    parser.add_argument("--version", action="version", version=f"lightning-bn {__version__}")
+    subparsers = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
+    named = next((one for one in arguments if not one.startswith("-")), None)
+    for name, (module, summary) in SUBCOMMANDS.items():
+        if name == named:
+            importlib.import_module(module).add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=summary)
+    return parser

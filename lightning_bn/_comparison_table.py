@@ -1,0 +1,111 @@
+"""How far two checkpoints lie apart, as a person reads it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lightning_bn._tables import Column, LayerTable
+from lightning_bn.functional._text import counted
+from lightning_bn.functional.inspection.compare import ComparedLayer, Comparison
+from lightning_bn.functional.inspection.findings import listed
+from lightning_bn.functional.statistics.opened_files import shown
+
+UNITS = {
+    "jeffreys": "0.1 is a variance x1.6 or a mean 0.3 sigma off",
+    "wasserstein": "0.1 is a mean 0.3 sigma off or a standard deviation x1.3",
+    "mean_shift": "in standard deviations of the first file",
+    "log_variance_ratio": "0.69 is a doubled variance",
+    "hellinger": "0 is the same, 1 is apart altogether",
+    "output": "mean squared change of the layer's output in evaluation",
+}
+"""What a number of each measure means."""
+
+
+def comparison_report(found: Comparison, above: float | None = None, most: int | None = 20) -> Iterator[LayerTable]:
+    """Return what is to be printed, the most important first.
+
+    Args:
+        found: What :func:`~lightning_bn.functional.compare_checkpoints` gave.
+        above: The drift from which on a layer is at fault; None where nobody asked.
+        most: How many layers to list; None for all.
+    """
+    faults = [f"- {fault}" for fault in faults_of(found, above)]
+    counters = _counters(found)
+    order = [one for one in found.worst_first() if not one.identical]
+    still = len(found.layers) - len(order)
+    yield LayerTable(verdict(found), [], above=[*faults, *found.assumed, *counters])
+    if not order:
+        return
+    rest = [f"... {len(order) - most:,} more that moved less; --all lists them."] if most and len(order) > most else []
+    same = (
+        [f"{counted(still, 'layer')} {'is' if still == 1 else 'are'} the same in both, value by value."]
+        if still
+        else []
+    )
+    units = f"Sigma: the standard deviation in the first file. {found.measure}: {UNITS[found.measure]}."
+    columns = [
+        Column(found.measure, 2, "right"),
+        Column("worst channel", 1),
+        Column("mean of channels", 5, "right"),
+        Column("channels", 6, "right"),
+        Column("updates", 4, "right"),
+    ]
+    title = f"{counted(len(order), 'layer')} that differ, the furthest first"
+    table = LayerTable(title.replace("layer that differ,", "layer that differs,"), columns, below=[*rest, *same, units])
+    for one in order[:most]:
+        updates = ["-" if count is None else f"{count:,}" for count in one.updates]
+        table.add_row(
+            shown(one.name),
+            f"{one.drift:.2g}",
+            f"{one.in_words()} ({one.channel})",
+            f"{one.mean_drift:.2g}",
+            f"{one.channels:,}",
+            updates[0] if updates[0] == updates[1] else " -> ".join(updates),
+            style="red" if above is not None and not one.drift <= above else "",
+        )
+    yield table
+
+
+def verdict(found: Comparison) -> str:
+    """What moved most, in one sentence without a full stop."""
+    both = f"{shown(found.first.name)} to {shown(found.second.name)}"
+    if not found.layers:
+        return f"{both}: no layer can be compared"
+    worst = found.worst_first()[0]
+    layers = counted(len(found.layers), "BatchNorm layer")
+    if all(one.identical for one in found.layers):
+        return f"{both}: the running statistics of {layers} are the same"
+    return f"{both}: running statistics of {layers} moved most at {shown(worst.name)}, {worst.in_words()}"
+
+
+def faults_of(found: Comparison, above: float | None) -> list[str]:
+    """What makes a check fail, one sentence each; what two files cannot have in common is said without a check too."""
+    said = []
+    if above is not None and (beyond := found.above(above)):
+        said.append(f"{counted(len(beyond), 'layer')} beyond {above:g} ({found.measure}): {_named(beyond)}.")
+    for names, which in ((found.only_first, found.first), (found.only_second, found.second)):
+        if names:
+            said.append(f"{counted(len(names), 'layer')} in {shown(which.name)} only: {listed(names)}.")
+    if found.other_channels:
+        sizes = ", ".join(f"{shown(name)} ({one:,} and {two:,})" for name, (one, two) in found.other_channels.items())
+        said.append(f"Other numbers of channels: {sizes[:400]}.")
+    return said
+
+
+def _named(layers: list[ComparedLayer]) -> str:
+    return listed([one.name for one in layers])
+
+
+def _counters(found: Comparison) -> list[str]:
+    """How the counters moved on, in one sentence."""
+    updates = [layer.updates for layer in found.layers]
+    known = [(one, two) for one, two in updates if one is not None and two is not None]
+    if not known:
+        return []
+    steps = {two - one for one, two in known}
+    if len(steps) == 1:
+        [step] = steps
+        if not step:
+            return ["No layer was updated in between, as its counter says."]
+        return [f"Each layer was updated {abs(step):,} times {'more' if step > 0 else 'less'} in the second file."]
+    return [f"Layers were updated {min(steps):,} to {max(steps):,} times more in the second file."]

@@ -1,0 +1,235 @@
+"""How far the running statistics of two checkpoints lie apart."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from lightning_bn.functional._checks import check_choice
+from lightning_bn.functional._text import quoted
+from lightning_bn.functional.inspection.entries import Entry, entries_in
+from lightning_bn.functional.inspection.layer_facts import EPS, claims
+from lightning_bn.functional.inspection.matching import match
+from lightning_bn.functional.layers.names import without_wrappers
+from lightning_bn.functional.layers.patterns import Patterns, SelectionError, as_patterns
+from lightning_bn.functional.statistics.channels import ChannelLayout
+from lightning_bn.functional.statistics.drift_measures import MEASURES, Measure, of_standardized, standardized
+from lightning_bn.functional.statistics.opened_files import open_checkpoint
+from lightning_bn.functional.statistics.snapshots import Snapshot
+from lightning_bn.functional.statistics.summary import in_words
+
+
+@dataclass(frozen=True)
+class ComparedLayer:
+    """One layer of two files.
+
+    Attributes:
+        name: What both share of its name.
+        channels: How many.
+        drift: The largest of any channel, absolute; NaN where a value is not finite.
+        mean_drift: Mean over its channels, absolute.
+        channel: The channel with the largest.
+        variance_ratio: Second over first variance of that channel.
+        mean_shift: Of that channel's mean, in standard deviations of the first file.
+        updates: Of the running statistics in the first file and in the second; None without a counter.
+        identical: Whether mean and variance are the same in all channels.
+    """
+
+    name: str
+    channels: int
+    drift: float
+    mean_drift: float
+    channel: int
+    variance_ratio: float
+    mean_shift: float
+    updates: tuple[int | None, int | None]
+    identical: bool
+
+    def in_words(self) -> str:
+        """The worst channel in plain units."""
+        return in_words(self.variance_ratio, self.mean_shift)
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """How far the running statistics of two checkpoints lie apart.
+
+    Attributes:
+        first: One file.
+        second: The other.
+        measure: Of drift, from the first to the second.
+        layers: In the order of the first file.
+        only_first: Names of layers that the first file alone has.
+        only_second: Names of layers that the second file alone has.
+        other_channels: Layers with other numbers of channels: in the first file and in the second, by name.
+        assumed: What was assumed, one sentence each.
+    """
+
+    first: Path
+    second: Path
+    measure: Measure
+    layers: tuple[ComparedLayer, ...]
+    only_first: tuple[str, ...]
+    only_second: tuple[str, ...]
+    other_channels: Mapping[str, tuple[int, int]]
+    assumed: tuple[str, ...]
+
+    def worst_first(self) -> list[ComparedLayer]:
+        """The layers, those that moved furthest first; what is not a number is furthest."""
+        return sorted(self.layers, key=lambda one: -_or_most(one.drift))
+
+    def above(self, threshold: float) -> list[ComparedLayer]:
+        """Layers with a channel beyond a threshold, or not finite, the furthest first."""
+        return [one for one in self.worst_first() if not one.drift <= threshold]
+
+
+def compare_checkpoints(
+    first: str | Path,
+    second: str | Path,
+    measure: Measure = "jeffreys",
+    *,
+    modules: Patterns = None,
+    keys: tuple[str | None, str | None] = (None, None),
+) -> Comparison:
+    """Return how far the running statistics of a second checkpoint are from those of a first; nothing is executed.
+
+    Names are matched without what wrappers add, and without leading components that one of the two has more. A file
+    does not say a layer's ``eps``: torch's own, 1e-5, is assumed.
+
+    Args:
+        first: As for :func:`~lightning_bn.functional.inspect_checkpoint`.
+        second: The same.
+        measure: As for :func:`~lightning_bn.functional.drift`.
+        modules: As for ``inspect_checkpoint``, on the names that both files share; None for all.
+        keys: Of the state dicts that are compared, one for each file, as ``inspect_checkpoint`` gives them; None for
+            the model's own.
+
+    Raises:
+        ValueError: As for ``inspect_checkpoint``, or if the files have no layer in common or no state dict of that key.
+        SelectionError: As for ``inspect_checkpoint``.
+        OSError: As for ``inspect_checkpoint``.
+        pickle.UnpicklingError: As for ``inspect_checkpoint``.
+
+    Example:
+        >>> import tempfile
+        >>> layer = torch.nn.BatchNorm1d(2)
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save({"bn." + name: value for name, value in layer.state_dict().items()}, f"{folder}/a.pt")
+        ...     _ = layer.running_var.fill_(2)
+        ...     torch.save({"model.bn." + name: value for name, value in layer.state_dict().items()}, f"{folder}/b.pt")
+        ...     found = compare_checkpoints(f"{folder}/a.pt", f"{folder}/b.pt")
+        >>> found.layers[0].name, found.layers[0].in_words()
+        ('bn', 'variance x2.0, mean 0.0 sigma')
+    """
+    check_choice("measure", measure, MEASURES)
+    sides = [_side(path, key) for path, key in zip((first, second), keys, strict=True)]
+    (one, said_one), (other, said_other) = sides
+    matched = match(list(one.layers), list(other.layers))
+    if not matched.pairs:
+        raise ValueError(
+            f"no BatchNorm layer of {Path(first).name} ({quoted(list(one.layers), 3)}) has its name in "
+            f"{Path(second).name} ({quoted(list(other.layers), 3)}): they are of different models."
+        )
+    pairs = _chosen(matched.pairs, modules)
+    sizes = {name: tuple(map(_channels, _of(one, other, *names))) for name, names in pairs.items()}
+    same = {name: _of(one, other, *names) for name, names in pairs.items() if len({*sizes[name]}) == 1}
+    return Comparison(
+        first=Path(first),
+        second=Path(second),
+        measure=measure,
+        layers=tuple(_compared(same, measure)) if same else (),
+        only_first=_meant(matched.only_first, matched.prefixes[0], modules),
+        only_second=_meant(matched.only_second, matched.prefixes[1], modules),
+        other_channels={name: (here, there) for name, (here, there) in sizes.items() if here != there},
+        assumed=(*said_one, *said_other, *matched.assumed),
+    )
+
+
+def _side(path: str | Path, key: str | None) -> tuple[Entry, list[str]]:
+    """The layers of one file that are compared, and what was assumed."""
+    file = open_checkpoint(path)
+    entries = [entry for entry in entries_in(file.content) if entry.layers]
+    if not entries:
+        raise ValueError(f"{file.path.name} has no BatchNorm layer: nothing in it has a running mean and variance.")
+    if key is not None:
+        found = next((entry for entry in entries if entry.key == key), None)
+        if found is None:
+            there = quoted([one.key for one in entries])
+            raise ValueError(f"{file.path.name} has no BatchNorm layers under {key!r}; there is {there}.")
+    else:
+        found = entries[0]
+    claims(found.layers, file.size)
+    others = [entry.key for entry in entries if entry is not found and entry.role != "task"]
+    if key is not None or not others:
+        return found, []
+    return found, [f"Of {file.path.name} {found.key or 'the file itself'!r} was taken; there is {quoted(others)} too."]
+
+
+def _chosen(pairs: Mapping[str, tuple[str, str]], modules: Patterns) -> dict[str, tuple[str, str]]:
+    patterns = as_patterns(modules, "modules")
+    found = {name: names for name, names in pairs.items() if any(pattern.matches(name) for pattern in patterns)}
+    if not found:
+        raise SelectionError(f"modules={modules!r} matches none of the layers in both files: {quoted(list(pairs))}.")
+    return found
+
+
+def _meant(names: Sequence[str], prefix: str, modules: Patterns) -> tuple[str, ...]:
+    """Those of the names that the patterns mean, as they are in the file."""
+    patterns = as_patterns(modules, "modules")
+    short = {name: without_wrappers(name).removeprefix(prefix) for name in names}
+    return tuple(name for name in names if any(pattern.matches(short[name]) for pattern in patterns))
+
+
+def _of(one: Entry, other: Entry, here: str, there: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
+    return one.layers[here], other.layers[there]
+
+
+def _channels(parts: Mapping[str, Tensor]) -> int:
+    return len(parts["running_mean"])
+
+
+@torch.no_grad()
+def _compared(
+    layers: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Tensor]]], measure: Measure
+) -> list[ComparedLayer]:
+    reference, current = (_snapshot(layers, [pair[side] for pair in layers.values()]) for side in (0, 1))
+    shift, ratio = standardized(reference, current)
+    values = of_standardized(measure, shift, ratio, current.weight).abs()
+    differs = (reference.mean != current.mean) | (reference.var != current.var)
+    moved = reference.layout.sum(differs.double()).tolist()
+    parts = zip(*(one.split(reference.layout.sizes) for one in (values, shift, ratio)), strict=True)
+    found = []
+    for index, (name, (drift, shifts, ratios)) in enumerate(zip(layers, parts, strict=True)):
+        worst = int(drift.nan_to_num(nan=torch.inf, posinf=torch.inf).argmax())
+        counters = (_counter(reference, index), _counter(current, index))
+        figures = (float(drift[worst]), float(drift.mean()), worst, float(ratios[worst]), float(shifts[worst]))
+        found.append(ComparedLayer(name, len(drift), *figures, counters, not moved[index]))
+    return found
+
+
+def _snapshot(names: Mapping[str, object], layers: Sequence[Mapping[str, Tensor]]) -> Snapshot:
+    layout = ChannelLayout(tuple(names), tuple(map(_channels, layers)))
+    counters = [int(parts.get("num_batches_tracked", torch.tensor(-1)).double().nan_to_num(nan=-1)) for parts in layers]
+    ones = [torch.ones(size, dtype=torch.float64) for size in layout.sizes]
+    return Snapshot(
+        layout,
+        mean=torch.cat([parts["running_mean"].detach().double() for parts in layers]),
+        var=torch.cat([parts["running_var"].detach().double() for parts in layers]),
+        num_batches_tracked=torch.tensor([min(one, 2**62) for one in counters]),
+        weight=torch.cat([parts.get("weight", one).detach().double() for parts, one in zip(layers, ones, strict=True)]),
+        eps=(EPS,) * len(layout),
+    )
+
+
+def _counter(snapshot: Snapshot, index: int) -> int | None:
+    count = int(snapshot.num_batches_tracked[index])
+    return None if count < 0 else count
+
+
+def _or_most(drift: float) -> float:
+    return math.inf if math.isnan(drift) else drift

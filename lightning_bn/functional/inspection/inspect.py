@@ -1,0 +1,219 @@
+"""What a checkpoint says of its BatchNorm layers."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lightning_bn.functional._text import quoted
+from lightning_bn.functional.inspection.entries import Entry, Role, bare, entries_in
+from lightning_bn.functional.inspection.findings import FileFinding, findings_of, listed
+from lightning_bn.functional.inspection.layer_facts import LayerFacts, layer_facts
+from lightning_bn.functional.layers.patterns import Patterns, SelectionError, as_patterns
+from lightning_bn.functional.statistics.opened_files import OpenedFile, open_checkpoint, shown
+
+
+@dataclass(frozen=True)
+class InspectedEntry:
+    """One set of BatchNorm layers in a file.
+
+    Attributes:
+        key: Of its state dict in the file, outer keys first with dots between, and the prefix of a copy inside a model;
+            empty for the file itself.
+        role: ``"model"``; ``"averaged"``, weights that are an average of others; ``"in training"``, those they are an
+            average of; ``"task"``, statistics of one task.
+        layers: What each layer says.
+        not_listed: Why tensors that look like a layer's are none, by name.
+    """
+
+    key: str
+    role: Role
+    layers: tuple[LayerFacts, ...]
+    not_listed: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """What a checkpoint says of its BatchNorm layers.
+
+    Attributes:
+        path: What was named.
+        files: What was read.
+        kind: Of the files, in words.
+        size: Of all files that were read, in bytes.
+        about: What a checkpoint of Lightning says of itself: epoch, step and version; empty for others.
+        entries: Every set of BatchNorm layers, the model's own first.
+        findings: Faults first.
+        callbacks: States of callbacks in a checkpoint of Lightning, as they are saved.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    kind: str
+    size: int
+    about: Mapping[str, str | int]
+    entries: tuple[InspectedEntry, ...]
+    findings: tuple[FileFinding, ...]
+    callbacks: Mapping[str, Any]
+
+    @property
+    def faults(self) -> tuple[FileFinding, ...]:
+        """The findings that make the file unhealthy."""
+        return tuple(one for one in self.findings if one.is_fault)
+
+
+def inspect_checkpoint(path: str | Path, modules: Patterns = None) -> Inspection:
+    """Return what a checkpoint says of its BatchNorm layers; nothing in the file is executed.
+
+    A layer is what has a ``running_mean`` and a ``running_var`` of one value per channel: a file does not say of which
+    kind a layer is, and an InstanceNorm with running statistics looks the same. Memory needed is some ten times what
+    those layers take in the file, of which 64 MiB are read at most; see
+    :func:`~lightning_bn.functional.statistics.opened_files.open_checkpoint` for what else is read.
+
+    Args:
+        path: A file of torch.save or of safetensors, the index of a sharded checkpoint, or a folder that holds one.
+        modules: As for :func:`~lightning_bn.functional.batch_norm_layers`, on the names in the file; None for all.
+
+    Raises:
+        ValueError: If it is no checkpoint, is cut off, says of itself what cannot be, or has no BatchNorm layer.
+        SelectionError: If a pattern means no layer.
+        OSError: If it cannot be read.
+        ModuleNotFoundError: If the library of its format is not installed.
+        pickle.UnpicklingError: If it holds more than tensors and plain values.
+
+    Example:
+        >>> import tempfile
+        >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     torch.save(model.state_dict(), f"{folder}/model.pt")
+        ...     found = inspect_checkpoint(f"{folder}/model.pt")
+        >>> found.faults[0].kind, found.faults[0].layers
+        ('never updated', ('1',))
+    """
+    file = open_checkpoint(path)
+    entries = [one for one in _selected(entries_in(file.content), modules) if one.layers or one.broken or one.foreign]
+    if not any(one.layers or one.broken for one in entries):
+        raise ValueError(_nothing(file, entries))
+    inspected, findings = [], []
+    for entry in entries:
+        facts = layer_facts(_with_affine(entry, entries[0]), file.size)
+        others = {**entry.broken, **entry.foreign}
+        inspected.append(InspectedEntry(entry.key, entry.role, tuple(facts), others))
+        findings += [
+            *_broken(entry),
+            *findings_of(entry.key, facts, entry.role == "averaged"),
+            *_averages(entry, entries),
+        ]
+    findings.sort(key=lambda one: not one.is_fault)
+    return Inspection(
+        path=file.path,
+        files=file.files,
+        kind=file.kind,
+        size=file.size,
+        about=_about(file.content),
+        entries=tuple(inspected),
+        findings=tuple(findings),
+        callbacks=_callbacks(file.content),
+    )
+
+
+def _selected(entries: Sequence[Entry], modules: Patterns) -> list[Entry]:
+    if modules is None:
+        return list(entries)
+    known = [name for one in entries for name in (*one.layers, *one.broken, *one.foreign)]
+    patterns = as_patterns(modules, "modules")
+    for pattern in patterns:
+        if not any(map(pattern.matches, known)):
+            raise SelectionError(
+                f"modules: {pattern.text!r} matches no BatchNorm layer of the file, which has {quoted(known)}."
+            )
+
+    def chosen(parts: Mapping[str, Any]) -> dict[str, Any]:
+        return {name: one for name, one in parts.items() if any(pattern.matches(name) for pattern in patterns)}
+
+    return [
+        replace(one, layers=chosen(one.layers), broken=chosen(one.broken), foreign=chosen(one.foreign))
+        for one in entries
+    ]
+
+
+def _nothing(file: OpenedFile, entries: Sequence[Entry]) -> str:
+    foreign = [f"{name} {why}" for one in entries for name, why in one.foreign.items()]
+    if foreign:
+        return f"{file.path.name} has no BatchNorm layer: {shown(foreign[0])}."
+    keys = [shown(key, 40) for key in file.content]
+    inside = f" Its keys: {quoted(keys)}." if keys and not file.metadata and "safetensors" not in file.kind else ""
+    return (
+        f"{file.path.name} has no BatchNorm layer: no name in it ends with running_mean or running_var.{inside} Models "
+        f"with LayerNorm or GroupNorm keep no running statistics."
+    )
+
+
+def _with_affine(entry: Entry, first: Entry) -> dict[str, dict[str, Any]]:
+    """The layers, with the model's own weights where a set has none: tasks share them."""
+    if entry.role != "task":
+        return {name: dict(parts) for name, parts in entry.layers.items()}
+    own = bare(first)
+    found = {}
+    for short, name in bare(entry).items():
+        parts, shared = dict(entry.layers[name]), first.layers.get(own.get(short, ""), {})
+        affine = {key: shared[key] for key in ("weight", "bias") if key in shared}
+        fits = all(one.shape == parts["running_mean"].shape for one in affine.values())
+        found[name] = {**parts, **(affine if fits else {})}
+    return found
+
+
+def _broken(entry: Entry) -> list[FileFinding]:
+    found = []
+    if entry.broken:
+        why = "; ".join(f"{listed([name])} {why}" for name, why in [*entry.broken.items()][:4])
+        what = f"What looks like {len(entry.broken)} of the layers is not whole: {why}."
+        remedy = "The file was changed after it was saved, or the layers are not torch's: load it strictly."
+        found.append(FileFinding("broken", True, entry.key, tuple(entry.broken), what, remedy))
+    if entry.foreign:
+        why = "; ".join(f"{listed([name])} {why}" for name, why in [*entry.foreign.items()][:4])
+        what = f"Of another kind than BatchNorm, and not listed: {why}."
+        found.append(FileFinding("other kind", False, entry.key, tuple(entry.foreign), what, "Nothing is to be done."))
+    return found
+
+
+def _averages(entry: Entry, entries: Sequence[Entry]) -> list[FileFinding]:
+    """Averaged weights beside running statistics that are bit for bit those of the weights in training."""
+    if entry.role != "averaged":
+        return []
+    for other in entries:
+        if other is entry or other.role not in ("model", "in training"):
+            continue
+        ours, theirs = bare(entry), bare(other)
+        pairs = [(entry.layers[ours[name]], other.layers[theirs[name]]) for name in ours if name in theirs]
+        if not pairs or len(pairs) < len(ours):
+            continue
+        if all(_equal(one, two, "running_mean") and _equal(one, two, "running_var") for one, two in pairs) and not all(
+            _equal(one, two, "weight") for one, two in pairs
+        ):
+            what = (
+                f"The weights are an average, and the running statistics are bit for bit those of "
+                f"{other.key or 'the file itself'}: they were measured with other weights."
+            )
+            remedy = "Recalibrate before these weights are used, or compare their validation with and without."
+            return [FileFinding("averages", False, entry.key, tuple(entry.layers), what, remedy)]
+    return []
+
+
+def _equal(one: Mapping[str, Any], other: Mapping[str, Any], part: str) -> bool:
+    return part in one and part in other and torch.equal(one[part], other[part])
+
+
+def _about(content: Mapping[Any, Any]) -> dict[str, str | int]:
+    known = ("epoch", "global_step", "pytorch-lightning_version")
+    found = {key: content[key] for key in known if isinstance(content.get(key), str | int)}
+    return {key: shown(value, 40) if isinstance(value, str) else value for key, value in found.items()}
+
+
+def _callbacks(content: Mapping[Any, Any]) -> dict[str, Any]:
+    found = content.get("callbacks")
+    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}

@@ -1,0 +1,171 @@
+"""What the tensors of one BatchNorm layer say by themselves, in numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from lightning_bn.functional.statistics.channels import ChannelLayout
+
+EPS = 1e-5
+"""torch's own; a file does not say a layer's."""
+MOMENTUM = 0.1
+"""torch's own; a file does not say a layer's."""
+NEAR_ZERO = 1e-3
+"""Absolute affine weight below which a channel puts out little but its bias."""
+LARGEST_HALF = 65_504.0
+"""The largest number that float16 can hold."""
+MOST = 64 << 20
+"""Bytes of one set of layers that are read: three million channels."""
+_OUTLIER = 1e6
+"""Variance of a channel over the median of its layer: a standard deviation 1,000 times the others'."""
+
+
+@dataclass(frozen=True)
+class LayerFacts:
+    """One BatchNorm layer of a file.
+
+    Attributes:
+        name: As the file has it.
+        channels: How many.
+        updates: Of the running statistics, as the layer counted; None without the counter.
+        initial_left: Share of the initial values left in the running statistics, (1 - 0.1) ** updates, with torch's own
+            momentum, which a file does not say; None without the counter.
+        mean: Smallest, median and largest ``running_mean`` of the finite channels.
+        var: The same of ``running_var``.
+        nonfinite: Channels whose mean, variance, weight or bias is not finite.
+        negative: Channels whose variance is below 0.
+        collapsed: Channels whose variance is below 1e-5, torch's ``eps``, and whose weight is not near zero.
+        exploding: Channels whose values outgrow float16 (mean and four standard deviations beyond 65,504), or whose
+            standard deviation is above 1,000 times the median of the layer's.
+        weight_near_zero: Channels whose weight is below 1e-3; None without a weight.
+        worst_channel: The first channel that is at fault; None if none is.
+        is_initial: Whether all means are 0 and all variances 1.
+        is_zero: Whether all means and variances are 0.
+    """
+
+    name: str
+    channels: int
+    updates: int | None
+    initial_left: float | None
+    mean: tuple[float, float, float]
+    var: tuple[float, float, float]
+    nonfinite: int
+    negative: int
+    collapsed: int
+    exploding: int
+    weight_near_zero: int | None
+    worst_channel: int | None
+    is_initial: bool
+    is_zero: bool
+
+
+def layer_facts(layers: Mapping[str, Mapping[str, Tensor]], size: int) -> list[LayerFacts]:
+    """Return what the tensors of layers say; those of one layer under several names are looked at once.
+
+    Args:
+        layers: By name, as :class:`~lightning_bn.functional.inspection.entries.Entry` has them.
+        size: Of the file that they are from, in bytes.
+
+    Raises:
+        ValueError: If the tensors claim more values than the file can hold.
+    """
+    same = claims(layers, size)
+    unique = {name: layers[name] for name in {*same.values()}}
+    measured = dict(zip(unique, _measured(unique), strict=True)) if unique else {}
+    return [replace(measured[same[name]], name=name) for name in layers]
+
+
+def claims(layers: Mapping[str, Mapping[str, Tensor]], size: int) -> dict[str, str]:
+    """Return for each layer the first name of its tensors; raise if there are more of them than a file can hold.
+
+    Raises:
+        ValueError: As for :func:`layer_facts`.
+    """
+    places: dict[tuple[tuple[int, ...], ...], str] = {}
+    same = {name: places.setdefault(_memory(parts), name) for name, parts in layers.items()}
+    unique = {name: layers[name] for name in {*same.values()}}
+    claimed = sum(one.numel() * one.element_size() for parts in unique.values() for one in parts.values())
+    if claimed > min(size, MOST):
+        raise ValueError(
+            f"the file has {size:,} bytes and claims to hold {claimed:,} bytes of BatchNorm; at most {MOST:,} are "
+            f"read, more than any network has."
+        )
+    return same
+
+
+def _memory(parts: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple((one.data_ptr(), one.numel(), *one.stride()) for one in parts.values())
+
+
+@torch.no_grad()
+def _measured(layers: Mapping[str, Mapping[str, Tensor]]) -> list[LayerFacts]:
+    listed = list(layers.values())
+    layout = ChannelLayout(tuple(layers), tuple(len(parts["running_mean"]) for parts in listed))
+    mean, var = (_flat(listed, part, 0.0) for part in ("running_mean", "running_var"))
+    weight, bias = (_flat(listed, part, default) for part, default in (("weight", 1.0), ("bias", 0.0)))
+    nonfinite = ~(mean + var + weight + bias).isfinite()
+    negative = var < 0
+    near_zero = weight.abs() < NEAR_ZERO
+    collapsed = (var >= 0) & (var < EPS) & ~near_zero
+    exploding = (mean.abs() + 4 * var.clamp(min=0).sqrt() > LARGEST_HALF) & ~nonfinite
+    exploding |= (var > _OUTLIER * layout.expand(_median_of_living(layout, var))) & ~nonfinite & (var > 1)
+    bad = nonfinite | negative | collapsed | exploding
+    initial, zero = (mean == 0) & (var == 1), (mean == 0) & (var == 0)
+    counts = layout.sum(torch.stack([nonfinite, negative, collapsed, exploding, near_zero, initial, zero]).double())
+    of_layers = zip(counts.T.long().tolist(), layout.split(mean).items(), var.split(layout.sizes), strict=True)
+    first = [int(one.byte().argmax()) if bool(one.any()) else None for one in bad.split(layout.sizes)]
+    return [
+        LayerFacts(
+            name=name,
+            channels=len(means),
+            updates=(updates := _updates(parts.get("num_batches_tracked"))),
+            initial_left=None if updates is None else (1 - MOMENTUM) ** max(updates, 0),
+            mean=_range(means),
+            var=_range(variances),
+            nonfinite=numbers[0],
+            negative=numbers[1],
+            collapsed=numbers[2],
+            exploding=numbers[3],
+            weight_near_zero=numbers[4] if "weight" in parts else None,
+            worst_channel=worst,
+            is_initial=numbers[5] == len(means),
+            is_zero=numbers[6] == len(means),
+        )
+        for parts, worst, (numbers, (name, means), variances) in zip(listed, first, of_layers, strict=True)
+    ]
+
+
+def _flat(layers: list[Mapping[str, Tensor]], part: str, default: float) -> Tensor:
+    """One part of all layers, in float64."""
+    return torch.cat(
+        [
+            layer[part].detach().double()
+            if part in layer
+            else torch.full((len(layer["running_mean"]),), default, dtype=torch.float64)
+            for layer in layers
+        ]
+    )
+
+
+def _median_of_living(layout: ChannelLayout, var: Tensor) -> Tensor:
+    """Of the channels that have not collapsed; infinite where there are fewer than eight of them."""
+    living = [one[one.isfinite() & (one >= EPS)] for one in var.split(layout.sizes)]
+    return torch.stack([one.median() if len(one) >= 8 else var.new_tensor(math.inf) for one in living])
+
+
+def _range(values: Tensor) -> tuple[float, float, float]:
+    finite = values[values.isfinite()]
+    if not len(finite):
+        return (math.nan,) * 3
+    return float(finite.min()), float(finite.median()), float(finite.max())
+
+
+def _updates(counter: Tensor | None) -> int | None:
+    """What a counter says; None where it cannot be one."""
+    value = math.nan if counter is None else float(counter.detach().double())
+    return int(value) if math.isfinite(value) and 0 <= value < 2**62 else None

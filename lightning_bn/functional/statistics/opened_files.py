@@ -1,0 +1,196 @@
+"""Checkpoints opened without reading what nobody asks for: the bytes say the format, not the suffix."""
+
+from __future__ import annotations
+
+import os
+import stat
+import zipfile
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lightning_bn.functional._text import counted
+from lightning_bn.functional.statistics.files import read_safetensors, read_torch
+from lightning_bn.functional.statistics.shards import Shards, checkpoint_in, in_folder
+
+PARTS = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
+"""Tensors of a BatchNorm layer in a state dict."""
+_MiB = 1 << 20
+_MOST_HEADER = 16 * _MiB
+"""Of a safetensors file: names and places of some hundred thousand tensors."""
+_MOST_PICKLED = 16 * _MiB
+"""Of a zip file of torch, without the values of tensors: names and settings."""
+
+
+@dataclass(frozen=True)
+class OpenedFile:
+    """What a checkpoint holds, as far as it is about BatchNorm where the format allows to leave the rest.
+
+    Attributes:
+        path: What was named.
+        files: What was read: the file itself, or those in a folder.
+        kind: Of the files, in words.
+        content: The values; of safetensors only those of layers with running statistics.
+        size: Of all files that were read, in bytes.
+        metadata: The strings that a safetensors file has beside its tensors.
+    """
+
+    path: Path
+    files: tuple[Path, ...]
+    kind: str
+    content: dict[Any, Any]
+    size: int
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+def open_checkpoint(path: str | Path) -> OpenedFile:
+    """Return what a checkpoint says of BatchNorm; nothing in it is executed.
+
+    Of safetensors only the tensors of layers with running statistics are read. A zip file, as torch.save writes, is
+    mapped: values are read when they are looked at. Files of torch before 1.6 are read whole.
+
+    Args:
+        path: A file of torch.save or of safetensors, the index of a sharded checkpoint, or a folder that holds one of
+            these.
+
+    Raises:
+        ValueError: If it is nothing of that kind, is cut off, or says of itself what cannot be.
+        OSError: If it cannot be read, or the folder is a checkpoint in many parts that has to be put together first.
+        ModuleNotFoundError: If the library of its format is not installed.
+        pickle.UnpicklingError: If it holds more than tensors and plain values.
+    """
+    path = Path(path)
+    found = in_folder(path) if path.is_dir() else checkpoint_in(path)
+    if isinstance(found, Shards):
+        return _open_shards(path, found)
+    size = size_of(found)
+    kind = _kind(found, size)
+    if kind == "safetensors":
+        read = read_safetensors(found, batch_norm_names)
+        return OpenedFile(path, (found,), "safetensors file", dict(read.content), size, dict(read.metadata or {}))
+    return OpenedFile(path, (found,), kind, _dictionary(found, read_torch(found, mmap=kind != _OLD)), size)
+
+
+_ZIP, _OLD = "file of torch.save", "file of torch.save before 1.6"
+
+
+def size_of(path: Path) -> int:
+    """Return the bytes of a regular file.
+
+    Raises:
+        OSError: If it cannot be read, or is a pipe, a device or the like, which might never end.
+    """
+    about = os.stat(path)
+    if not stat.S_ISREG(about.st_mode):
+        raise OSError(f"{path.name} is no regular file but a pipe, a socket or a device: save the checkpoint first.")
+    return about.st_size
+
+
+def batch_norm_names(names: Iterable[str]) -> list[str]:
+    """Return which of the names of a state dict belong to layers with running statistics."""
+    known = set(names)
+    layers = {_layer(name) for name in known if name.rpartition(".")[2] in PARTS[:2]}
+    averages = {name for name in known if name.rpartition(".")[2] == "n_averaged"}
+    return sorted(known & ({layer + part for layer in layers for part in PARTS} | averages))
+
+
+def _layer(name: str) -> str:
+    return name[: len(name) - len(name.rpartition(".")[2])]
+
+
+def _kind(path: Path, size: int) -> str:
+    """Which format the bytes are, after a look at what it says of its own size.
+
+    Raises:
+        ValueError: If none that is known, or one that lies.
+    """
+    with path.open("rb") as file:
+        start = file.read(9)
+    if not start:
+        raise ValueError(f"{path.name} is empty: 0 bytes. The save was cut off, or has not begun.")
+    if start[:4] == b"PK\x03\x04":
+        _check_zip(path)
+        return _ZIP
+    if start[:1] == b"\x80" and start[8:9] != b"{":
+        return _OLD
+    if path.suffix.lower() == ".safetensors" or start[8:9] == b"{":
+        _check_header(path, start, size)
+        return "safetensors"
+    raise ValueError(
+        f"{path.name} is no checkpoint: it begins neither as a file of torch.save nor as one of safetensors does."
+    )
+
+
+def _check_header(path: Path, start: bytes, size: int) -> None:
+    header = int.from_bytes(start[:8], "little")
+    if len(start) < 9 or header > size - 8 or header > _MOST_HEADER:
+        raise ValueError(
+            f"{path.name} cannot be read as a file of safetensors: its first 8 bytes announce a header of {header:,} "
+            f"bytes in a file of {size:,}; at most {_MOST_HEADER:,} are read. It is cut off, or no such file."
+        )
+
+
+def _check_zip(path: Path) -> None:
+    """Refuse what would grow when it is read: torch compresses nothing."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            entries = archive.infolist()
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, EOFError, OverflowError) as error:
+        raise ValueError(f"{path.name} cannot be read as a file of torch.save: it is cut off ({error}).") from error
+    grown = [one for one in entries if one.compress_type != zipfile.ZIP_STORED or one.compress_size != one.file_size]
+    if grown:
+        raise ValueError(
+            f"{path.name} is a zip file with compressed entries ({shown(grown[0].filename)!r}), which torch.save does "
+            f"not write. If a checkpoint is in it, unpack it first."
+        )
+    pickled = sum(one.file_size for one in entries if one.filename.endswith(".pkl"))
+    if pickled > _MOST_PICKLED:
+        raise ValueError(
+            f"{path.name} has {pickled:,} bytes beside its tensors, and at most {_MOST_PICKLED:,} are read: names and "
+            f"settings of a checkpoint are smaller. Save its state dict alone, and name that."
+        )
+
+
+def _open_shards(path: Path, shards: Shards) -> OpenedFile:
+    wanted = batch_norm_names(shards.places)
+    content: dict[Any, Any] = {}
+    files = sorted({shards.places[name] for name in wanted})
+    size = sum(map(size_of, files))
+    for file in files:
+        there = [name for name in wanted if shards.places[name] == file]
+        kind = _kind(file, size_of(file))
+        if kind == "safetensors":
+            held: dict[Any, Any] = read_safetensors(file, {*there}.intersection).content
+        else:
+            held = _dictionary(file, read_torch(file, mmap=kind != _OLD))
+        missing = [name for name in there if name not in held]
+        if missing:
+            raise ValueError(
+                f"{shards.index.name} says that {shown(missing[0])!r} is in {file.name}, and it is not: one of the two "
+                f"files is of another checkpoint."
+            )
+        content |= {name: held[name] for name in there}
+    kind = f"checkpoint of {counted(len({*shards.places.values()}), 'shard')}"
+    return OpenedFile(path, (shards.index, *files), kind, content, size)
+
+
+def _dictionary(path: Path, content: Any) -> dict[Any, Any]:
+    if isinstance(content, dict):
+        return content
+    if isinstance(content, list | tuple):  # state dicts of several models
+        return dict(enumerate(content))
+    raise ValueError(f"{path.name} holds a {type(content).__name__}, and no state dict.")
+
+
+def shown(name: object, most: int = 160) -> str:
+    r"""A name from a file as it may be printed: no control character, and no more than the end of what is long.
+
+    Example:
+        >>> shown("layer\x1b[31m.bn")
+        'layer\\x1b[31m.bn'
+    """
+    text = str(name)
+    text = text if len(text) <= most else "…" + text[-most:]
+    # Half a pair of surrogates cannot be printed either.
+    return "".join(one if one.isprintable() else one.encode("unicode_escape").decode() for one in text)

@@ -1,0 +1,106 @@
+"""Which file, or which files by an index, a path or a folder means."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from lightning_bn.functional._text import quoted
+
+_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+_INDEX = ".index.json"
+_MOST_INDEX = 16 << 20
+
+
+@dataclass(frozen=True)
+class Shards:
+    """A checkpoint in several files.
+
+    Attributes:
+        index: The file that says which tensor is where.
+        places: By the name of each tensor, the file that has it.
+    """
+
+    index: Path
+    places: dict[str, Path]
+
+
+def checkpoint_in(path: Path) -> Path | Shards:
+    """Return the file itself, or what it says if it is an index.
+
+    Raises:
+        ValueError: If it is a broken index.
+        OSError: If it cannot be read.
+    """
+    return _shards(path) if path.name.endswith(_INDEX) else path
+
+
+def in_folder(folder: Path) -> Path | Shards:
+    """Return the one checkpoint in a folder, or in its ``checkpoints``.
+
+    Raises:
+        ValueError: If there is none, or several.
+        OSError: If the folder cannot be read, or is itself a checkpoint that has to be put together first.
+    """
+    names = {file.name for file in folder.iterdir()}
+    _refuse_parts(folder, names)
+    for below in (folder, folder / "checkpoints"):
+        if not below.is_dir():
+            continue
+        files = sorted(file for file in below.iterdir() if not file.is_dir())
+        indices = [file for file in files if file.name.endswith(_INDEX)]
+        found = indices or [file for file in files if file.suffix.lower() in _SUFFIXES]
+        if len(found) == 1:
+            return checkpoint_in(found[0])
+        if found:
+            raise ValueError(
+                f"{folder} holds {len(found)} checkpoints ({quoted([file.name for file in found])}): name one of them."
+            )
+    raise ValueError(f"{folder} holds no checkpoint: no file that ends with {', '.join(_SUFFIXES)} or {_INDEX}.")
+
+
+def _refuse_parts(folder: Path, names: set[str]) -> None:
+    if ".metadata" in names:
+        raise IsADirectoryError(
+            f"{folder} is a checkpoint in many parts. Put it into one file with `python -m "
+            f"torch.distributed.checkpoint.format_utils dcp_to_torch {folder} OUT.pt`, or one of Lightning with "
+            f"`python -m pytorch_lightning.utilities.consolidate_checkpoint {folder}`."
+        )
+    if "zero_to_fp32.py" in names:
+        raise IsADirectoryError(
+            f"{folder} is a checkpoint of DeepSpeed. Put it into one file with `python {folder / 'zero_to_fp32.py'} "
+            f"{folder} OUT.pt` if you trust that script."
+        )
+
+
+def _shards(index: Path) -> Shards:
+    places = _weight_map(index)
+    wrong = [file for file in places.values() if not isinstance(file, str) or Path(file).name != file or file == ".."]
+    if wrong:
+        raise ValueError(
+            f"{index.name} names a file outside of its own folder ({str(wrong[0])[:100]!r}), which is not read: shards "
+            f"lie beside their index."
+        )
+    for file in {*places.values()}:
+        if not (index.parent / file).exists():
+            raise FileNotFoundError(f"{index.name} names the shard {file!r}, which is not beside it: copy all files.")
+    return Shards(index, {name: index.parent / file for name, file in places.items()})
+
+
+def _weight_map(index: Path) -> dict[str, Any]:
+    if not index.is_file():
+        raise FileNotFoundError(f"there is no file {index}.")
+    with index.open("rb") as file:
+        text = file.read(_MOST_INDEX + 1)
+    if len(text) > _MOST_INDEX:
+        raise ValueError(f"{index.name} is no index of shards: it has more than {_MOST_INDEX:,} bytes.")
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{index.name} is no index of shards: it is not JSON ({type(error).__name__}).") from error
+    places = content.get("weight_map") if isinstance(content, dict) else None
+    if not isinstance(places, dict) or not places:
+        raise ValueError(f"{index.name} is no index of shards: it has no 'weight_map' of names and files.")
+    return places
