@@ -13,11 +13,12 @@ from torch import Tensor
 from lightning_bn.functional._checks import check_choice
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.inspection.entries import Entry, entries_in
-from lightning_bn.functional.inspection.layer_facts import EPS, claims
+from lightning_bn.functional.inspection.layer_facts import EPS
 from lightning_bn.functional.inspection.matching import match
 from lightning_bn.functional.layers.names import without_wrappers
 from lightning_bn.functional.layers.patterns import Patterns, SelectionError, as_patterns
 from lightning_bn.functional.statistics.channels import ChannelLayout
+from lightning_bn.functional.statistics.claimed_values import distinct
 from lightning_bn.functional.statistics.drift_measures import MEASURES, Measure, of_standardized, standardized
 from lightning_bn.functional.statistics.opened_files import open_checkpoint
 from lightning_bn.functional.statistics.snapshots import Snapshot
@@ -163,7 +164,7 @@ def _side(path: str | Path, key: str | None) -> tuple[Entry, list[str]]:
             raise ValueError(f"{file.path.name} has no BatchNorm layers under {key!r}; there is {there}.")
     else:
         found = entries[0]
-    claims(found.layers, file.size)
+    distinct(found.layers, file.size)
     others = [entry.key for entry in entries if entry is not found and entry.role != "task"]
     if key is not None or not others:
         return found, []

@@ -7,11 +7,10 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, TypeAlias
 
-import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedBuffer
 
 from lightning_bn.functional.layers.names import without_wrappers
+from lightning_bn.functional.statistics.claimed_values import unreadable
 from lightning_bn.functional.statistics.opened_files import PARTS, shown
 
 Role: TypeAlias = Literal["model", "averaged", "in training", "task"]
@@ -127,7 +126,7 @@ def _layers(
         keys = {part: f"{name}.{part}" if name else part for part in PARTS}
         parts = {part: state[key] for part, key in keys.items() if isinstance(state.get(key), Tensor)}
         running = [parts[part] for part in PARTS[:2] if part in parts]
-        why = next((f"{part} {said}" for part in parts if (said := _unreadable(parts[part])) is not None), "")
+        why = next((f"{part} {said}" for part in parts if (said := unreadable(parts[part])) is not None), "")
         if len(running) < 2:
             broken[name] = f"has {' and '.join(set(PARTS[:2]) & set(parts))} without the other of the two"
         elif why:
@@ -145,17 +144,6 @@ def _fitting(parts: dict[str, Tensor]) -> dict[str, Tensor]:
     """Without weights and counters of other shapes, which are not of this layer."""
     shape = parts["running_mean"].shape
     return {part: one for part, one in parts.items() if (one.numel() == 1 if part == PARTS[2] else one.shape == shape)}
-
-
-def _unreadable(tensor: Tensor) -> str | None:
-    if isinstance(tensor, UninitializedBuffer):
-        return "is of a lazy layer that has not seen a batch yet"
-    if tensor.device.type == "meta":
-        return "has no values: it was saved on the meta device"
-    if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_complex():
-        kind = "quantized" if tensor.is_quantized else "complex" if tensor.is_complex() else "sparse"
-        return f"is a {kind} tensor, which no BatchNorm layer has"
-    return None
 
 
 def _shape(tensor: Tensor) -> str:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Literal, TypeAlias
 
 from lightning_bn.functional._text import counted
+from lightning_bn.functional.inspection.entries import Role
 from lightning_bn.functional.inspection.layer_facts import LayerFacts
 from lightning_bn.functional.statistics.opened_files import shown
 
@@ -21,6 +22,7 @@ FileNote: TypeAlias = Literal["warming up", "counters", "weights near zero", "av
 RECALIBRATE = (
     "Recalibrate: recalibrate_checkpoint(model, 'in.ckpt', batches, out='out.ckpt') of lightning_bn.functional"
 )
+_NO_BATCH = "Was there a batch of this task? If not, leave it out of tasks."
 _WARM_BELOW = 0.01
 _MOST_NAMED = 4
 
@@ -140,13 +142,13 @@ _RULES = (
 )
 
 
-def findings_of(entry: str, layers: Sequence[LayerFacts], averaged: bool) -> list[FileFinding]:
+def findings_of(entry: str, layers: Sequence[LayerFacts], role: Role) -> list[FileFinding]:
     """Return what the layers of one set show by themselves, faults first.
 
     Args:
         entry: Its key.
         layers: What each of them says.
-        averaged: Whether they are an average, whose counters are averaged too.
+        role: Whose they are; counters of an average are averaged too.
     """
     found = []
     for rule in _RULES:
@@ -154,8 +156,9 @@ def findings_of(entry: str, layers: Sequence[LayerFacts], averaged: bool) -> lis
         if hit:
             what = rule.what.format(where=_where(hit, len(layers), rule.channels))
             names = tuple(one.name for one in hit)
-            found.append(FileFinding(rule.kind, rule.is_fault, entry, names, what, rule.remedy))
-    return found + ([] if averaged else [*_counters(entry, layers)])
+            remedy = _NO_BATCH if role == "task" and rule.kind == "never updated" else rule.remedy
+            found.append(FileFinding(rule.kind, rule.is_fault, entry, names, what, remedy))
+    return found + ([] if role == "averaged" else [*_counters(entry, layers)])
 
 
 def listed(names: Sequence[str], most: int = _MOST_NAMED) -> str:

@@ -103,11 +103,7 @@ def inspect_checkpoint(path: str | Path, modules: Patterns = None) -> Inspection
         facts = layer_facts(_with_affine(entry, entries[0]), file.size)
         others = {**entry.broken, **entry.foreign}
         inspected.append(InspectedEntry(entry.key, entry.role, tuple(facts), others))
-        findings += [
-            *_broken(entry),
-            *findings_of(entry.key, facts, entry.role == "averaged"),
-            *_averages(entry, entries),
-        ]
+        findings += [*_broken(entry), *findings_of(entry.key, facts, entry.role), *_averages(entry, entries)]
     findings.sort(key=lambda one: not one.is_fault)
     return Inspection(
         path=file.path,

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_bn.functional.statistics.channels import ChannelLayout
+from lightning_bn.functional.statistics.claimed_values import distinct
 
 EPS = 1e-5
 """torch's own; a file does not say a layer's."""
@@ -19,8 +20,6 @@ NEAR_ZERO = 1e-3
 """Absolute affine weight below which a channel puts out little but its bias."""
 LARGEST_HALF = 65_504.0
 """The largest number that float16 can hold."""
-MOST = 64 << 20
-"""Bytes of one set of layers that are read: three million channels."""
 _OUTLIER = 1e6
 """Variance of a channel over the median of its layer: a standard deviation 1,000 times the others'."""
 
@@ -74,32 +73,10 @@ def layer_facts(layers: Mapping[str, Mapping[str, Tensor]], size: int) -> list[L
     Raises:
         ValueError: If the tensors claim more values than the file can hold.
     """
-    same = claims(layers, size)
+    same = distinct(layers, size)
     unique = {name: layers[name] for name in {*same.values()}}
     measured = dict(zip(unique, _measured(unique), strict=True)) if unique else {}
     return [replace(measured[same[name]], name=name) for name in layers]
-
-
-def claims(layers: Mapping[str, Mapping[str, Tensor]], size: int) -> dict[str, str]:
-    """Return for each layer the first name of its tensors; raise if there are more of them than a file can hold.
-
-    Raises:
-        ValueError: As for :func:`layer_facts`.
-    """
-    places: dict[tuple[tuple[int, ...], ...], str] = {}
-    same = {name: places.setdefault(_memory(parts), name) for name, parts in layers.items()}
-    unique = {name: layers[name] for name in {*same.values()}}
-    claimed = sum(one.numel() * one.element_size() for parts in unique.values() for one in parts.values())
-    if claimed > min(size, MOST):
-        raise ValueError(
-            f"the file has {size:,} bytes and claims to hold {claimed:,} bytes of BatchNorm; at most {MOST:,} are "
-            f"read, more than any network has."
-        )
-    return same
-
-
-def _memory(parts: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
-    return tuple((one.data_ptr(), one.numel(), *one.stride()) for one in parts.values())
 
 
 @torch.no_grad()

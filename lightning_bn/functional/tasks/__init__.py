@@ -8,6 +8,7 @@ from lightning_bn.functional.tasks.bank import TaskStatistics
 from lightning_bn.functional.tasks.creation import task_statistics
 from lightning_bn.functional.tasks.drift import TaskDrift, task_drift
 from lightning_bn.functional.tasks.export import export_task
+from lightning_bn.functional.tasks.in_file import TasksInFile, tasks_in_file
 from lightning_bn.functional.tasks.nearest import NearestTask, nearest_task
 from lightning_bn.functional.tasks.session import TaskSession, UnlabelledBatchError
 
@@ -16,10 +17,12 @@ __all__ = [
     "TaskDrift",
     "TaskSession",
     "TaskStatistics",
+    "TasksInFile",
     "UnlabelledBatchError",
     "export_task",
     "nearest_task",
     "task",
     "task_drift",
     "task_statistics",
+    "tasks_in_file",
 ]

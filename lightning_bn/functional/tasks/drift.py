@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
@@ -11,6 +12,7 @@ from torch import Tensor
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.patterns import shortest_paths
 from lightning_bn.functional.statistics.drift_measures import Measure, drift
+from lightning_bn.functional.statistics.snapshots import Snapshot
 from lightning_bn.functional.tasks.bank import TaskStatistics
 
 APART = 0.1
@@ -88,11 +90,22 @@ def task_drift(bank: TaskStatistics, measure: Measure = "jeffreys") -> TaskDrift
     """
     if len(bank.tasks) < 2:
         raise ValueError(f"one task ({bank.tasks[0]!r}) has nothing to differ from: task_drift needs two.")
-    snapshots = {task: bank.snapshot(task) for task in bank.tasks}
-    values = torch.zeros(len(bank.tasks), len(bank.tasks), len(bank.layers), dtype=torch.float64)
-    for (row, one), (column, other) in combinations(enumerate(bank.tasks), 2):
+    others = [name for name in bank.all_layers if name not in bank.layers]
+    return drift_between({task: bank.snapshot(task) for task in bank.tasks}, measure, others)
+
+
+def drift_between(snapshots: Mapping[str, Snapshot], measure: Measure, others: Sequence[str] = ()) -> TaskDrift:
+    """As :func:`task_drift`, of statistics that were taken.
+
+    Args:
+        snapshots: Of the same layers, by task.
+        measure: As for :func:`~lightning_bn.functional.drift`.
+        others: Names of the model's BatchNorm layers that have no sets.
+    """
+    tasks, layers = tuple(snapshots), next(iter(snapshots.values())).names
+    values = torch.zeros(len(tasks), len(tasks), len(layers), dtype=torch.float64)
+    for (row, one), (column, other) in combinations(enumerate(tasks), 2):
         for place in ((row, column, one, other), (column, row, other, one)):
             by_layer = drift(snapshots[place[2]], snapshots[place[3]], measure).values()
             values[place[0], place[1]] = torch.stack([channels.abs().mean() for channels in by_layer]).cpu()
-    others = tuple(name for name in bank.all_layers if name not in bank.layers)
-    return TaskDrift(bank.tasks, bank.layers, values, others)
+    return TaskDrift(tasks, layers, values, tuple(others))

@@ -1,0 +1,50 @@
+"""Tensors from a file that may lie: how many values they claim, and which of them can be read at all."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor
+from torch.nn.parameter import UninitializedBuffer
+
+MOST = 64 << 20
+"""Bytes of one set of layers that are read: three million channels."""
+
+
+def distinct(layers: Mapping[str, Mapping[str, Tensor]], size: int) -> dict[str, str]:
+    """Return for each layer the first name of its tensors; raise if there are more of them than a file can hold.
+
+    Args:
+        layers: Tensors by the name of a layer and of the tensor.
+        size: Of the file that they are from, in bytes.
+
+    Raises:
+        ValueError: If they claim more than that, or more than any network has.
+    """
+    places: dict[tuple[tuple[int, ...], ...], str] = {}
+    same = {name: places.setdefault(_memory(parts), name) for name, parts in layers.items()}
+    unique = (parts for name, parts in layers.items() if same[name] == name)
+    claimed = sum(one.numel() * one.element_size() for parts in unique for one in parts.values())
+    if claimed > min(size, MOST):
+        raise ValueError(
+            f"the file has {size:,} bytes and claims to hold {claimed:,} bytes of BatchNorm; at most {MOST:,} are "
+            f"read, more than any network has."
+        )
+    return same
+
+
+def unreadable(tensor: Tensor) -> str | None:
+    """Return why a tensor is none that a BatchNorm layer has, in words that follow its name; None if it may be one."""
+    if isinstance(tensor, UninitializedBuffer):
+        return "is of a lazy layer that has not seen a batch yet"
+    if tensor.device.type == "meta":
+        return "has no values: it was saved on the meta device"
+    if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_complex():
+        kind = "quantized" if tensor.is_quantized else "complex" if tensor.is_complex() else "sparse"
+        return f"is a {kind} tensor, which no BatchNorm layer has"
+    return None
+
+
+def _memory(parts: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
+    return tuple((one.data_ptr(), one.numel(), *one.stride()) for one in parts.values())
