@@ -141,7 +141,11 @@ def _left_in_words(layers: Sequence[LayerFacts]) -> str:
 
 def _span(values: tuple[float, float, float]) -> str:
     low, _, high = values
-    return f"{low:.2g} to {high:.2g}"
+    return f"{_number(low)} to {_number(high)}"
+
+
+def _number(value: float) -> str:
+    return f"{value:,.0f}" if 100 <= abs(value) < 1e5 else f"{value:.2g}"
 
 
 def _channels(layers: Sequence[LayerFacts]) -> int:

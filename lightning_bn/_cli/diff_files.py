@@ -6,7 +6,7 @@ import argparse
 import dataclasses
 from typing import Any
 
-from lightning_bn._cli.common import FOUND, HEALTHY, add_json, add_parser_to, as_json, print_parts
+from lightning_bn._cli.common import FOUND, HEALTHY, add_json, add_parser_to, as_json, one_thread, print_parts
 
 _ABOUT = """\
 How far the running statistics moved from A to B, the worst layers first.
@@ -53,7 +53,8 @@ def run(options: argparse.Namespace) -> int:
     from lightning_bn.functional.inspection.compare import compare_checkpoints
 
     keys = tuple(options.keys) if options.keys else (None, None)
-    found = compare_checkpoints(options.first, options.second, options.measure, modules=options.modules, keys=keys)
+    with one_thread():
+        found = compare_checkpoints(options.first, options.second, options.measure, modules=options.modules, keys=keys)
     faults = faults_of(found, options.fail_above)
     if options.json:
         fields = {field.name: getattr(found, field.name) for field in dataclasses.fields(found)}

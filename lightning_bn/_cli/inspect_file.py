@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
-from lightning_bn._cli.common import FOUND, HEALTHY, add_json, add_parser_to, as_json, print_parts
+from lightning_bn._cli.common import FOUND, HEALTHY, add_json, add_parser_to, as_json, one_thread, print_parts
 
 _ABOUT = """\
 Every BatchNorm layer of a checkpoint: updates, ranges of mean and variance, and
@@ -29,13 +29,15 @@ exit code 1 if there is a fault:
   zeros              all means and variances of a layer are 0
   never updated      a layer has mean 0 and variance 1, and counted no update
   unmoved            the same although updates were counted
-  collapsed          a variance is below 1e-5 where the weight is not near zero
-  exploding          mean and four standard deviations are beyond 65,504, the end
-                     of float16, or a standard deviation is 1,000 times the
+  collapsed          half of a layer's variances or more are below 1e-5, where
+                     the weight is not near zero
+  exploding          mean and four standard deviations are beyond 65,504, where
+                     float16 ends, or a standard deviation is 1,000 times the
                      median of the layer
   broken             a running_mean without its running_var, of another size,
                      without values, or of a kind that no BatchNorm has
 worth knowing, and exit code 1 with --strict only:
+  dead channels      less than half of a layer's variances are below 1e-5
   warming up         fewer than 44 updates: 1 % of the initial values is left
   counters           layers were updated differently often
   weights near zero  of half of a layer's channels, below 1e-3
@@ -71,7 +73,8 @@ def run(options: argparse.Namespace) -> int:
     from lightning_bn._callback_states import callbacks_in_words
     from lightning_bn.functional.inspection.inspect import inspect_checkpoint
 
-    found = inspect_checkpoint(options.file, options.modules)
+    with one_thread():
+        found = inspect_checkpoint(options.file, options.modules)
     callbacks = callbacks_in_words(found.callbacks, found.about)
     if options.plot:
         from lightning_bn._inspection_figure import write_figure

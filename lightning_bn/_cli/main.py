@@ -22,7 +22,10 @@ SUBCOMMANDS = {
 }
 """Their names, the file of each and one line on it; a file has ``add_parser`` and ``run`` and is imported if named."""
 
-_ABOUT = "What is the matter with the BatchNorm layers of a model, from the files that it left."
+_ABOUT = """\
+What is the matter with the BatchNorm layers of a model, from the files that it
+left.
+"""
 _EXAMPLES = """\
 examples:
   lightning-bn inspect last.ckpt             what is in it, and is it well?
@@ -30,7 +33,7 @@ examples:
   lightning-bn diff before.ckpt after.ckpt   what moved, the worst first
   lightning-bn diff a.pt b.pt --fail-above 0.1
                                              a check for a pipeline
-  lightning-bn tasks multi.ckpt              which layers need a set for each task
+  lightning-bn tasks multi.ckpt              which layers need a set per task
   lightning-bn inspect --help                all options of one of them
 
 exit codes:

@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lightning_bn._cli.common import FOUND, HEALTHY, add_json, add_parser_to, as_json, print_parts
+from lightning_bn._cli.common import FOUND, HEALTHY, add_json, add_parser_to, as_json, one_thread, print_parts
 
 if TYPE_CHECKING:
     from lightning_bn.functional.tasks.in_file import TasksInFile
@@ -48,7 +48,8 @@ def run(options: argparse.Namespace) -> int:
     from lightning_bn.functional.tasks.in_file import tasks_in_file
 
     above = APART if options.above is None else options.above
-    banks = tasks_in_file(options.file, options.measure)
+    with one_thread():
+        banks = tasks_in_file(options.file, options.measure)
     if options.json:
         print(
             as_json({"path": options.file, "measure": options.measure, "banks": [_plain(one, above) for one in banks]})
@@ -93,6 +94,6 @@ def _faults(bank: TasksInFile) -> list[str]:
         said.append("Statistics of a task are not finite: see lightning-bn inspect.")
     if bank.missing:
         said.append(
-            f"The file has no state dict with the statistics of {bank.missing!r}, the default task: it is left out."
+            f"Not one state dict of the file has the statistics of {bank.missing!r}, the default task: it is left out."
         )
     return said

@@ -16,7 +16,7 @@ FileFault: TypeAlias = Literal[
     "not finite", "negative variance", "zeros", "never updated", "unmoved", "collapsed", "exploding", "broken"
 ]
 """What makes a file unhealthy."""
-FileNote: TypeAlias = Literal["warming up", "counters", "weights near zero", "averages", "other kind"]
+FileNote: TypeAlias = Literal["dead channels", "warming up", "counters", "weights near zero", "averages", "other kind"]
 """What may be meant so."""
 
 RECALIBRATE = (
@@ -59,6 +59,10 @@ class _Rule:
     what: str
     remedy: str
     channels: Callable[[LayerFacts], int] | None = None
+
+
+def _is_collapsed(one: LayerFacts) -> bool:
+    return 2 * one.collapsed >= one.channels
 
 
 _RULES = (
@@ -117,9 +121,18 @@ _RULES = (
     _Rule(
         "collapsed",
         True,
-        lambda one: one.collapsed > 0 and not one.is_zero,
-        "The variance is below 1e-5 in {where}: those channels are dead, and put out their bias or magnified noise.",
+        lambda one: _is_collapsed(one) and not one.is_zero,
+        "The variance is below 1e-5 in {where}: half of those layers or more is dead, and puts out its bias or "
+        "magnified noise.",
         "Look at what feeds them: weights that died, a constant input, a ReLU that is never on.",
+        lambda one: one.collapsed,
+    ),
+    _Rule(
+        "dead channels",
+        False,
+        lambda one: one.collapsed > 0 and not _is_collapsed(one),
+        "The variance is below 1e-5 in {where}: those channels are dead. Networks that were trained well have some.",
+        "If there are more than in an earlier checkpoint, look at the learning rate.",
         lambda one: one.collapsed,
     ),
     _Rule(

@@ -33,7 +33,7 @@ class LayerFacts:
         channels: How many.
         updates: Of the running statistics, as the layer counted; None without the counter.
         initial_left: Share of the initial values left in the running statistics, (1 - 0.1) ** updates, with torch's own
-            momentum, which a file does not say; None without the counter.
+            momentum, which a file does not say; None without the counter, or where it is 0 and they are others.
         mean: Smallest, median and largest ``running_mean`` of the finite channels.
         var: The same of ``running_var``.
         nonfinite: Channels whose mean, variance, weight or bias is not finite.
@@ -101,7 +101,10 @@ def _measured(layers: Mapping[str, Mapping[str, Tensor]]) -> list[LayerFacts]:
             name=name,
             channels=len(means),
             updates=(updates := _updates(parts.get("num_batches_tracked"))),
-            initial_left=None if updates is None else (1 - MOMENTUM) ** max(updates, 0),
+            # Statistics that came from elsewhere, without the counter.
+            initial_left=None
+            if updates is None or (not updates and numbers[5] < len(means))
+            else (1 - MOMENTUM) ** updates,
             mean=_range(means),
             var=_range(variances),
             nonfinite=numbers[0],

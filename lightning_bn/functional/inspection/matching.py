@@ -46,7 +46,7 @@ def match(first: Collection[str], second: Collection[str]) -> Matching:
     """
     firsts, seconds = _without(first), _without(second)
     tried = [
-        (-len(_common(firsts, seconds, one, other)), len(one) + len(other), one, other)
+        (-len(_common(firsts, seconds, one, other)), one.count(".") + other.count("."), one, other)
         for one, other in _ways(firsts, seconds)
     ]
     fewest, _, one, other = min(tried)

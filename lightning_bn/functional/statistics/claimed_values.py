@@ -6,7 +6,6 @@ from collections.abc import Mapping
 
 import torch
 from torch import Tensor
-from torch.nn.parameter import UninitializedBuffer
 
 MOST = 64 << 20
 """Bytes of one set of layers that are read: three million channels."""
@@ -36,8 +35,6 @@ def distinct(layers: Mapping[str, Mapping[str, Tensor]], size: int) -> dict[str,
 
 def unreadable(tensor: Tensor) -> str | None:
     """Return why a tensor is none that a BatchNorm layer has, in words that follow its name; None if it may be one."""
-    if isinstance(tensor, UninitializedBuffer):
-        return "is of a lazy layer that has not seen a batch yet"
     if tensor.device.type == "meta":
         return "has no values: it was saved on the meta device"
     if tensor.is_quantized or tensor.layout != torch.strided or tensor.is_complex():

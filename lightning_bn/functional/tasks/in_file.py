@@ -36,7 +36,7 @@ class TasksInFile:
         default: The one whose statistics are those of the model's own state dict.
         updates: Of each task's statistics, the most of any layer; None where no layer has a counter.
         drift: How far they lie apart; without those that were never updated, where two others remain.
-        missing: The default task, if the file has no state dict with its statistics; empty otherwise.
+        missing: The default task, if the file has not one state dict with its statistics; empty otherwise.
     """
 
     key: str
@@ -94,8 +94,12 @@ def _banks(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
     places = [("", content), *content.items()]
     places += [(f"callbacks.{key}", one) for key, one in (callbacks if isinstance(callbacks, dict) else {}).items()]
     for key, one in places:
-        if isinstance(one, dict) and {"layers", "tasks", "default", "sets"} <= set(map(str, one)):
+        if _is_bank(one):
             yield str(key), one
+
+
+def _is_bank(value: Any) -> bool:
+    return isinstance(value, dict) and {"layers", "tasks", "default", "sets"} <= set(map(str, value))
 
 
 def _read(key: str, state: Mapping[str, Any], content: dict[Any, Any], size: int, measure: Measure) -> TasksInFile:
@@ -126,10 +130,12 @@ def _read(key: str, state: Mapping[str, Any], content: dict[Any, Any], size: int
 
 
 def _own(content: dict[Any, Any], layers: list[str]) -> FileEntry | None:
-    """The model's own state dict, under whatever prefix; None if there is none."""
+    """The model's own state dict, under whatever prefix; None if there is none, or not a single one."""
     wanted = {f"{name}.{part}": None for name in layers for part in _STATISTICS}
     try:
-        return find_entry({name: one for name, one in content.items() if name != "callbacks"}, wanted, "")
+        return find_entry(
+            {name: one for name, one in content.items() if name != "callbacks" and not _is_bank(one)}, wanted, ""
+        )
     except ValueError:
         return None
 

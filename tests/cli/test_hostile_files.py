@@ -1,0 +1,92 @@
+"""Files that are broken or made to harm: one clear line, nothing executed, no more memory than is stated."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from lightning_bn._cli.main import main
+from tests.cli.hostile_files import FILES, MARK, layer, saved
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+def test_there_are_many_of_them():
+    assert len(FILES) >= 40
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_made_to_harm_does_none(name, tmp_path, capsys, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write, code = FILES[name]
+    path = str(write(tmp_path))
+    for arguments in (["inspect", path], ["diff", path, path], ["tasks", path]):
+        given = main(arguments)
+        said = capsys.readouterr()
+        assert given == (2 if arguments[0] == "tasks" else code) or arguments[0] == "diff", said
+        assert "Traceback" not in said.out + said.err
+        assert "\x1b" not in said.out + said.err
+        assert not (tmp_path / MARK).exists()
+        if given == 2:
+            assert said.out == ""
+            [line] = said.err.splitlines()
+            assert line.startswith(f"lightning-bn {arguments[0]}: ")
+            assert 30 < len(line) < 900
+
+
+@pytest.mark.parametrize(
+    "name", ["zip_that_runs_a_command", "header_of_an_exabyte", "mean_without_variance", "missing"]
+)
+def test_a_program_gets_json_whatever_the_file_is(name, tmp_path, capsys):
+    write, code = FILES[name]
+    assert main(["inspect", str(write(tmp_path)), "--json"]) == code
+    found = json.loads(capsys.readouterr().out)
+    assert ("error" in found) == (code == 2)
+    assert found["format"] == 1
+
+
+def test_a_payload_of_the_tests_would_be_executed_by_pickle(tmp_path):
+    import pickle
+
+    write, _ = FILES["old_pickle_that_runs_a_command"]
+    pickle.loads(write(tmp_path).read_bytes())
+    assert (tmp_path / MARK).exists()
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+def test_a_file_that_nobody_may_read_is_said_to_be_one(tmp_path, capsys):
+    path = saved(tmp_path, layer())
+    path.chmod(0)
+    assert main(["inspect", str(path)]) == 2
+    assert "permission denied" in capsys.readouterr().err
+
+
+MEASURE = """
+import resource, sys, tempfile
+from pathlib import Path
+from lightning_bn._cli.main import main
+from tests.cli.hostile_files import FILES
+import lightning_bn.functional, rich.console, zipfile
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024
+for name in sys.argv[1:]:
+    with tempfile.TemporaryDirectory() as folder:
+        path = FILES[name][0](Path(folder))
+        before = peak()
+        main(["inspect", str(path)])
+        print(name, peak() - before, flush=True)
+"""
+BIG = ["billion_channels_of_four_bytes", "many_names_for_more_than_any_network_has", "zip_that_wants_a_terabyte"]
+BIG += ["header_of_an_exabyte", "header_larger_than_any", "index_larger_than_any", "shape_that_does_not_fit"]
+BIG += ["zip_that_claims_other_sizes", "zip_with_a_pickle_beyond_bounds", "nested_wide", "cyclic_dictionary"]
+BIG += ["zip_with_lists_in_lists"]
+
+
+def test_what_claims_much_takes_little():
+    done = subprocess.run([sys.executable, "-c", MEASURE, *BIG], cwd=ROOT, capture_output=True, text=True, check=True)
+    taken = {name: int(megabytes) for name, megabytes in map(str.split, done.stdout.splitlines())}
+    assert list(taken) == BIG
+    assert max(taken.values()) < 150, taken

@@ -1,0 +1,82 @@
+"""The command itself: help, subcommands, exit codes, and what it imports."""
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from lightning_bn import __version__
+from lightning_bn._cli.main import SUBCOMMANDS, main
+
+ROOT = Path(__file__).parent.parent.parent
+
+
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["inspect", "--help"], ["diff", "--help"], []])
+def test_help_loads_neither_torch_nor_rich(arguments):
+    code = (
+        "import sys\nfrom lightning_bn._cli.main import main\ntry: main(sys.argv[1:])\nexcept SystemExit: pass\n"
+        "print([name for name in ('torch', 'rich', 'numpy', 'pytorch_lightning') if name in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.splitlines()[-1] == "[]"
+    assert len(done.stdout.splitlines()) > 1
+
+
+def test_the_command_is_installed_and_is_a_module():
+    assert 'lightning-bn = "lightning_bn._cli.main:main"' in (ROOT / "pyproject.toml").read_text()
+    command = [sys.executable, "-m", "lightning_bn", "inspect", "nowhere.ckpt"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == "lightning-bn inspect: nowhere.ckpt: no such file or directory.\n"
+
+
+@pytest.mark.parametrize("arguments", [["--help"], *([name, "--help"] for name in SUBCOMMANDS)])
+def test_help_teaches_with_examples_and_fits_80_columns(arguments, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit, match="0"):
+        main(arguments)
+    said = capsys.readouterr().out
+    assert len(re.findall(r"^  lightning-bn \w+", said, re.M)) >= 3
+    assert "exit code" in said.lower()
+    assert max(map(len, said.splitlines())) <= 80
+
+
+def test_help_lists_all_subcommands(capsys):
+    assert main([]) == 2
+    said = capsys.readouterr().out
+    for name in SUBCOMMANDS:
+        assert re.search(rf"^    {name} ", said, re.M)
+
+
+def test_the_version_is_that_of_the_package(capsys):
+    with pytest.raises(SystemExit, match="0"):
+        main(["--version"])
+    assert capsys.readouterr().out == f"lightning-bn {__version__}\n"
+
+
+@pytest.mark.parametrize("arguments", [["inspekt"], ["inspect"], ["inspect", "a", "--nothing"], ["diff", "a"]])
+def test_wrong_arguments_are_exit_code_2(arguments, capsys):
+    with pytest.raises(SystemExit, match="2"):
+        main(arguments)
+    assert "usage: lightning-bn" in capsys.readouterr().err
+
+
+def test_who_stops_reading_ends_it_without_a_word(tmp_path):
+    state = torch.nn.Sequential(*(torch.nn.BatchNorm1d(1) for _ in range(2000))).state_dict()
+    torch.save(state, tmp_path / "file.pt")
+    command = f"{sys.executable} -m lightning_bn inspect {tmp_path / 'file.pt'} --json | head -n 1"
+    done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "{\n"
+    assert done.stderr == ""
+
+
+def test_the_number_of_threads_is_as_before(tmp_path, capsys):
+    torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / "file.pt")
+    before = torch.get_num_threads()
+    assert main(["inspect", str(tmp_path / "file.pt")]) == 1
+    assert torch.get_num_threads() == before
