@@ -51,7 +51,9 @@ def _monitor(state: Mapping[str, Any], _: Mapping[str, Any]) -> str:
     said = [
         f"{counted(len(history), 'sample')} of drift from {read.measured_from.replace('_', ' ')}, steps "
         f"{history.steps[0]:,} to {history.steps[-1]:,}",
-        f"in the last one {history.names[worst]} was furthest, {float(last[worst]):.2g}",
+        f"in the last one {history.names[worst]} was furthest, {float(last[worst]):.2g}"
+        if float(last[worst]) > 0
+        else "in the last one no layer had moved",
     ]
     if read.warming_up:
         said.append(f"warming up: {quoted(sorted(read.warming_up), 3)}")

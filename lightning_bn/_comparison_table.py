@@ -97,15 +97,25 @@ def _named(layers: list[ComparedLayer]) -> str:
 
 
 def _counters(found: Comparison) -> list[str]:
-    """How the counters moved on, in one sentence."""
+    """How the counters moved on."""
     updates = [layer.updates for layer in found.layers]
     known = [(one, two) for one, two in updates if one is not None and two is not None]
     if not known:
         return []
-    steps = {two - one for one, two in known}
-    if len(steps) == 1:
-        [step] = steps
-        if not step:
-            return ["No layer was updated in between, as its counter says."]
-        return [f"Each layer was updated {abs(step):,} times {'more' if step > 0 else 'less'} in the second file."]
-    return [f"Layers were updated {min(steps):,} to {max(steps):,} times more in the second file."]
+    back = [layer.name for layer in found.layers if None not in layer.updates and _step(layer) < 0]
+    steps = {two - one for one, two in known if two >= one}
+    said = []
+    if back:
+        layers = counted(len(back), "layer")
+        said.append(f"Fewer updates than in the first file: {layers} ({listed(back)}), reset or of another run.")
+    if steps == {0}:
+        said.append("No layer was updated in between, as its counter says.")
+    elif steps:
+        who = "The others were" if back else "Each layer was" if len(steps) == 1 else "Layers were"
+        times = f"{max(steps):,}" if len(steps) == 1 else f"{min(steps):,} to {max(steps):,}"
+        said.append(f"{who} updated {times} times more in the second file.")
+    return said
+
+
+def _step(layer: ComparedLayer) -> int:
+    return (layer.updates[1] or 0) - (layer.updates[0] or 0)

@@ -29,8 +29,9 @@ def inspection_report(found: Inspection, callbacks: Mapping[str, str], most: int
     """
     faults = [f"- {in_words(one)}" for one in found.findings if one.is_fault]
     notes = [f"- {in_words(one)}" for one in found.findings if not one.is_fault]
-    worth = ["Worth knowing:", *notes] if notes else []
-    yield LayerTable(verdict(found), [], above=[*faults, *worth])
+    yield LayerTable(verdict(found), [], above=faults)
+    if notes:
+        yield LayerTable("Worth knowing", [], above=notes)
     for index, entry in enumerate(found.entries):
         if not index or most is None:
             yield entry_table(entry, found, most)
@@ -131,7 +132,7 @@ def share(left: float | None) -> str:
     """What is left of initial values, as a person reads it."""
     if left is None:
         return "-"
-    return f"{100 * left:.2g} %" if left >= 0.0001 else "0 %"
+    return f"{100 * left:.0f} %" if left >= 0.1 or left < 0.0001 else f"{100 * left:.2g} %"
 
 
 def _left_in_words(layers: Sequence[LayerFacts]) -> str:

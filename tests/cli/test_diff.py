@@ -131,6 +131,14 @@ def test_counters_are_told(trained, later, save, command):
     assert "Each layer was updated 20 times more in the second file." in said
 
 
+def test_counters_that_went_back_are_told(trained, state, save, command):
+    state["bn1.num_batches_tracked"].fill_(3)
+    state["head.bn.num_batches_tracked"].fill_(70)
+    _, said = command("diff", save(trained, "a.pt"), save(state, "b.pt"))
+    assert "Fewer updates than in the first file: 1 layer (bn1), reset or of another run." in said
+    assert "The others were updated 0 to 10 times more in the second file." in said
+
+
 def test_the_worst_layer_is_said_in_plain_units(trained, later, save, command):
     _, said = command("diff", save(trained, "a.pt"), save(later, "b.pt"))
     first = " ".join(said.split("\n\n")[0].split())

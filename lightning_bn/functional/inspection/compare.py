@@ -53,7 +53,7 @@ class ComparedLayer:
 
     def in_words(self) -> str:
         """The worst channel in plain units."""
-        return in_words(self.variance_ratio, self.mean_shift)
+        return "not finite" if math.isnan(self.drift) else in_words(self.variance_ratio, self.mean_shift)
 
 
 @dataclass(frozen=True)

@@ -103,7 +103,10 @@ def inspect_checkpoint(path: str | Path, modules: Patterns = None) -> Inspection
         facts = layer_facts(_with_affine(entry, entries[0]), file.size)
         others = {**entry.broken, **entry.foreign}
         inspected.append(InspectedEntry(entry.key, entry.role, tuple(facts), others))
-        findings += [*_broken(entry), *findings_of(entry.key, facts, entry.role), *_averages(entry, entries)]
+        of_layers = findings_of(entry.key, facts, entry.role)
+        if _is_recalibrated(file.content):
+            of_layers = [one for one in of_layers if one.kind != "warming up"]
+        findings += [*_broken(entry), *of_layers, *_averages(entry, entries)]
     findings.sort(key=lambda one: not one.is_fault)
     return Inspection(
         path=file.path,
@@ -208,6 +211,13 @@ def _about(content: Mapping[Any, Any]) -> dict[str, str | int]:
     known = ("epoch", "global_step", "pytorch-lightning_version")
     found = {key: content[key] for key in known if isinstance(content.get(key), str | int)}
     return {key: shown(value, 40) if isinstance(value, str) else value for key, value in found.items()}
+
+
+def _is_recalibrated(content: Mapping[Any, Any]) -> bool:
+    """Whether PreciseBatchNorm replaced the running statistics at the step that the checkpoint is of."""
+    step = content.get("global_step")
+    states = [one for key, one in _callbacks(content).items() if key.startswith("PreciseBatchNorm")]
+    return any(isinstance(one, dict) and step is not None and one.get("done_at_step") == step for one in states)
 
 
 def _callbacks(content: Mapping[Any, Any]) -> dict[str, Any]:
