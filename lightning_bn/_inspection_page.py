@@ -20,10 +20,11 @@ h1, h2, li, p { overflow-wrap: anywhere; }
 th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child, td:last-child, th:last-child { text-align: left; }
 .fault { background: #fde8e8; } .note { background: #fff6dd; }
-rect { fill: #4878b0; } .fault rect { fill: #c0392b; } .grid { fill: #eee; }
+rect { fill: #4878b0; } .fault rect { fill: #c0392b; }
+rect.grid, .fault rect.grid { fill: #ddd; }
 @media (prefers-color-scheme: dark) {
   body { background: #1c1e21; color: #ddd; } th, td { border-color: #444; }
-  .fault { background: #4a2222; } .note { background: #453a1a; } .grid { fill: #333; }
+  .fault { background: #4a2222; } .note { background: #453a1a; } rect.grid, .fault rect.grid { fill: #444; }
 }
 """
 _HEADINGS = ("layer", "channels", "updates", "mean", "variance", "variance, 1e-8 to 1e8", "found")

@@ -69,23 +69,25 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: list[str]) -> int:
-    parser = _parser(arguments)
-    options = parser.parse_args(arguments)
-    if options.command is None:
-        parser.print_help()
-        return NO
+    command = "lightning-bn"
     try:
+        parser = _parser(arguments)
+        options = parser.parse_args(arguments)
+        if options.command is None:
+            parser.print_help()
+            return NO
+        command = f"lightning-bn {options.command}"
         code: int = importlib.import_module(SUBCOMMANDS[options.command][0]).run(options)
+        sys.stdout.flush()
+        return code
     except BrokenPipeError:
         raise
     except Exception as error:  # whatever a file made to harm may raise in a library: one line, no traceback
         why = said(error)
-        if getattr(options, "json", False):
+        if "--json" in arguments:
             print(as_json({"error": why}))
-        print(f"lightning-bn {options.command}: {why}", file=sys.stderr)
+        print(f"{command}: {why}", file=sys.stderr)
         return NO
-    sys.stdout.flush()
-    return code
 
 
 def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:

@@ -25,12 +25,25 @@ def distinct(layers: Mapping[str, Mapping[str, Tensor]], size: int) -> dict[str,
     same = {name: places.setdefault(_memory(parts), name) for name, parts in layers.items()}
     unique = (parts for name, parts in layers.items() if same[name] == name)
     claimed = sum(one.numel() * one.element_size() for parts in unique for one in parts.values())
+    check_claim(claimed, size)
+    return same
+
+
+def check_claim(claimed: int, size: int) -> None:
+    """Raise if there is more of BatchNorm than a file can hold, or than any network has.
+
+    Args:
+        claimed: Bytes of it.
+        size: Of the file.
+
+    Raises:
+        ValueError: With both.
+    """
     if claimed > min(size, MOST):
         raise ValueError(
             f"the file has {size:,} bytes and claims to hold {claimed:,} bytes of BatchNorm; at most {MOST:,} are "
             f"read, more than any network has."
         )
-    return same
 
 
 def unreadable(tensor: Tensor) -> str | None:

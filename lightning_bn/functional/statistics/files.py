@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import re
@@ -15,6 +16,7 @@ import torch
 from torch import Tensor
 
 from lightning_bn.functional._text import quoted
+from lightning_bn.functional.statistics.claimed_values import check_claim
 from lightning_bn.functional.statistics.file_entries import FileEntry, Shapes, find_entry, state_dicts_in
 from lightning_bn.functional.statistics.snapshots import Snapshot
 
@@ -150,15 +152,16 @@ def _read_dictionary(path: Path) -> CheckpointFile:
     return CheckpointFile(path, content if isinstance(content, dict) else {})
 
 
-def read_safetensors(path: Path, wanted: Callable[[list[str]], Iterable[str]] = iter) -> CheckpointFile:
+def read_safetensors(path: Path, wanted: Callable[[list[str]], Iterable[str]] | None = None) -> CheckpointFile:
     """Return tensors of a safetensors file, on the CPU.
 
     Args:
         path: The file.
-        wanted: Chooses among the names of all of them; others are not read.
+        wanted: Chooses among the names of all of them those that are read and copied, and no others; None takes all,
+            which stay in the file until they are looked at.
 
     Raises:
-        ValueError: If it is no such file, or is cut off.
+        ValueError: If it is no such file, is cut off, or what is to be copied is more than any network has.
         FileNotFoundError: If there is none.
         ModuleNotFoundError: If the library of the format is not installed.
     """
@@ -169,10 +172,22 @@ def read_safetensors(path: Path, wanted: Callable[[list[str]], Iterable[str]] = 
         raise FileNotFoundError(f"there is no file {path}.")
     try:
         with safe_open(path, framework="pt", device="cpu") as file:
-            names = wanted(list(file.keys()))
-            return CheckpointFile(path, {name: file.get_tensor(name) for name in names}, file.metadata())
+            names = list(file.keys())
+            if wanted is None:
+                return CheckpointFile(path, {name: file.get_tensor(name) for name in names}, file.metadata())
+            chosen = list(wanted(names))
+            check_claim(sum(map(_bytes_of, map(file.get_slice, chosen))), path.stat().st_size)
+            # Copies, since of a mapped file the pages around each tensor count as memory too, until the file is closed.
+            return CheckpointFile(path, {name: file.get_tensor(name).clone() for name in chosen}, file.metadata())
     except SafetensorError as error:
         raise ValueError(f"{path.name} cannot be read as a file of safetensors: {error}.") from error
+
+
+def _bytes_of(tensor: Any) -> int:
+    """Of a tensor of safetensors that has not been read."""
+    bits = re.match(r"[A-Z]+(\d+)", tensor.get_dtype())
+    values: int = math.prod(tensor.get_shape())
+    return values * (int(bits[1]) // 8 if bits else 1)
 
 
 def _is_safetensors(path: Path) -> bool:
