@@ -307,3 +307,10 @@ def test_where_matplotlib_is_missing_its_extra_is_named(state, save, command, mo
     code, said = command("inspect", save(state), "--plot", "figure.png")
     assert code == 2
     assert "pip install 'lightning-bn[plot]'" in said
+
+
+def test_the_first_channel_of_each_kind_is_named(state, save, found):
+    fill(state, "bn1", mean={0: NAN}, var={2: -1.0}, weight={3: INF})
+    _, said = found("inspect", save(state))
+    assert said["entries"][0]["layers"][0]["first_channels"] == {"nonfinite": 0, "nonfinite_affine": 3, "negative": 2}
+    assert [re.search(r"\(first: (\d)\)", one["what"])[1] for one in said["findings"]] == ["3", "0", "2"]

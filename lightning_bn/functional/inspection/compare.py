@@ -125,7 +125,7 @@ def compare_checkpoints(
         ...     torch.save({"model.bn." + name: value for name, value in layer.state_dict().items()}, f"{folder}/b.pt")
         ...     found = compare_checkpoints(f"{folder}/a.pt", f"{folder}/b.pt")
         >>> found.layers[0].name, found.layers[0].in_words()
-        ('bn', 'variance x2.0, mean 0.0 sigma')
+        ('bn', 'variance x2.0, mean +0.0 sigma')
     """
     check_choice("measure", measure, MEASURES)
     sides = [_side(path, key) for path, key in zip((first, second), keys, strict=True)]

@@ -128,11 +128,12 @@ def _layers(
         running = [parts[part] for part in PARTS[:2] if part in parts]
         why = next((f"{part} {said}" for part in parts if (said := unreadable(parts[part])) is not None), "")
         if len(running) < 2:
-            broken[name] = f"has {' and '.join(set(PARTS[:2]) & set(parts))} without the other of the two"
+            has, lacks = PARTS[:2] if PARTS[0] in parts else PARTS[1::-1]
+            broken[name] = f"has {has} without {lacks}"
         elif why:
             broken[name] = why
         elif running[0].shape != running[1].shape:
-            broken[name] = f"has {_shape(running[0])} of running_mean and {_shape(running[1])} of running_var"
+            broken[name] = f"has running_mean of {_shape(running[0])} channels and running_var of {_shape(running[1])}"
         elif running[0].dim() != 1 or not len(running[0]):
             foreign[name] = f"has running statistics of shape {_shape(running[0])}, BatchNorm has one value per channel"
         else:

@@ -58,7 +58,7 @@ class _Rule:
     applies: Callable[[LayerFacts], bool]
     what: str
     remedy: str
-    channels: Callable[[LayerFacts], int] | None = None
+    count: str = ""
 
 
 def _is_collapsed(one: LayerFacts) -> bool:
@@ -69,11 +69,20 @@ _RULES = (
     _Rule(
         "not finite",
         True,
+        lambda one: one.nonfinite_affine > 0,
+        "A weight or bias is NaN or infinite in {where}: everything behind it is NaN, in training and in evaluation.",
+        "The weights are lost: look for the batch or the learning rate that did it, and go back to a checkpoint before "
+        "it.",
+        "nonfinite_affine",
+    ),
+    _Rule(
+        "not finite",
+        True,
         lambda one: one.nonfinite > 0,
-        "A value is NaN or infinite in {where}: evaluation puts out NaN, and a moving average never recovers.",
-        "Look for the batch or the learning rate that made it, and go back to a checkpoint before it; where only the "
-        "running statistics are hit, recalibrating is enough.",
-        lambda one: one.nonfinite,
+        "A running mean or variance is NaN or infinite in {where}: evaluation puts out NaN, and a moving average never "
+        "recovers. One batch with an infinite value is enough for it.",
+        f"If training goes on with finite losses, the weights are well. {RECALIBRATE}.",
+        "nonfinite",
     ),
     _Rule(
         "negative variance",
@@ -82,7 +91,7 @@ _RULES = (
         "The variance is negative in {where}: no data has that, and evaluation puts out NaN there. It was computed as "
         "E[x^2] - E[x]^2, or by an average with negative weights.",
         f"{RECALIBRATE}.",
-        lambda one: one.negative,
+        "negative",
     ),
     _Rule(
         "zeros",
@@ -116,7 +125,7 @@ _RULES = (
         "Values explode in {where}: they outgrow float16 (65,504), or spread 1,000 times as wide as the layer's other "
         "channels.",
         "Look at the learning rate, at the inputs' scale and at what comes before the layer.",
-        lambda one: one.exploding,
+        "exploding",
     ),
     _Rule(
         "collapsed",
@@ -125,7 +134,7 @@ _RULES = (
         "The variance is below 1e-5 in {where}: half of those layers or more is dead, and puts out its bias or "
         "magnified noise.",
         "Look at what feeds them: weights that died, a constant input, a ReLU that is never on.",
-        lambda one: one.collapsed,
+        "collapsed",
     ),
     _Rule(
         "dead channels",
@@ -133,7 +142,7 @@ _RULES = (
         lambda one: one.collapsed > 0 and not _is_collapsed(one),
         "The variance is below 1e-5 in {where}: those channels are dead. Networks that were trained well have some.",
         "If there are more than in an earlier checkpoint, look at the learning rate.",
-        lambda one: one.collapsed,
+        "collapsed",
     ),
     _Rule(
         "warming up",
@@ -167,7 +176,7 @@ def findings_of(entry: str, layers: Sequence[LayerFacts], role: Role) -> list[Fi
     for rule in _RULES:
         hit = [one for one in layers if rule.applies(one)]
         if hit:
-            what = rule.what.format(where=_where(hit, len(layers), rule.channels))
+            what = rule.what.format(where=_where(hit, len(layers), rule.count))
             names = tuple(one.name for one in hit)
             remedy = _NO_BATCH if role == "task" and rule.kind == "never updated" else rule.remedy
             found.append(FileFinding(rule.kind, rule.is_fault, entry, names, what, remedy))
@@ -180,10 +189,11 @@ def listed(names: Sequence[str], most: int = _MOST_NAMED) -> str:
     return said if len(names) <= most else f"{said} and {len(names) - most} more"
 
 
-def _where(hit: Sequence[LayerFacts], of: int, channels: Callable[[LayerFacts], int] | None) -> str:
-    if channels is not None:
+def _where(hit: Sequence[LayerFacts], of: int, count: str) -> str:
+    if count:
         said = [
-            f"{channels(one):,} of {one.channels:,} channels of {listed([one.name])} (first: {one.worst_channel})"
+            f"{getattr(one, count):,} of {one.channels:,} channels of {listed([one.name])} "
+            f"(first: {one.first_channels[count]})"
             for one in hit[:_MOST_NAMED]
         ]
         more = len(hit) - _MOST_NAMED

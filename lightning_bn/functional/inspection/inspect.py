@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from lightning_bn.functional._text import quoted
+from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.inspection.entries import Entry, Role, bare, entries_in
 from lightning_bn.functional.inspection.findings import FileFinding, findings_of, listed
 from lightning_bn.functional.inspection.layer_facts import LayerFacts, layer_facts
@@ -170,8 +170,9 @@ def _broken(entry: Entry) -> list[FileFinding]:
     found = []
     if entry.broken:
         why = "; ".join(f"{listed([name])} {why}" for name, why in [*entry.broken.items()][:4])
-        what = f"What looks like {len(entry.broken)} of the layers is not whole: {why}."
-        remedy = "The file was changed after it was saved, or the layers are not torch's: load it strictly."
+        layers = counted(len(entry.broken), "layer")
+        what = f"The tensors of {layers} are not those of a whole BatchNorm: {why}."
+        remedy = "The file was changed after it was saved, or the layer is not torch's: load it with strict=True."
         found.append(FileFinding("broken", True, entry.key, tuple(entry.broken), what, remedy))
     if entry.foreign:
         why = "; ".join(f"{listed([name])} {why}" for name, why in [*entry.foreign.items()][:4])

@@ -20,6 +20,7 @@ NEAR_ZERO = 1e-3
 """Absolute affine weight below which a channel puts out little but its bias."""
 LARGEST_HALF = 65_504.0
 """The largest number that float16 can hold."""
+_COUNTED = ("nonfinite", "nonfinite_affine", "negative", "collapsed", "exploding")
 _OUTLIER = 1e6
 """Variance of a channel over the median of its layer: a standard deviation 1,000 times the others'."""
 
@@ -36,13 +37,14 @@ class LayerFacts:
             momentum, which a file does not say; None without the counter, or where it is 0 and they are others.
         mean: Smallest, median and largest ``running_mean`` of the finite channels.
         var: The same of ``running_var``.
-        nonfinite: Channels whose mean, variance, weight or bias is not finite.
+        nonfinite: Channels whose mean or variance is not finite.
+        nonfinite_affine: Channels whose weight or bias is not finite.
         negative: Channels whose variance is below 0.
         collapsed: Channels whose variance is below 1e-5, torch's ``eps``, and whose weight is not near zero.
         exploding: Channels whose values outgrow float16 (mean and four standard deviations beyond 65,504), or whose
             standard deviation is above 1,000 times the median of the layer's.
         weight_near_zero: Channels whose weight is below 1e-3; None without a weight.
-        worst_channel: The first channel that is at fault; None if none is.
+        first_channels: The first channel of each kind that there is, by the name of its count.
         is_initial: Whether all means are 0 and all variances 1.
         is_zero: Whether all means and variances are 0.
     """
@@ -54,11 +56,12 @@ class LayerFacts:
     mean: tuple[float, float, float]
     var: tuple[float, float, float]
     nonfinite: int
+    nonfinite_affine: int
     negative: int
     collapsed: int
     exploding: int
     weight_near_zero: int | None
-    worst_channel: int | None
+    first_channels: Mapping[str, int]
     is_initial: bool
     is_zero: bool
 
@@ -85,39 +88,46 @@ def _measured(layers: Mapping[str, Mapping[str, Tensor]]) -> list[LayerFacts]:
     layout = ChannelLayout(tuple(layers), tuple(len(parts["running_mean"]) for parts in listed))
     mean, var = (_flat(listed, part, 0.0) for part in ("running_mean", "running_var"))
     weight, bias = (_flat(listed, part, default) for part, default in (("weight", 1.0), ("bias", 0.0)))
-    nonfinite = ~(mean + var + weight + bias).isfinite()
-    negative = var < 0
-    near_zero = weight.abs() < NEAR_ZERO
-    collapsed = (var >= 0) & (var < EPS) & ~near_zero
-    exploding = (mean.abs() + 4 * var.clamp(min=0).sqrt() > LARGEST_HALF) & ~nonfinite
-    exploding |= (var > _OUTLIER * layout.expand(_median_of_living(layout, var))) & ~nonfinite & (var > 1)
-    bad = nonfinite | negative | collapsed | exploding
-    initial, zero = (mean == 0) & (var == 1), (mean == 0) & (var == 0)
-    counts = layout.sum(torch.stack([nonfinite, negative, collapsed, exploding, near_zero, initial, zero]).double())
-    of_layers = zip(counts.T.long().tolist(), layout.split(mean).items(), var.split(layout.sizes), strict=True)
-    first = [int(one.byte().argmax()) if bool(one.any()) else None for one in bad.split(layout.sizes)]
-    return [
-        LayerFacts(
-            name=name,
-            channels=len(means),
-            updates=(updates := _updates(parts.get("num_batches_tracked"))),
-            # Statistics that came from elsewhere, without the counter.
-            initial_left=None
-            if updates is None or (not updates and numbers[5] < len(means))
-            else (1 - MOMENTUM) ** updates,
-            mean=_range(means),
-            var=_range(variances),
-            nonfinite=numbers[0],
-            negative=numbers[1],
-            collapsed=numbers[2],
-            exploding=numbers[3],
-            weight_near_zero=numbers[4] if "weight" in parts else None,
-            worst_channel=worst,
-            is_initial=numbers[5] == len(means),
-            is_zero=numbers[6] == len(means),
+    nonfinite, near_zero = ~(mean + var).isfinite(), weight.abs() < NEAR_ZERO
+    exploding = mean.abs() + 4 * var.clamp(min=0).sqrt() > LARGEST_HALF
+    exploding |= (var > _OUTLIER * layout.expand(_median_of_living(layout, var))) & (var > 1)
+    channels = {
+        "nonfinite": nonfinite,
+        "nonfinite_affine": ~(weight + bias).isfinite(),
+        "negative": var < 0,
+        "collapsed": (var >= 0) & (var < EPS) & ~near_zero,
+        "exploding": exploding & ~nonfinite,
+        "near_zero": near_zero,
+        "initial": (mean == 0) & (var == 1),
+        "zero": (mean == 0) & (var == 0),
+    }
+    counts = layout.sum(torch.stack(list(channels.values())).double()).T.long().tolist()
+    found = []
+    for (name, parts), row in zip(layers.items(), counts, strict=True):
+        here, size = layout.slices[name], len(parts["running_mean"])
+        count = dict(zip(channels, row, strict=True))
+        found.append(
+            LayerFacts(
+                name=name,
+                channels=size,
+                updates=(updates := _updates(parts.get("num_batches_tracked"))),
+                initial_left=_initial_left(updates, count["initial"] == size),
+                mean=_range(mean[here]),
+                var=_range(var[here]),
+                weight_near_zero=count["near_zero"] if "weight" in parts else None,
+                first_channels={kind: int(channels[kind][here].byte().argmax()) for kind in _COUNTED if count[kind]},
+                is_initial=count["initial"] == size,
+                is_zero=count["zero"] == size,
+                **{kind: count[kind] for kind in _COUNTED},
+            )
         )
-        for parts, worst, (numbers, (name, means), variances) in zip(listed, first, of_layers, strict=True)
-    ]
+    return found
+
+
+def _initial_left(updates: int | None, is_initial: bool) -> float | None:
+    if updates is None or (not updates and not is_initial):
+        return None  # nobody counted, or they came from elsewhere without their counter
+    return float((1 - MOMENTUM) ** updates)
 
 
 def _flat(layers: list[Mapping[str, Tensor]], part: str, default: float) -> Tensor:
