@@ -1,7 +1,6 @@
 """Files that are broken or made to harm: one clear line, nothing executed, no more memory than is stated."""
 
 import json
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,13 +8,16 @@ from pathlib import Path
 import pytest
 
 from lightning_bn._cli.main import main
-from tests.cli.hostile_files import FILES, MARK, layer, saved
+from tests.cli.hostile import folders, headers, pickles, places, states
+from tests.cli.hostile.writing import FILES, MARK, layer, saved
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 def test_there_are_many_of_them():
-    assert len(FILES) >= 40
+    for module in (folders, headers, pickles, places, states):  # each lists its own
+        assert any(write.__module__ == module.__name__ for write, _ in FILES.values())
+    assert len(FILES) >= 80
 
 
 @pytest.mark.parametrize("name", FILES)
@@ -56,19 +58,31 @@ def test_a_payload_of_the_tests_would_be_executed_by_pickle(tmp_path):
     assert (tmp_path / MARK).exists()
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
-def test_a_file_that_nobody_may_read_is_said_to_be_one(tmp_path, capsys):
+UNPRIVILEGED = """
+import os, sys
+import lightning_bn._callback_states, lightning_bn._cli.inspect_file
+from lightning_bn._cli.main import main
+if os.geteuid() == 0:
+    os.setuid(65534)  # root may read everything
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+def test_a_file_that_may_not_be_read_is_said_to_be_one(tmp_path):
     path = saved(tmp_path, layer())
     path.chmod(0)
-    assert main(["inspect", str(path)]) == 2
-    assert "permission denied" in capsys.readouterr().err
+    command = [sys.executable, "-c", UNPRIVILEGED, "inspect", str(path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stderr == f"lightning-bn inspect: {path}: permission denied.\n"
 
 
 MEASURE = """
 import resource, sys, tempfile
 from pathlib import Path
 from lightning_bn._cli.main import main
-from tests.cli.hostile_files import FILES
+from tests.cli.hostile import folders, headers, pickles, places, states
+from tests.cli.hostile.writing import FILES
 import lightning_bn.functional, rich.console, zipfile
 def peak():
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024

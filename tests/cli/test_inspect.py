@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from pathlib import Path
 from typing import get_args
 
@@ -13,17 +12,10 @@ from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_bn.functional.inspection.findings import FileFault, FileNote
+from tests.cli.planting import fill
 from tests.models import SmallResNet, images, seeded
 
 NAN, INF = float("nan"), float("inf")
-
-
-def fill(state, name, mean=None, var=None, **others):
-    """Change a layer of a state dict: a number for all channels, or by channel."""
-    for part, value in {"running_mean": mean, "running_var": var, **others}.items():
-        channels = {None: value} if isinstance(value, float | int) else value or {}
-        for channel, one in channels.items():
-            state[f"{name}.{part}"][slice(None) if channel is None else channel] = one
 
 
 def reset(state, name, updates=0):
@@ -244,69 +236,6 @@ def test_half_precision_is_read_as_it_is(state, save, found):
     code, said = found("inspect", save(half))
     assert code == 0
     assert said["entries"][0]["layers"][0]["var"][2] == half["bn1.running_var"].double().max().item()
-
-
-@pytest.mark.parametrize("width", [60, 80, 100])
-def test_nothing_is_wider_than_the_console_and_no_name_is_broken(width, state, save, command, monkeypatch):
-    fill(state, "bn1", mean={2: NAN})
-    long = {f"network.backbone.encoder.stages.{name}": value for name, value in state.items()}
-    monkeypatch.setenv("COLUMNS", str(width))
-    _, said = command("inspect", save({"state_dict": long, "ema": state}), "--all")
-    lines = said.splitlines()
-    assert max(map(len, lines)) <= width
-    assert sum(line.split()[:1] == ["layer1.0.bn1"] for line in lines) == 2
-
-
-def test_the_first_twenty_layers_are_listed_and_all_if_asked(save, command):
-    state = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(30))).state_dict()
-    state["25.running_var"].fill_(NAN)
-    path = save(state)
-    _, said = command("inspect", path)
-    rows = re.findall(r"^(\d+) +\d", said, re.M)
-    assert len(rows) == 20
-    assert "... 10 more; --all lists them." in said
-    assert len(re.findall(r"^(\d+) +\d", command("inspect", path, "--all")[1], re.M)) == 30
-
-
-def test_layers_at_fault_are_listed_first(state, save, command):
-    fill(state, "head.bn", mean={0: NAN})
-    _, said = command("inspect", save(state))
-    rows = [line.split()[0] for line in said.splitlines() if re.match(r"[\w.]*bn\d? ", line)]
-    assert rows[0] == "head.bn"
-    assert len(rows) == 10
-
-
-def test_a_page_needs_nothing_beside_it_and_executes_nothing(state, save, command, tmp_path):
-    fill(state, "bn1", mean={2: NAN})
-    state = {name.replace("head", "<script>alert(1)</script>"): value for name, value in state.items()}
-    code, _ = command("inspect", save(state), "--html", tmp_path / "page.html")
-    page = (tmp_path / "page.html").read_text()
-    assert code == 1
-    assert "1 fault in 10 BatchNorm layers" in page
-    assert page.count("<tr class='fault'>") == 1
-    assert not re.search(r"<script|https?:|src=|href=|@import|url\(", page)
-    assert "&lt;script&gt;" in page
-
-
-def test_a_figure_is_drawn(state, save, command, tmp_path):
-    fill(state, "bn1", 0.0, 0.0)
-    fill(state, "head.bn", NAN, NAN)
-    code, _ = command("inspect", save(state), "--plot", tmp_path / "figure.png")
-    assert code == 1
-    assert (tmp_path / "figure.png").read_bytes()[:4] == b"\x89PNG"
-
-
-def test_a_figure_in_a_format_that_is_none_is_an_error(state, save, command, tmp_path):
-    code, said = command("inspect", save(state), "--plot", tmp_path / "figure.docx")
-    assert code == 2
-    assert "docx" in said
-
-
-def test_where_matplotlib_is_missing_its_extra_is_named(state, save, command, monkeypatch):
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    code, said = command("inspect", save(state), "--plot", "figure.png")
-    assert code == 2
-    assert "pip install 'lightning-bn[plot]'" in said
 
 
 def test_the_first_channel_of_each_kind_is_named(state, save, found):
