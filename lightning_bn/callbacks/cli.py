@@ -102,28 +102,44 @@ class _Recalibrating:
             ValueError: As for recalibrate_checkpoint.
             OSError: As for recalibrate_checkpoint.
         """
-        for name, value in (("--ckpt_path", ckpt_path), ("--out", out)):
-            if not value:
-                raise MisconfigurationException(f"recalibrate: name a file with {name}.")
-        trainer: Trainer = self  # type: ignore[assignment]
-        if trainer.world_size > 1:
-            raise MisconfigurationException(
-                f"recalibrate runs in one process, and the Trainer has {trainer.world_size}: add --trainer.devices=1 "
-                f"--trainer.num_nodes=1."
-            )
-        check_out(Path(str(out)), overwrite)
-        check_step(model, step)
-        options: dict[str, Any] = {"modules": modules, "exclude": exclude, "root": root, "key": key, "prefix": prefix}
-        options |= {"recalibrate_frozen": recalibrate_frozen, "overwrite": overwrite}
-        rule = StoppingRule(num_batches, num_samples, max_standard_error)
-        others = [average_with] if isinstance(average_with, str) else average_with or []
-        once = _Once([str(ckpt_path), *others], str(out), step, rule, options)
-        trainer.callbacks, trainer.loggers = [once], []  # type: ignore[attr-defined]
-        trainer.num_sanity_val_steps = 0
-        trainer.fit(model, datamodule=datamodule)
-        assert once.done is not None
-        print(once.done)
-        return once.done
+        given = {name: value for name, value in locals().items() if name not in ("self", "weights_only")}
+        done = recalibrated(self, **given)  # type: ignore[arg-type]
+        print(done)
+        return done
+
+
+def recalibrated(
+    trainer: Trainer,
+    model: LightningModule,
+    datamodule: Any,
+    ckpt_path: str | None,
+    out: str | None,
+    average_with: list[str] | str | None,
+    num_batches: int | None,
+    num_samples: int | None,
+    max_standard_error: float | None,
+    step: str,
+    **options: Any,
+) -> RecalibratedCheckpoint:
+    """As ``recalibrate`` of a Trainer, which runs no other callback and no logger."""
+    for name, value in (("--ckpt_path", ckpt_path), ("--out", out)):
+        if not value:
+            raise MisconfigurationException(f"recalibrate: name a file with {name}.")
+    if trainer.world_size > 1:
+        raise MisconfigurationException(
+            f"recalibrate runs in one process, and the Trainer has {trainer.world_size}: add --trainer.devices=1 "
+            f"--trainer.num_nodes=1."
+        )
+    check_out(Path(str(out)), options["overwrite"])
+    check_step(model, step)
+    rule = StoppingRule(num_batches, num_samples, max_standard_error)
+    others = [average_with] if isinstance(average_with, str) else average_with or []
+    once = _Once([str(ckpt_path), *others], str(out), step, rule, options)
+    trainer.callbacks, trainer.loggers = [once], []  # type: ignore[attr-defined]
+    trainer.num_sanity_val_steps = 0
+    trainer.fit(model, datamodule=datamodule)
+    assert once.done is not None
+    return once.done
 
 
 class _Once(Callback):
