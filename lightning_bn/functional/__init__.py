@@ -5,6 +5,7 @@ Each room lists what is public in it; all of it is imported from here.
 
 from lightning_bn.functional import (
     distributed,
+    doctor,
     freezing,
     inspection,
     layers,
@@ -14,6 +15,7 @@ from lightning_bn.functional import (
     tasks,
 )
 from lightning_bn.functional.distributed import *
+from lightning_bn.functional.doctor import *
 from lightning_bn.functional.freezing import *
 from lightning_bn.functional.inspection import *
 from lightning_bn.functional.layers import *
@@ -24,6 +26,7 @@ from lightning_bn.functional.tasks import *
 
 __all__: list[str] = []
 __all__ += distributed.__all__
+__all__ += doctor.__all__
 __all__ += freezing.__all__
 __all__ += inspection.__all__
 __all__ += layers.__all__

@@ -22,7 +22,7 @@ from lightning_bn.callbacks._second_run.copies import copied
 from lightning_bn.callbacks._second_run.drawn_once import CHOICES, below, refuse_shared
 from lightning_bn.callbacks._second_run.loading import can_fork, loaded_apart
 from lightning_bn.callbacks._second_run.long_pass import shown_when_long
-from lightning_bn.functional.recalibration.isolation import preserved_rng
+from lightning_bn.functional._random import preserved_rng
 from lightning_bn.functional.recalibration.stopping import StoppingRule
 
 Source: TypeAlias = Literal["train", "recent"]

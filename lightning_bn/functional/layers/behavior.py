@@ -140,7 +140,7 @@ def _surprises(layer: _BatchNorm, averaging: str) -> list[str]:
         found.append(
             "evaluates with the initial statistics, mean 0 and variance 1: it has never seen a batch in training mode"
         )
-    bad = _nonfinite_channels(layer)
+    bad = nonfinite_channels(layer)
     if bad:
         found.append(
             f"running statistics of {bad} of {layer.num_features} channels are not finite: a moving average never "
@@ -157,7 +157,8 @@ def has_initial_statistics(layer: Statistics) -> bool:
     return int(counter) == 0 and not bool(mean.count_nonzero()) and bool((var == 1).all())
 
 
-def _nonfinite_channels(layer: _BatchNorm) -> int:
+def nonfinite_channels(layer: _BatchNorm) -> int:
+    """How many channels have running statistics that are not finite."""
     mean, var = layer.running_mean, layer.running_var
     if mean is None or var is None or is_lazy(mean):
         return 0

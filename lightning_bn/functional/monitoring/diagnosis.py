@@ -8,10 +8,10 @@ from collections.abc import Container
 import torch
 from torch import Tensor
 
-from lightning_bn.functional.monitoring.finding_in_words import OF_COUNTERS, Finding, FindingKind, told_of
+from lightning_bn.functional.monitoring.finding_in_words import OF_COUNTERS, MonitorFinding, MonitorFindingKind, told_of
 from lightning_bn.functional.monitoring.measure import Evidence
 
-JUDGED_BY_BATCHES: tuple[FindingKind, ...] = ("lagging", "alternating", "ranks differ", "small batches")
+JUDGED_BY_BATCHES: tuple[MonitorFindingKind, ...] = ("lagging", "alternating", "ranks differ", "small batches")
 """What cannot be told of a layer that is warming up."""
 LAGGING = 0.75
 """Mean distance of a batch's mean from the moving average, in standard deviations, that says it lags."""
@@ -33,7 +33,7 @@ FEWEST_BATCHES = 8
 """That a judgment on batches rests on."""
 
 
-def diagnose(evidence: Evidence, told: Container[tuple[str, ...]] = ()) -> list[Finding]:
+def diagnose(evidence: Evidence, told: Container[tuple[str, ...]] = ()) -> list[MonitorFinding]:
     """Return every fault; empty for a healthy model.
 
     Args:
@@ -45,7 +45,7 @@ def diagnose(evidence: Evidence, told: Container[tuple[str, ...]] = ()) -> list[
     frozen = torch.tensor([bool(one) for one in evidence.frozen_by], device="cpu")
     moves = frozen & ((t.updates > 0) | (t.changed > 0))
     stalled = evidence.training & ~frozen & (evidence.idle >= FEWEST_BATCHES)
-    found: dict[FindingKind, Tensor] = {
+    found: dict[MonitorFindingKind, Tensor] = {
         "not finite": t.nonfinite_anywhere > 0,
         "collapsed": t.newly_collapsed > 0,
         "exploding": (t.explosion > EXPLODING) & (t.nonfinite == 0),
@@ -68,7 +68,7 @@ def diagnose(evidence: Evidence, told: Container[tuple[str, ...]] = ()) -> list[
         if kind == "shared":
             layers.sort(key=lambda index: -float(t.apart[index]))
         if layers:
-            findings.append(Finding.of(evidence, kind, layers))
+            findings.append(MonitorFinding.of(evidence, kind, layers))
     return findings
 
 
@@ -90,12 +90,12 @@ def most_of_one_batch(samples: int | None) -> float:
     return 1.5 * (ALTERNATING + chance(samples))
 
 
-def _of_batches(evidence: Evidence) -> dict[FindingKind, Tensor]:
+def _of_batches(evidence: Evidence) -> dict[MonitorFindingKind, Tensor]:
     t, noise = evidence.table, chance(evidence.samples)
     # Large updates scatter the means of batches as well, and leave the moving average behind all of them.
     alternating = (t.scatter > ALTERNATING + noise) & (t.scatter > 2 * t.bias)
     lagging = (t.bias > LAGGING) & ~alternating
-    found: dict[FindingKind, Tensor] = {
+    found: dict[MonitorFindingKind, Tensor] = {
         "ranks differ": t.gap > RANKS_DIFFER + noise / evidence.judged**0.5,
         "alternating": alternating,
         "lagging": lagging,

@@ -10,7 +10,7 @@ from lightning_bn.functional._text import counted
 from lightning_bn.functional.layers.patterns import shortest_paths
 from lightning_bn.functional.monitoring.measure import Evidence
 
-FindingKind: TypeAlias = Literal[
+MonitorFindingKind: TypeAlias = Literal[
     "not finite",
     "collapsed",
     "exploding",
@@ -24,10 +24,10 @@ FindingKind: TypeAlias = Literal[
     "lagging",
 ]
 
-OF_COUNTERS: tuple[FindingKind, ...] = ("frozen but moves", "stalled", "updated twice", "shared")
+OF_COUNTERS: tuple[MonitorFindingKind, ...] = ("frozen but moves", "stalled", "updated twice", "shared")
 """Of which every layer is said once, not only the first."""
 _LIMITS = {"torch.float16": ", or a variance above 65,504, where float16 ends (keep BatchNorm in float32)"}
-_SENTENCES: dict[FindingKind, str] = {
+_SENTENCES: dict[MonitorFindingKind, str] = {
     "not finite": (
         "{who} has {bad} whose running statistics are not finite{where}, and a moving average never recovers "
         "from that: find the inf or NaN in {whose}{limit}, then recalibrate."
@@ -79,7 +79,7 @@ _SENTENCES: dict[FindingKind, str] = {
 
 
 @dataclass(frozen=True)
-class Finding:
+class MonitorFinding:
     """One fault of one layer.
 
     Attributes:
@@ -91,7 +91,7 @@ class Finding:
     """
 
     layer: str
-    kind: FindingKind
+    kind: MonitorFindingKind
     sentence: str
     layers: tuple[str, ...]
     task: str | None = None
@@ -102,7 +102,7 @@ class Finding:
         return frozenset(told_of(layer, self.kind, self.task) for layer in self.layers)
 
     @classmethod
-    def of(cls, evidence: Evidence, kind: FindingKind, layers: Sequence[int]) -> Finding:
+    def of(cls, evidence: Evidence, kind: MonitorFindingKind, layers: Sequence[int]) -> MonitorFinding:
         """Return the finding that some layers, given by their positions, have a fault.
 
         One cause shows in many layers, of which the first registered is named: not always the first in the forward.

@@ -11,7 +11,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.monitoring.diagnosis import JUDGED_BY_BATCHES, TWICE, diagnose
-from lightning_bn.functional.monitoring.finding_in_words import Finding
+from lightning_bn.functional.monitoring.finding_in_words import MonitorFinding
 from lightning_bn.functional.monitoring.measure import Evidence, LayerTable
 from lightning_bn.functional.monitoring.measured_set import MeasuredSet
 
@@ -51,7 +51,7 @@ class Judgment:
         frozen_by: Mapping[str, tuple[str, ...]],
         replaced: bool,
         told: frozenset[tuple[str, ...]],
-    ) -> list[Finding]:
+    ) -> list[MonitorFinding]:
         """Return all faults that a sample shows.
 
         Args:

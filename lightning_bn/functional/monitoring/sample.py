@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from lightning_bn.functional.monitoring.finding_in_words import Finding
+from lightning_bn.functional.monitoring.finding_in_words import MonitorFinding
 from lightning_bn.functional.statistics.summary import DriftSummary
 
 
@@ -31,7 +31,7 @@ class Sample:
     largest: tuple[float, ...]
     updates: tuple[float, ...]
     collapsed: int
-    findings: tuple[Finding, ...]
+    findings: tuple[MonitorFinding, ...]
     messages: tuple[str, ...] = ()
     exceeded: str = ""
     tasks: Mapping[str, DriftSummary] = field(default_factory=dict)

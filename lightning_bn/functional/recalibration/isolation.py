@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import pickle
-import random
 import sys
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import partial
+from collections.abc import Collection, Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bn.functional._random import preserved_rng
 from lightning_bn.functional.layers.properties import has_running_statistics
 from lightning_bn.functional.layers.torch_private import children_of, set_training
 from lightning_bn.functional.recalibration.one_value_per_channel import single_values_refused
@@ -52,34 +50,6 @@ def isolated_statistics(
     ):
         set_modes_for_statistics(modules, targets, containers_in_eval=containers_in_eval)
         yield
-
-
-@contextmanager
-def preserved_rng() -> Iterator[None]:
-    """Put back at the end: Python's, numpy's (where loaded) and torch's generators, CUDA's included."""
-    with ExitStack() as at_the_end:
-        for set_state, state in _generators():
-            at_the_end.callback(set_state, state)
-        yield
-
-
-def generator_states() -> bytes:
-    """The states of all these generators, to be compared: whoever draws a number changes them."""
-    return pickle.dumps([state.numpy() if isinstance(state, Tensor) else state for _, state in _generators()])
-
-
-def _generators() -> list[tuple[Callable[[Any], Any], Any]]:
-    """What sets the state of each generator, and its state."""
-    found: list[tuple[Callable[[Any], Any], Any]] = [(random.setstate, random.getstate())]
-    if (numpy := sys.modules.get("numpy")) is not None:
-        found.append((numpy.random.set_state, numpy.random.get_state()))
-    found.append((torch.set_rng_state, torch.get_rng_state()))
-    if torch.cuda.is_initialized():
-        found += [
-            (partial(torch.cuda.set_rng_state, device=i), torch.cuda.get_rng_state(i))
-            for i in range(torch.cuda.device_count())
-        ]
-    return found
 
 
 @contextmanager

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from lightning_bn.functional._batches import default_forward, model_device
 from lightning_bn.functional._checks import check_choice, check_flag, check_positive
+from lightning_bn.functional._random import generator_states
 from lightning_bn.functional.distributed.agreement import agree, layer_facts, tell_failure
 from lightning_bn.functional.distributed.lockstep import Lockstep
 from lightning_bn.functional.layers.names import LayerNames
@@ -24,7 +25,7 @@ from lightning_bn.functional.layers.sets_per_task import homes_of, sets_for
 from lightning_bn.functional.recalibration import result
 from lightning_bn.functional.recalibration.across_processes import across_processes
 from lightning_bn.functional.recalibration.collection import TaskOf, collecting_parts, no_task_told, parts_of
-from lightning_bn.functional.recalibration.isolation import generator_states, isolated_statistics
+from lightning_bn.functional.recalibration.isolation import isolated_statistics
 from lightning_bn.functional.recalibration.population import Estimator, Population
 from lightning_bn.functional.recalibration.result import Recalibration
 from lightning_bn.functional.recalibration.rewriting import Rewriting, without_layers

@@ -11,13 +11,9 @@ import torch
 from torch import nn
 
 from lightning_bn.functional import WeightsMovedError, recalibrate, take_snapshot
+from lightning_bn.functional._random import preserved_rng
 from lightning_bn.functional.layers.names import named_paths
-from lightning_bn.functional.recalibration.isolation import (
-    preserved_modes,
-    preserved_rng,
-    run_as_written,
-    set_modes_for_statistics,
-)
+from lightning_bn.functional.recalibration.isolation import preserved_modes, run_as_written, set_modes_for_statistics
 from lightning_bn.functional.recalibration.preserved_tensors import preserved_tensors
 from tests.models import BatchNormAct2d, SmallResNet, fill_statistics, images, seeded
 from tests.oracle import everything, generators
@@ -62,7 +58,7 @@ def test_numpy_is_not_loaded_for_the_sake_of_its_generator():
     script = (
         "import sys; sys.modules['numpy'] = None\n"
         "import warnings; warnings.simplefilter('ignore')\n"
-        "import torch\nfrom lightning_bn.functional.recalibration.isolation import preserved_rng\n"
+        "import torch\nfrom lightning_bn.functional._random import preserved_rng\n"
         "del sys.modules['numpy']\n"
         "with preserved_rng(): torch.rand(1)\n"
         "print('numpy' in sys.modules)"

@@ -1,0 +1,116 @@
+"""How often the training forward reaches a layer, and with what: never, twice, with inputs of unlike sources."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+
+from torch import Tensor
+
+from lightning_bn.functional._text import counted
+from lightning_bn.functional.doctor.examination import Examination
+from lightning_bn.functional.doctor.finding import Finding
+from lightning_bn.functional.doctor.use import Use
+
+UNLIKE = 0.7
+"""Distance of the means of two inputs of a layer, in standard deviations, beyond what is chance."""
+
+
+def never_reached(examination: Examination) -> Iterator[Finding]:
+    """Find layers in train mode that no forward in train mode reached."""
+    traces = examination.traces
+    if traces is None or any(trace.single is not None for trace in traces.batches):
+        return
+    missed = [name for name in examination.tracking_layers() if name not in traces.reached]
+    in_eval = {} if traces.in_eval is None else traces.in_eval.uses
+    stale, unused = [name for name in missed if name in in_eval], [name for name in missed if name not in in_eval]
+    if stale:
+        yield Finding(
+            "never-reached",
+            "fault",
+            examination.in_order(stale),
+            f"{counted(len(stale), 'layer')} in train mode {'is' if len(stale) == 1 else 'are'} reached by the forward "
+            f"in eval mode and never by the one in train mode.",
+            "Its running statistics never move, and evaluation uses them: those of construction, or of the weights "
+            "that were loaded.",
+            "let the training forward run through it, or: recalibrate(model, loader, forward=evaluation_forward)",
+        )
+    if unused:
+        yield Finding(
+            "never-reached",
+            "advice",
+            examination.in_order(unused),
+            f"{counted(len(unused), 'layer')} {'is' if len(unused) == 1 else 'are'} not reached by the forward of "
+            f"{'this batch' if len(traces.batches) == 1 else 'these batches'}, in train mode or in eval mode.",
+            "If no other batch reaches it, its statistics stay those of construction, its weights do not train, and "
+            "DistributedDataParallel ends with unused parameters.",
+            "take it out of the model, or call it in the forward",
+        )
+
+
+def reached_twice(examination: Examination) -> Iterator[Finding]:
+    """Find layers that a forward updates several times with inputs that are alike."""
+    found = [name for name in _updated_twice(examination) if not _unlike(examination, name)]
+    if found:
+        most = max(len(_updates(uses)) for name in found for uses in examination.uses(name))
+        yield Finding(
+            "reached-twice",
+            "advice",
+            examination.in_order(found),
+            f"one training forward uses {counted(len(found), 'layer')} {most} times, and moves the running statistics "
+            f"each time.",
+            "The moving average forgets that much faster, and each use is normalized with statistics of its own in "
+            "training and with shared ones in evaluation. With two views of the same data that does little.",
+            "for a forward that is not to count: with without_updates(model): model(batch)",
+        )
+
+
+def unlike_inputs(examination: Examination) -> Iterator[Finding]:
+    """Find layers that are shared by inputs of unlike sources, in one forward or from batch to batch."""
+    apart = {name: far for name in examination.tracking_layers() if (far := _unlike(examination, name))}
+    if not apart or examination.traces is None:
+        return
+    worst = max(apart, key=apart.__getitem__)
+    tasks = list(examination.traces.tasks) or ["first", "second"]
+    paths, alone = examination.paths(apart), len(apart) == 1
+    yield Finding(
+        "unlike-inputs",
+        "fault",
+        examination.in_order(apart),
+        f"{counted(len(apart), 'layer')} {'is' if alone else 'are'} shared by inputs of unlike sources: in {worst!r} "
+        f"their means lie {apart[worst]:.1f} standard deviations apart.",
+        "In training each batch is normalized with its own statistics; evaluation uses one moving average of all, "
+        "which describes none of the sources. Tasks that alternate or datasets in sequence train well so and validate "
+        "badly.",
+        f"TaskBatchNorm({tasks!r}, {paths})  # without Lightning: task_statistics(model, {tasks!r}); or mix the "
+        f"sources in every batch (shuffle=True)",
+    )
+
+
+def _updated_twice(examination: Examination) -> list[str]:
+    return [
+        name
+        for name in examination.tracking_layers()
+        if not examination.has_sets(name) and any(len(_updates(uses)) > 1 for uses in examination.uses(name))
+    ]
+
+
+def _updates(uses: Sequence[Use]) -> list[Use]:
+    return [use for use in uses if use.updates]
+
+
+def _unlike(examination: Examination, name: str) -> float:
+    """How far the inputs of a layer lie apart, in standard deviations, if that is more than chance; else 0."""
+    if examination.has_sets(name) or examination.traces is None:
+        return 0.0
+    samples = [count for count in examination.traces.samples if count]
+    uses = [use for of_batch in examination.uses(name) for use in _updates(of_batch)]
+    # Of values of one sample nothing is known of the next, however many positions there are.
+    chance = 2 / math.sqrt(min(samples)) if samples else 2.0
+    far = max((_apart(a, b) for i, a in enumerate(uses) for b in uses[:i]), default=0.0)
+    return far if far > UNLIKE + chance else 0.0
+
+
+def _apart(a: Use, b: Use) -> float:
+    sigma: Tensor = ((a.var + b.var) / 2).clamp(min=1e-12).sqrt()
+    return float(((a.mean - b.mean) / sigma).square().mean().sqrt())
