@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
+from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lightning_bn.functional._text import counted, quoted
-from lightning_bn.functional.doctor.examination import Examination, dropouts_in
-from lightning_bn.functional.doctor.finding import Finding
+from lightning_bn.functional.doctor.examination import Examination, Traces, dropouts_in
+from lightning_bn.functional.doctor.finding import Finding, Severity
 from lightning_bn.functional.doctor.use import Dropout
 from lightning_bn.functional.layers.patterns import is_below
 
@@ -23,24 +24,33 @@ NOTICEABLE = 1.1
 def batch_norm_after_dropout(examination: Examination) -> Iterator[Finding]:
     """Find layers whose input has another variance with dropout, in training, than without, in evaluation."""
     shifts = _shifts(examination)
-    found = [name for name, (ratio, _) in shifts.items() if ratio >= NOTICEABLE]
-    if not found:
-        return
-    worst = max(found, key=lambda name: shifts[name][0])
-    ratio, dropouts = shifts[worst]
-    where = quoted(sorted({dropout.module for name in found for dropout in shifts[name][1]}))
-    p = max(dropout.p for dropout in dropouts)
-    yield Finding(
+    noticed = [name for name, shift in shifts.items() if shift.ratio >= NOTICEABLE]
+    direct = [name for name in noticed if shifts[name].direct and shifts[name].ratio >= SHIFTED]
+    if direct:
+        yield _after_dropout(examination, shifts, direct, "fault")
+    if len(direct) < len(noticed):
+        yield _after_dropout(examination, shifts, [name for name in noticed if name not in direct], "advice")
+
+
+def _after_dropout(
+    examination: Examination, shifts: Mapping[str, _Shift], names: Collection[str], severity: Severity
+) -> Finding:
+    worst = max(names, key=lambda name: shifts[name].ratio)
+    where = quoted(sorted({dropout.module for name in names for dropout in shifts[name].dropouts}))
+    p = max(dropout.p for dropout in shifts[worst].dropouts)
+    how = "right before" if severity == "fault" else "before"
+    return Finding(
         "batch-norm-after-dropout",
-        "fault" if ratio >= SHIFTED else "advice",
-        examination.in_order(found),
-        f"dropout (p = {p:g}) in {where} comes before {counted(len(found), 'layer')}: with it, in training, the "
-        f"variance of the input of {worst!r} is {ratio:.2f} times that without it, in evaluation.",
+        severity,
+        examination.in_order(names),
+        f"dropout (p = {p:g}) in {where} comes {how} {counted(len(names), 'layer')}: the variance of the input of "
+        f"{worst!r} differs by a factor of {shifts[worst].ratio:.2f} with it, in training, and without it, in "
+        f"evaluation.",
         "Running statistics are collected with dropout on and used with dropout off: the layer divides by a standard "
         "deviation that evaluation does not have. Li et al. (2019, arXiv 1801.05134) call it variance shift, find that "
         "it makes inference worse, and advise to put dropout after the last BatchNorm.",
-        "move the dropout behind the last BatchNorm, or set p=0 there; as a first aid: recalibrate(model, loader, "
-        "containers_in_eval=True)  # with dropout off",
+        "move the dropout behind the last BatchNorm, or set p=0 there; as a first aid, statistics without it: "
+        "recalibrate(model, loader, containers_in_eval=True)",
     )
 
 
@@ -72,31 +82,39 @@ def dropout_in_frozen_container(examination: Examination) -> Iterator[Finding]:
             )
 
 
-def _shifts(examination: Examination) -> dict[str, tuple[float, frozenset[Dropout]]]:
-    """Of each layer that dropout comes before, the ratio of variances, at least 1, and what was applied."""
+@dataclass(frozen=True)
+class _Shift:
+    """By which factor, at least 1, dropout changes the variance of a layer's input, and whether it is right before."""
+
+    ratio: float
+    dropouts: frozenset[Dropout]
+    direct: bool
+
+
+def _shifts(examination: Examination) -> dict[str, _Shift]:
+    """Of each layer that dropout comes before, the shift of the use that has the largest."""
     traces = examination.traces
-    if traces is None or not traces.again or len(traces.again) != len(traces.without_dropout):
+    if traces is None or not traces.again:
         return {}
-    found = {}
+    found: dict[str, _Shift] = {}
     for name in examination.tracking_layers():
         first = traces.batches[0].uses.get(name, ())
-        dropouts = frozenset().union(*(use.dropouts for use in first))
-        if not dropouts or not all(use.training for use in first):
-            continue
-        ratios = []
-        for index in range(len(first)):
-            pairs = [
-                (on.uses[name][index].var, off.uses[name][index].var)
-                for on, off in zip(traces.again, traces.without_dropout, strict=True)
-                if len(on.uses.get(name, ())) == len(off.uses.get(name, ())) == len(first)
-            ]
-            if not pairs:
-                continue
-            with_it, without = (torch.stack(side).mean(0) for side in zip(*pairs, strict=True))
-            alive = (without > 0) & (with_it > 0)
-            if alive.any():
-                ratios.append(float((with_it[alive] / without[alive]).log().mean().exp()))
-        if ratios:
-            shift = max(ratios, key=lambda ratio: abs(math.log(ratio)))
-            found[name] = (max(shift, 1 / shift), dropouts)
+        for index, use in enumerate(first):
+            ratio = _ratio(traces, name, index, len(first)) if use.behind.dropouts and use.training else 1.0
+            if ratio > getattr(found.get(name), "ratio", 1.0):
+                found[name] = _Shift(ratio, use.behind.dropouts, bool(use.behind.directly))
     return found
+
+
+def _ratio(traces: Traces, name: str, index: int, uses: int) -> float:
+    """The geometric mean over channels, of variances that are means over several draws of dropout."""
+    sides = [
+        [trace.uses[name][index].var for trace in side if len(trace.uses.get(name, ())) == uses]
+        for side in (traces.again, traces.without_dropout)
+    ]
+    if not all(sides):
+        return 1.0
+    with_it, without = (torch.stack(side).mean(0) for side in sides)
+    alive = (without > 0) & (with_it > 0)
+    shift = float((with_it[alive] / without[alive]).log().mean().abs().exp()) if alive.any() else 1.0
+    return shift if math.isfinite(shift) else 1.0

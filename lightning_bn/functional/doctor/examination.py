@@ -166,7 +166,7 @@ def _traces(examination: Examination, batches: Sequence[Any], forward: Forward) 
     with isolated_forward(model, _that_train(examination)):
         watched = [trace(batch) for batch in moved]
         missed = examination.training_layers().keys() - {name for one in watched for name in one.uses}
-        after_dropout = any(use.dropouts for one in watched for uses in one.uses.values() for use in uses)
+        after_dropout = any(use.behind.dropouts for one in watched for uses in one.uses.values() for use in uses)
         again = [trace(moved[0], seed) for seed in range(_AGAIN if missed or after_dropout else 0)]
         seeds = range(_AGAIN if after_dropout else 0)
         without = [trace(moved[0], seed, without_dropout=True) for seed in seeds]

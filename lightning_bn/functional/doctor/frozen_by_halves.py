@@ -124,5 +124,7 @@ def _left_by_2d_only(examination: Examination) -> set[str]:
     if not frozen or any(isinstance(layer, nn.BatchNorm2d) for layer in training.values()):
         return set()
     traces = () if examination.traces is None else examination.traces.batches
-    fed = {layer for trace in traces for name in frozen for use in trace.uses.get(name, ()) for layer in use.after}
+    fed = {
+        layer for trace in traces for name in frozen for use in trace.uses.get(name, ()) for layer in use.behind.after
+    }
     return (fed | {*_moving_without_gradient(examination)}) & training.keys()

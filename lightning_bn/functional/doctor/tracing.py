@@ -14,13 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_bn.functional.doctor.use import Dropout, Origin, Trace, Use
+from lightning_bn.functional.doctor.use import Behind, Dropout, Origin, Trace, Use
 from lightning_bn.functional.layers.names import named_paths
 from lightning_bn.functional.layers.properties import has_running_statistics
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 _NORMALIZATIONS = {F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, torch.batch_norm}
-_WITH_BIAS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
+_WITH_WEIGHTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _BIASED = (nn.Linear, nn.modules.conv._ConvNd)
 
 
@@ -65,9 +65,9 @@ class _Watch(TorchFunctionMode):
         self.dropouts: list[Dropout] = []
         self._without, self._follow, self._inside = without_dropout, follow, [""]
         self._modules: dict[str, nn.Module] = {}
-        self._dropped: Any = WeakTensorKeyDictionary()
+        # Of tensors that live; each record goes with its tensor.
+        self._behind: Any = WeakTensorKeyDictionary()
         self._origins: Any = WeakTensorKeyDictionary()
-        self._after: Any = WeakTensorKeyDictionary()
         self._looking = False
 
     @contextmanager
@@ -94,32 +94,39 @@ class _Watch(TorchFunctionMode):
         if self._looking:
             return func(*args, **kwargs)
         given = [value for value in _flat((args, kwargs)) if isinstance(value, Tensor)]
-        drops = frozenset().union(*(self._dropped.get(tensor, frozenset()) for tensor in given))
+        behind = Behind()
+        for tensor in given:
+            behind = behind.merged(self._behind.get(tensor))
         origins = [origin for tensor in given if (origin := self._origins.get(tensor)) is not None]
-        after = frozenset().union(*(self._after.get(tensor, frozenset()) for tensor in given))
         dropout = self._dropout(func, args, kwargs)
-        if dropout is None:
-            output = func(*args, **kwargs)
-        elif self._without:
-            kept = given[0].clone()
-            func(*args, **kwargs)
-            # Also where it was to be done in place.
-            output = given[0].copy_(kept) if kwargs.get("inplace") else kept
-        else:
-            output = func(*args, **kwargs)
+        output = self._run(func, args, kwargs, given, ends=dropout is not None and self._without)
+        if dropout is not None and not self._without:
             self.dropouts.append(dropout)
-            drops |= {dropout}
+            behind = behind.merged(Behind(frozenset({dropout}), frozenset({dropout})))
+        if func in _NORMALIZATIONS:
+            behind = Behind(after=behind.after)
+        elif func in _WITH_WEIGHTS:
+            behind = behind._replace(directly=frozenset())
         put_out = [value for value in _flat(output) if isinstance(value, Tensor)]
-        if put_out:
-            for origin in origins:
-                origin.reads += 1
+        for origin in origins if put_out else ():
+            origin.reads += 1
         for tensor in put_out:
-            self._dropped[tensor] = frozenset() if func in _NORMALIZATIONS else drops
-            if after:
-                self._after[tensor] = after
-            if func in _WITH_BIAS and self._has_bias():
+            # A tensor that was written to may have had another one.
+            if any(behind) or tensor in self._behind:
+                self._behind[tensor] = behind
+            if func in _WITH_WEIGHTS and self._has_bias():
                 self._origins[tensor] = Origin(self._inside[-1])
         return output
+
+    @staticmethod
+    def _run(func: Any, args: Any, kwargs: Any, given: list[Tensor], *, ends: bool) -> Any:
+        """What a function puts out; of dropout that does nothing, its input."""
+        if not ends:
+            return func(*args, **kwargs)
+        kept = given[0].clone()
+        func(*args, **kwargs)
+        # Also where it was to be done in place.
+        return given[0].copy_(kept) if kwargs.get("inplace") else kept
 
     def _has_bias(self) -> bool:
         module = self._modules.get(self._inside[-1])
@@ -146,7 +153,8 @@ class _Watch(TorchFunctionMode):
     def _leave(self, module: nn.Module, args: Any, output: Any) -> None:
         name = self._inside.pop()
         if name in self._follow and isinstance(output, Tensor):
-            self._after[output] = self._after.get(output, frozenset()) | {name}
+            of_output = self._behind.get(output, Behind())
+            self._behind[output] = of_output.merged(Behind(after=frozenset({name})))
 
     def _see(self, name: str, layer: _BatchNorm, batch: Tensor) -> None:
         values = batch.detach().movedim(1, 0).flatten(1)
@@ -162,8 +170,7 @@ class _Watch(TorchFunctionMode):
             values.shape[1],
             mean.cpu().double(),
             var.cpu().double(),
-            self._dropped.get(batch, frozenset()),
-            self._after.get(batch, frozenset()),
+            self._behind.get(batch, Behind()),
             self._origins.get(batch),
         )
         self.uses.setdefault(name, []).append(use)

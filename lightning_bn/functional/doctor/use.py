@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -20,6 +21,26 @@ class Dropout:
     module: str
     p: float
     kind: str
+
+
+class Behind(NamedTuple):
+    """What went into a tensor.
+
+    Attributes:
+        dropouts: What dropout was applied since the last normalization.
+        directly: Those of them after which no weights came.
+        after: Layers among those that are followed whose output went into it.
+    """
+
+    dropouts: frozenset[Dropout] = frozenset()
+    directly: frozenset[Dropout] = frozenset()
+    after: frozenset[str] = frozenset()
+
+    def merged(self, other: Behind | None) -> Behind:
+        """Return what went into either."""
+        if other is None:
+            return self
+        return Behind(self.dropouts | other.dropouts, self.directly | other.directly, self.after | other.after)
 
 
 @dataclass
@@ -46,8 +67,7 @@ class Use:
         count: Values per channel in its input.
         mean: Of each channel of the input, ``(C,)``, in float64.
         var: Their biased variance.
-        dropouts: What was applied to the input since the last normalization before it.
-        after: Layers among those that were followed whose output went into this input.
+        behind: What went into the input.
         origin: The layer with a bias that put out this input, if it was one.
     """
 
@@ -57,8 +77,7 @@ class Use:
     count: int
     mean: Tensor
     var: Tensor
-    dropouts: frozenset[Dropout] = frozenset()
-    after: frozenset[str] = frozenset()
+    behind: Behind = field(default_factory=Behind)
     origin: Origin | None = field(default=None, repr=False)
 
 
