@@ -10,25 +10,29 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from lightning_bn.callbacks.cli import RecalibrateCommand
+    from lightning_bn.callbacks.diagnosis import diagnose
     from lightning_bn.callbacks.freezer import BatchNormFreezer
     from lightning_bn.callbacks.monitor import BatchNormMonitor
     from lightning_bn.callbacks.precise import PreciseBatchNorm
     from lightning_bn.callbacks.tasks import TaskBatchNorm
     from lightning_bn.functional._tasks import task
+    from lightning_bn.functional.doctor import Finding
     from lightning_bn.functional.monitoring import BatchNormDriftError
     from lightning_bn.metrics import BatchNormDrift
 
-__all__ = ["BatchNormDrift", "BatchNormDriftError", "BatchNormFreezer", "BatchNormMonitor", "PreciseBatchNorm"]
-__all__ += ["RecalibrateCommand", "TaskBatchNorm", "__version__", "task"]
+__all__ = ["BatchNormDrift", "BatchNormDriftError", "BatchNormFreezer", "BatchNormMonitor", "Finding"]
+__all__ += ["PreciseBatchNorm", "RecalibrateCommand", "TaskBatchNorm", "__version__", "diagnose", "task"]
 
 _HOME = {
     "BatchNormDrift": "lightning_bn.metrics",
     "BatchNormDriftError": "lightning_bn.functional.monitoring",
     "BatchNormFreezer": "lightning_bn.callbacks.freezer",
     "BatchNormMonitor": "lightning_bn.callbacks.monitor",
+    "Finding": "lightning_bn.functional.doctor",
     "PreciseBatchNorm": "lightning_bn.callbacks.precise",
     "RecalibrateCommand": "lightning_bn.callbacks.cli",
     "TaskBatchNorm": "lightning_bn.callbacks.tasks",
+    "diagnose": "lightning_bn.callbacks.diagnosis",
     "task": "lightning_bn.functional._tasks",
 }
 

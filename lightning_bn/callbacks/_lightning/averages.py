@@ -117,3 +117,14 @@ def _swap(module: nn.Module, copy: nn.Module) -> None:
         kept = mine.data.clone()
         mine.data.copy_(other.data)
         other.data.copy_(kept)
+
+
+def averaging_names(trainer: Trainer) -> list[str]:
+    """Class names of the callbacks that average weights, but for Lightning's SWA, which ends with statistics anew."""
+    found = []
+    for callback in callbacks_of(trainer):
+        bases = [base.__name__ for base in type(callback).__mro__]
+        averages = any(word in base for base in bases for word in _AVERAGES)
+        if averages and "StochasticWeightAveraging" not in bases:
+            found.append(type(callback).__name__)
+    return found

@@ -13,6 +13,11 @@ def same_kind_beside(trainer: Trainer, callback: Callback) -> list[Any]:
     return [other for other in callbacks_of(trainer) if type(other) is type(callback) and other is not callback]
 
 
+def callbacks_named(trainer: Trainer, *names: str) -> list[Any]:
+    """Callbacks whose class, or a base of it, has one of these names: the two namespaces have their own classes."""
+    return [one for one in callbacks_of(trainer) if any(base.__name__ in names for base in type(one).__mro__)]
+
+
 def is_asked_by(function: str) -> bool:
     """Whether the attribute that asks this is read by a function of that name."""
     return sys._getframe(2).f_code.co_name == function

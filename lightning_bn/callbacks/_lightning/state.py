@@ -52,6 +52,11 @@ def schedules(trainer: Trainer) -> list[dict[str, Any]]:
     return [*groups, *(vars(config.scheduler) for config in trainer.lr_scheduler_configs)]
 
 
+def synchronizes_batch_norm(trainer: Trainer) -> bool:
+    """Whether the Trainer replaces BatchNorm by SyncBatchNorm."""
+    return getattr(trainer._accelerator_connector, "_layer_sync", None) is not None
+
+
 _SHARDING = {"FSDPStrategy", "XLAFSDPStrategy", "ModelParallelStrategy", "DeepSpeedStrategy"}
 
 

@@ -33,7 +33,8 @@ from lightning_bn.functional.layers.exchange import Entries, exchanged
 from lightning_bn.functional.layers.sets_per_task import sets_of
 from lightning_bn.functional.layers.torch_private import attributes_of, buffers_of, parameters_of
 
-_SILENT = dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None)
+SILENT_LOGS = dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None)
+"""In the place of a module's own."""
 
 OTHER_STEPS = "Choose step='forward', 'predict_step' or a method of your own that runs the network on a batch."
 _CONTAINERS = (list, dict, set, deque, Tensor)
@@ -72,10 +73,10 @@ def isolated_step(
     refuse_drawn_once(module, step)
     with ExitStack() as stack:
         stack.enter_context(training_stage(trainer))
-        stack.enter_context(exchanged("PreciseBatchNorm", [Entries("", module, attributes=_SILENT)]))
+        stack.enter_context(exchanged("PreciseBatchNorm", [Entries("", module, attributes=SILENT_LOGS)]))
         shared = stack.enter_context(attributes_on_copies(module, schedules(trainer)))
         _say_shared(module, step, shared, said)
-        run = _step_function(module, step)
+        run = step_function(module, step)
         numbers, batch_idx = chain(indices, count(len(indices))), -1
 
         def told(batch: Any) -> str | None:
@@ -184,7 +185,8 @@ def check_step(module: LightningModule, step: str) -> None:
         )
 
 
-def _step_function(module: LightningModule, step: str) -> Callable[[Any, int], Any]:
+def step_function(module: LightningModule, step: str) -> Callable[[Any, int], Any]:
+    """Return the module's method of that name as a function of batch and batch index."""
     if step == "forward":
         return lambda batch, batch_idx: default_forward(module, batch)
     method = getattr(module, step)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import nn
 
 from lightning_bn.functional._text import counted, quoted
-from lightning_bn.functional.doctor.examination import Examination, Traces, dropouts_in
+from lightning_bn.functional.doctor.examination import Examination, dropouts_in
 from lightning_bn.functional.doctor.finding import Finding, Severity
-from lightning_bn.functional.doctor.use import Dropout
+from lightning_bn.functional.doctor.use import Dropout, Trace
 from lightning_bn.functional.layers.patterns import is_below
 
 SHIFTED = 1.25
@@ -100,21 +100,24 @@ def _shifts(examination: Examination) -> dict[str, _Shift]:
     for name in examination.tracking_layers():
         first = traces.batches[0].uses.get(name, ())
         for index, use in enumerate(first):
-            ratio = _ratio(traces, name, index, len(first)) if use.behind.dropouts and use.training else 1.0
+            noisy = use.behind.dropouts and use.training
+            ratio = ratio_of_variances(traces.again, traces.without_dropout, name, index) if noisy else 1.0
             if ratio > getattr(found.get(name), "ratio", 1.0):
                 found[name] = _Shift(ratio, use.behind.dropouts, bool(use.behind.directly))
     return found
 
 
-def _ratio(traces: Traces, name: str, index: int, uses: int) -> float:
-    """The geometric mean over channels, of variances that are means over several draws of dropout."""
+def ratio_of_variances(noisy: Sequence[Trace], calm: Sequence[Trace], name: str, index: int) -> float:
+    """Return by which factor, at least 1, the variance of a use's input differs between two sets of forwards.
+
+    The geometric mean over channels, of variances that are means over the forwards of a set.
+    """
     sides = [
-        [trace.uses[name][index].var for trace in side if len(trace.uses.get(name, ())) == uses]
-        for side in (traces.again, traces.without_dropout)
+        [uses[index].var for trace in side if len(uses := trace.uses.get(name, ())) > index] for side in (noisy, calm)
     ]
     if not all(sides):
         return 1.0
-    with_it, without = (torch.stack(side).mean(0) for side in sides)
-    alive = (without > 0) & (with_it > 0)
-    shift = float((with_it[alive] / without[alive]).log().mean().abs().exp()) if alive.any() else 1.0
+    with_noise, without = (torch.stack(side).mean(0) for side in sides)
+    alive = (without > 0) & (with_noise > 0)
+    shift = float((with_noise[alive] / without[alive]).log().mean().abs().exp()) if alive.any() else 1.0
     return shift if math.isfinite(shift) else 1.0

@@ -1,0 +1,26 @@
+"""Averaged weights, and statistics that belong to other weights."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from lightning_bn.callbacks._doctor.examined_fit import ExaminedFit
+from lightning_bn.callbacks._lightning.averages import averaging_names
+from lightning_bn.functional._text import counted
+from lightning_bn.functional.doctor.finding import Finding
+
+
+def averaged_without_recalibration(fit: ExaminedFit) -> Iterator[Finding]:
+    """Find layers whose weights are averaged without population statistics for the average."""
+    names, layers = averaging_names(fit.trainer), fit.examination.tracking_layers()
+    if names and layers and not fit.callbacks("PreciseBatchNorm"):
+        yield Finding(
+            "averaged-without-recalibration",
+            "fault",
+            tuple(layers),
+            f"{names[0]} averages the weights before {counted(len(layers), 'layer')}, and nothing recalibrates the "
+            f"running statistics for the average.",
+            "Running statistics are those of the weights that trained, or an average of these: the averaged network "
+            "puts out other activations, and validates worse than it is.",
+            "Trainer(callbacks=[averaging, PreciseBatchNorm()])  # YAML: class_path: lightning_bn.PreciseBatchNorm",
+        )

@@ -1,0 +1,104 @@
+"""A model with the Trainer that fits it: what rules about a fit look at."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+from torch.optim import Optimizer
+
+from lightning_bn.callbacks._lightning.callback_list import callbacks_named
+from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer
+from lightning_bn.callbacks._lightning.optimizers import optimizers_of
+from lightning_bn.callbacks._lightning.state import synchronizes_batch_norm
+from lightning_bn.functional.doctor.examination import Examination, Forward, examine
+from lightning_bn.functional.layers.patterns import SelectionError
+from lightning_bn.functional.layers.properties import affine_parameters
+from lightning_bn.functional.layers.selection import batch_norm_layers
+
+
+@dataclass(frozen=True)
+class ExaminedFit:
+    """What rules about a fit look at.
+
+    Attributes:
+        examination: Of the module.
+        trainer: Which.
+        module: Which.
+        optimizers: Of the fit; None where it is not known.
+        batches: What was run forward.
+        forward: By which function.
+    """
+
+    examination: Examination
+    trainer: Trainer
+    module: LightningModule
+    optimizers: Sequence[Optimizer] | None = None
+    batches: Sequence[Any] = ()
+    forward: Forward | None = field(default=None, repr=False)
+
+    def callbacks(self, *names: str) -> list[Any]:
+        """Return the callbacks of these classes, and of classes derived from them."""
+        return callbacks_named(self.trainer, *names)
+
+    def optimized(self) -> set[int]:
+        """Return which parameters the optimizers have, by identity."""
+        groups = [group for optimizer in self.optimizers or () for group in optimizer.param_groups]
+        return {id(parameter) for group in groups for parameter in group["params"]}
+
+    def unseen(self, names: Iterable[str]) -> list[str]:
+        """Return those of the layers of whose weight and bias the optimizers have none."""
+        optimized = self.optimized()
+        layers = {name: affine_parameters(self.examination.layers[name]) for name in names}
+        return [
+            name
+            for name, affine in layers.items()
+            if affine and not any(id(parameter) in optimized for parameter in affine)
+        ]
+
+
+def examine_fit(
+    trainer: Trainer, module: LightningModule, batches: Sequence[Any], forward: Forward | None
+) -> tuple[ExaminedFit, dict[str, str]]:
+    """Return what rules look at, and what could not be had, each with the reason."""
+    missing: dict[str, str] = {}
+    known = {
+        "frozen_later": frozenset(_frozen_later(trainer, module)),
+        "by_task": frozenset(_by_task(trainer, module)),
+        "processes": trainer.world_size,
+        "synchronized": synchronizes_batch_norm(trainer),
+    }
+    optimizers = _or_missing(missing, "the optimizers", lambda: optimizers_of(trainer, module))
+    examination = examine(module, batches, forward, **known)
+    return ExaminedFit(examination, trainer, module, optimizers, batches, forward), missing
+
+
+def _or_missing(missing: dict[str, str], what: str, find: Callable[[], Any]) -> Any:
+    try:
+        return find()
+    except Exception as error:
+        missing[what] = f"{type(error).__name__}: {error}"
+        return None
+
+
+def _frozen_later(trainer: Trainer, module: LightningModule) -> Iterable[str]:
+    """Layers whose statistics a freezer keeps from the first batch on, whatever its task."""
+    for freezer in callbacks_named(trainer, "BatchNormFreezer"):
+        try:
+            plan = freezer.plan(module)
+            starts = plan.schedule.is_on(0, 0, trainer.max_epochs)
+        except ValueError:
+            # The freezer says so itself when the fit starts.
+            continue
+        if starts:
+            yield from (layer.name for layer in plan.frozen if layer.stats and not layer.tasks)
+
+
+def _by_task(trainer: Trainer, module: nn.Module) -> Iterable[str]:
+    for callback in callbacks_named(trainer, "TaskBatchNorm"):
+        try:
+            yield from batch_norm_layers(module, callback.modules, exclude=callback.exclude, root=callback.root)
+        except SelectionError:
+            continue

@@ -1,0 +1,94 @@
+"""Lightning's own callbacks for finetuning, and what they do to BatchNorm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+from lightning_bn.callbacks._doctor.examined_fit import ExaminedFit
+from lightning_bn.callbacks._second_run.step import attributes_on_copies
+from lightning_bn.functional._text import counted
+from lightning_bn.functional.doctor.finding import Finding
+from lightning_bn.functional.doctor.frozen_by_halves import freeze_line
+from lightning_bn.functional.layers.patterns import is_below
+from lightning_bn.functional.layers.properties import affine_parameters, has_running_statistics
+
+
+def frozen_by_finetuning(fit: ExaminedFit) -> Iterator[Finding]:
+    """Find layers that a BaseFinetuning callback freezes with ``train_bn=False``, or leaves untrained with it."""
+    for callback in fit.callbacks("BaseFinetuning"):
+        name = type(callback).__name__
+        off, _ = _after_freezing(fit, callback)
+        if off:
+            yield Finding(
+                "frozen-by-finetuning",
+                "fault",
+                fit.examination.in_order(off),
+                f"{name} freezes {counted(len(off), 'layer')} with train_bn=False, which switches track_running_stats "
+                f"off and keeps train mode.",
+                "Training then normalizes with each batch and evaluation with running statistics that do not follow: "
+                "the two modes are different functions.",
+                f"self.freeze(modules, train_bn=True) in {name}, and {freeze_line(fit.examination, off)}",
+            )
+        backbone = getattr(fit.module, "backbone", None)
+        if getattr(callback, "train_bn", True) is False and backbone is not None:
+            layers = [one for one in fit.examination.tracking_layers() if is_below(one, "backbone")]
+            if layers:
+                yield Finding(
+                    "frozen-by-finetuning",
+                    "fault",
+                    fit.examination.in_order(layers),
+                    f"{name}(train_bn=False) does not freeze {counted(len(layers), 'layer')} of the backbone: the "
+                    f"running statistics move from the first batch on, weight and bias never reach the optimizer.",
+                    "The features change from the first epoch on, though nothing in the backbone seems to train, and "
+                    "what was trained on them before gets worse.",
+                    f"{name}(train_bn=True), or {freeze_line(fit.examination, layers)}",
+                )
+
+
+def skipped_when_unfrozen(fit: ExaminedFit) -> Iterator[Finding]:
+    """Find frozen layers of equal values, which BaseFinetuning takes for one when it unfreezes them."""
+    for callback in fit.callbacks("BaseFinetuning"):
+        _, frozen = _after_freezing(fit, callback)
+        equal = [name for name in frozen if any(_equal(fit, name, other) for other in frozen if other != name)]
+        if equal:
+            yield Finding(
+                "skipped-when-unfrozen",
+                "advice",
+                fit.examination.in_order(equal),
+                f"{counted(len(equal), 'layer')} that {type(callback).__name__} freezes have equal weights and biases, "
+                f"as fresh layers do.",
+                "unfreeze_and_add_param_group compares parameters by value: of two that are equal and are unfrozen one "
+                "after the other, the optimizer gets the first only, and the second never trains.",
+                "unfreeze them in one call: self.unfreeze_and_add_param_group([module_a, module_b], optimizer)",
+            )
+
+
+def _after_freezing(fit: ExaminedFit, callback: Any) -> tuple[list[str], list[str]]:
+    """Which layers the callback switches tracking off in, and of which it freezes weight and bias; all is put back."""
+    layers = fit.examination.layers
+    tracked = {name for name, layer in layers.items() if has_running_statistics(layer) and layer.track_running_stats}
+    kept = [(parameter, parameter.requires_grad) for parameter in fit.module.parameters()]
+    try:
+        with attributes_on_copies(fit.module):
+            callback.freeze_before_training(fit.module)
+            off = [name for name in tracked if not layers[name].track_running_stats]
+            frozen = [
+                name
+                for name, layer in layers.items()
+                if (affine := affine_parameters(layer)) and not any(one.requires_grad for one in affine)
+            ]
+    except Exception:
+        # Its own setup says what is the matter.
+        return [], []
+    finally:
+        for parameter, requires_grad in kept:
+            parameter.requires_grad_(requires_grad)
+    return off, frozen
+
+
+def _equal(fit: ExaminedFit, name: str, other: str) -> bool:
+    mine, others = (affine_parameters(fit.examination.layers[one]) for one in (name, other))
+    return len(mine) == len(others) and all(torch.equal(a, b) for a, b in zip(mine, others, strict=True))

@@ -1,0 +1,79 @@
+"""What is wrong with BatchNorm in a model and in the fit that trains it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from lightning_bn.callbacks._doctor.all_rules import FIT_RULES
+from lightning_bn.callbacks._doctor.examined_fit import examine_fit
+from lightning_bn.callbacks._doctor.training_forward import training_forward
+from lightning_bn.callbacks._lightning.namespaces import MisconfigurationException, Trainer
+from lightning_bn.functional.doctor.all_rules import RULES, findings
+from lightning_bn.functional.doctor.examination import Forward, examine
+from lightning_bn.functional.doctor.finding import Finding
+
+
+@dataclass(frozen=True)
+class Diagnosis:
+    """What was found, and what could not be looked at.
+
+    Attributes:
+        findings: Faults first.
+        missing: What was not to be had, and why.
+    """
+
+    findings: list[Finding]
+    missing: dict[str, str] = field(default_factory=dict)
+
+
+def diagnose(
+    model: nn.Module,
+    trainer: Trainer | None = None,
+    batch: Any = None,
+    *,
+    forward: Forward | None = None,
+    more_batches: Sequence[Any] = (),
+) -> list[Finding]:
+    """Return what is wrong with BatchNorm in ``model`` and in its training, faults first; nothing changes.
+
+    Without a Trainer the same as :func:`lightning_bn.functional.diagnose`. With one its callbacks, optimizers and
+    processes are looked at too, before a fit or in one, and a batch is run through ``training_step``: without
+    gradients, with logging silenced, on copies of weights and buffers. Before a fit ``configure_optimizers`` is called
+    once for that.
+
+    Args:
+        model: Any module; with a Trainer the LightningModule that it fits.
+        trainer: Which.
+        batch: What training gives it; None for the rules that need none.
+        forward: Runs the model on one batch as training does: ``forward(model, batch)``. None for ``training_step``
+            where there is a Trainer and automatic optimization, else as for ``recalibrate``.
+        more_batches: Further ones, for layers that only some batches reach and sources that alternate.
+
+    Raises:
+        TypeError: If the batch cannot be fed without ``forward``.
+        ValueError: If a module is lazy and has seen no batch yet.
+    """
+    batches = [*more_batches] if batch is None else [batch, *more_batches]
+    return diagnosis(model, trainer, batches, forward).findings
+
+
+def diagnosis(
+    model: nn.Module, trainer: Trainer | None, batches: Sequence[Any] = (), forward: Forward | None = None
+) -> Diagnosis:
+    """As :func:`diagnose`, with what could not be looked at."""
+    if trainer is None:
+        return Diagnosis(findings(RULES, examine(model, batches, forward)))
+    module: Any = model
+    if forward is None and batches:
+        try:
+            forward = training_forward(trainer, module)
+        except MisconfigurationException:
+            # Under manual optimization the step trains; the network alone says most of it.
+            forward = None
+    fit, missing = examine_fit(trainer, module, batches, forward)
+    found = findings(RULES, fit.examination) + findings(FIT_RULES, fit)
+    return Diagnosis(sorted(found, key=lambda finding: finding.severity == "advice"), missing)
