@@ -43,14 +43,15 @@ FLOOR = "lightning_bn.functional"
 
 #: The rooms of the ground floor, and those that each of them must not import.
 ROOMS = {
-    "layers": ("statistics", "distributed", "freezing", "inspection", "recalibration", "monitoring", "tasks"),
-    "statistics": ("distributed", "freezing", "inspection", "recalibration", "monitoring", "tasks"),
-    "distributed": ("freezing", "inspection", "recalibration", "monitoring", "tasks"),
-    "freezing": ("inspection", "recalibration", "monitoring", "tasks"),
-    "inspection": ("distributed", "freezing", "recalibration", "monitoring", "tasks"),
-    "recalibration": ("freezing", "inspection", "monitoring", "tasks"),
-    "monitoring": ("freezing", "inspection", "recalibration", "tasks"),
-    "tasks": ("freezing", "inspection", "recalibration", "monitoring"),
+    "layers": ("statistics", "distributed", "freezing", "inspection", "recalibration", "monitoring", "tasks", "doctor"),
+    "statistics": ("distributed", "freezing", "inspection", "recalibration", "monitoring", "tasks", "doctor"),
+    "distributed": ("freezing", "inspection", "recalibration", "monitoring", "tasks", "doctor"),
+    "freezing": ("inspection", "recalibration", "monitoring", "tasks", "doctor"),
+    "inspection": ("distributed", "freezing", "recalibration", "monitoring", "tasks", "doctor"),
+    "recalibration": ("freezing", "inspection", "monitoring", "tasks", "doctor"),
+    "monitoring": ("freezing", "inspection", "recalibration", "tasks", "doctor"),
+    "tasks": ("freezing", "inspection", "recalibration", "monitoring", "doctor"),
+    "doctor": ("distributed", "freezing", "inspection", "recalibration", "monitoring", "tasks"),
 }
 
 
@@ -153,6 +154,7 @@ ALLOWED = [
     ("lightning_bn/callbacks/_lightning/namespaces.py", "import pytorch_lightning"),
     ("lightning_bn/callbacks/__init__.py", "from lightning_bn.callbacks.freezer import BatchNormFreezer"),
     ("lightning_bn/__init__.py", "from lightning_bn.callbacks.freezer import BatchNormFreezer"),
+    ("lightning_bn/_cli/planted.py", "from lightning_bn.callbacks.diagnosis import diagnose"),
     ("tests/test_planted.py", "import pytorch_lightning\nfrom lightning_bn import BatchNormFreezer"),
     ("examples/planted/run.py", "import lightning.pytorch as pl\nfrom lightning_bn import PreciseBatchNorm"),
 ]

@@ -13,8 +13,8 @@ from lightning_bn.callbacks._doctor.examined_fit import examine_fit
 from lightning_bn.callbacks._doctor.training_forward import training_forward
 from lightning_bn.callbacks._lightning.namespaces import MisconfigurationException, Trainer
 from lightning_bn.functional.doctor.all_rules import RULES, findings
-from lightning_bn.functional.doctor.examination import Forward, examine
 from lightning_bn.functional.doctor.finding import Finding
+from lightning_bn.functional.doctor.forwards import Forward, examine
 
 
 @dataclass(frozen=True)
@@ -62,9 +62,17 @@ def diagnose(
 
 
 def diagnosis(
-    model: nn.Module, trainer: Trainer | None, batches: Sequence[Any] = (), forward: Forward | None = None
+    model: nn.Module, trainer: Trainer | None, batches: Sequence[Any] = (), forward: Forward | None = None, **known: Any
 ) -> Diagnosis:
-    """As :func:`diagnose`, with what could not be looked at."""
+    """As :func:`diagnose`, with what could not be looked at.
+
+    Args:
+        model: As for ``diagnose``.
+        trainer: As for ``diagnose``.
+        batches: As many as there are.
+        forward: As for ``diagnose``.
+        known: Attributes of the examination of which the Trainer says something else, or nothing.
+    """
     if trainer is None:
         return Diagnosis(findings(RULES, examine(model, batches, forward)))
     module: Any = model
@@ -74,6 +82,6 @@ def diagnosis(
         except MisconfigurationException:
             # Under manual optimization the step trains; the network alone says most of it.
             forward = None
-    fit, missing = examine_fit(trainer, module, batches, forward)
+    fit, missing = examine_fit(trainer, module, batches, forward, known)
     found = findings(RULES, fit.examination) + findings(FIT_RULES, fit)
     return Diagnosis(sorted(found, key=lambda finding: finding.severity == "advice"), missing)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,7 +13,8 @@ from lightning_bn.callbacks._lightning.callback_list import callbacks_named
 from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer
 from lightning_bn.callbacks._lightning.optimizers import optimizers_of
 from lightning_bn.callbacks._lightning.state import synchronizes_batch_norm
-from lightning_bn.functional.doctor.examination import Examination, Forward, examine
+from lightning_bn.functional.doctor.examination import Examination
+from lightning_bn.functional.doctor.forwards import Forward, examine
 from lightning_bn.functional.layers.patterns import SelectionError
 from lightning_bn.functional.layers.properties import affine_parameters
 from lightning_bn.functional.layers.selection import batch_norm_layers
@@ -60,18 +61,23 @@ class ExaminedFit:
 
 
 def examine_fit(
-    trainer: Trainer, module: LightningModule, batches: Sequence[Any], forward: Forward | None
+    trainer: Trainer,
+    module: LightningModule,
+    batches: Sequence[Any],
+    forward: Forward | None,
+    known: Mapping[str, Any] | None = None,
 ) -> tuple[ExaminedFit, dict[str, str]]:
     """Return what rules look at, and what could not be had, each with the reason."""
     missing: dict[str, str] = {}
-    known = {
+    facts = {
         "frozen_later": frozenset(_frozen_later(trainer, module)),
         "by_task": frozenset(_by_task(trainer, module)),
         "processes": trainer.world_size,
         "synchronized": synchronizes_batch_norm(trainer),
+        **(known or {}),
     }
     optimizers = _or_missing(missing, "the optimizers", lambda: optimizers_of(trainer, module))
-    examination = examine(module, batches, forward, **known)
+    examination = examine(module, batches, forward, **facts)
     return ExaminedFit(examination, trainer, module, optimizers, batches, forward), missing
 
 

@@ -15,8 +15,8 @@ from lightning_bn.functional._text import counted
 from lightning_bn.functional.doctor.dropout import NOTICEABLE, ratio_of_variances
 from lightning_bn.functional.doctor.finding import Finding
 from lightning_bn.functional.doctor.isolated_forward import isolated_forward
+from lightning_bn.functional.doctor.traces import Trace
 from lightning_bn.functional.doctor.tracing import traced
-from lightning_bn.functional.doctor.use import Trace
 
 _DRAWS = 3
 

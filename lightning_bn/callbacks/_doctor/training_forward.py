@@ -12,7 +12,7 @@ from lightning_bn.callbacks._lightning.optimizers import attached
 from lightning_bn.callbacks._lightning.state import schedules
 from lightning_bn.callbacks._lightning.training_step import in_step_context, training_stage
 from lightning_bn.callbacks._second_run.step import SILENT_LOGS, attributes_on_copies, check_step, step_function
-from lightning_bn.functional.doctor.examination import Forward
+from lightning_bn.functional.doctor.forwards import Forward
 from lightning_bn.functional.layers.exchange import Entries, exchanged
 
 

@@ -16,8 +16,9 @@ from lightning_bn.functional.doctor import (
     reach,
     statistics_in_eval,
 )
-from lightning_bn.functional.doctor.examination import Examination, Forward, examine
+from lightning_bn.functional.doctor.examination import Examination
 from lightning_bn.functional.doctor.finding import Finding
+from lightning_bn.functional.doctor.forwards import Forward, examine
 
 Needs: TypeAlias = Literal["model", "batch", "trainer"]
 

@@ -7,12 +7,12 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from lightning_bn.functional._text import counted, quoted
-from lightning_bn.functional.doctor.examination import Examination, dropouts_in
+from lightning_bn.functional.doctor.examination import Examination
 from lightning_bn.functional.doctor.finding import Finding, Severity
-from lightning_bn.functional.doctor.use import Dropout, Trace
+from lightning_bn.functional.doctor.traces import Dropout, Trace
+from lightning_bn.functional.layers.names import named_paths
 from lightning_bn.functional.layers.patterns import is_below
 
 SHIFTED = 1.25
@@ -58,28 +58,38 @@ def dropout_in_frozen_container(examination: Examination) -> Iterator[Finding]:
     """Find containers that apply dropout by their own flag, though all that lies in them was put into eval mode."""
     if examination.traces is None or not examination.in_training:
         return
-    applied = {dropout.module: dropout for dropout in dropouts_in(examination.traces)}
-    modules = dict(examination.model.named_modules())
-    for name, module in modules.items():
-        layers = [layer for layer in examination.layers if name and is_below(layer, name)]
-        inside = [child for child in module.modules() if child is not module]
-        if (
-            module.training
-            and layers
-            and not any(child.training for child in inside)
-            and name in applied
-            and not isinstance(module, nn.Sequential)
-        ):
-            yield Finding(
-                "dropout-in-frozen-container",
-                "fault",
-                examination.in_order(layers),
-                f"everything in {name!r} is in eval mode but {name!r} itself is in train mode, and it applies "
-                f"{applied[name].kind} (p = {applied[name].p:g}) by its own flag.",
-                "What was meant to be frozen puts out something else each time: statistics are kept, but of inputs "
-                "without the noise that training adds.",
-                f"model.get_submodule({name!r}).eval()",
-            )
+    modules = {name: module for name, module in named_paths(examination.model) if name}
+    found: dict[str, Dropout] = {}
+    layers: set[str] = set()
+    for dropout in examination.traces.dropouts:
+        name, module = dropout.module, modules.get(dropout.module)
+        inside = [] if module is None else [child for child in module.modules() if child is not module]
+        frozen = _frozen_around(examination, name) if inside else []
+        if module is not None and module.training and frozen and not any(child.training for child in inside):
+            found[name] = dropout
+            layers.update(frozen)
+    if found:
+        name, dropout = next(iter(found.items()))
+        yield Finding(
+            "dropout-in-frozen-container",
+            "fault",
+            examination.in_order(layers),
+            f"{dropout.kind} (p = {dropout.p:g}) is applied by {quoted([*found])} by its own flag: it is in train mode, "
+            f"though everything in it is in eval mode.",
+            "What was meant to be frozen puts out something else each time, which the statistics that are kept do not "
+            "describe.",
+            f"model.get_submodule({name!r}).eval()  # puts the module itself into eval mode, with all in it",
+        )
+
+
+def _frozen_around(examination: Examination, name: str) -> list[str]:
+    """The layers in a module, or else in the smallest one around it that has any, if all of them are frozen."""
+    while name:
+        layers = [layer for layer in examination.layers if is_below(layer, name)]
+        if layers:
+            return layers if all(map(examination.is_frozen, layers)) else []
+        name = name.rpartition(".")[0]
+    return []
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ from torch import Tensor
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.doctor.examination import Examination
 from lightning_bn.functional.doctor.finding import Finding
-from lightning_bn.functional.doctor.use import Use
+from lightning_bn.functional.doctor.traces import Use
 
 UNLIKE = 0.7
 """Distance of the means of two inputs of a layer, in standard deviations, beyond what is chance."""
@@ -44,7 +44,7 @@ def never_reached(examination: Examination) -> Iterator[Finding]:
             f"{'this batch' if len(traces.batches) == 1 else 'these batches'}, in train mode or in eval mode.",
             "If no other batch reaches it, its statistics stay those of construction, its weights do not train, and "
             "DistributedDataParallel ends with unused parameters.",
-            "take it out of the model, or call it in the forward",
+            f"model.set_submodule({unused[0]!r}, nn.Identity())  # or call it in the forward",
         )
 
 

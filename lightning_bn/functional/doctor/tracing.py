@@ -14,11 +14,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lightning_bn.functional.doctor.use import Behind, Dropout, Origin, Trace, Use
+from lightning_bn.functional.doctor.traces import Behind, Dropout, Origin, Trace, Use
 from lightning_bn.functional.layers.names import named_paths
 from lightning_bn.functional.layers.properties import has_running_statistics
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
+_ATTENTION = {F.multi_head_attention_forward: 10, F.scaled_dot_product_attention: 4}
+"""Which apply dropout inside, and where its probability stands."""
 _NORMALIZATIONS = {F.batch_norm, F.instance_norm, F.group_norm, F.layer_norm, torch.batch_norm}
 _WITH_WEIGHTS = {F.linear, F.conv1d, F.conv2d, F.conv3d, F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d}
 _BIASED = (nn.Linear, nn.modules.conv._ConvNd)
@@ -120,9 +122,14 @@ class _Watch(TorchFunctionMode):
 
     @staticmethod
     def _run(func: Any, args: Any, kwargs: Any, given: list[Tensor], *, ends: bool) -> Any:
-        """What a function puts out; of dropout that does nothing, its input."""
+        """What a function puts out; where dropout is to do nothing, what it puts out without."""
         if not ends:
             return func(*args, **kwargs)
+        if func in _ATTENTION:
+            place = _ATTENTION[func]
+            if len(args) > place:
+                return func(*args[:place], 0.0, *args[place + 1 :], **kwargs)
+            return func(*args, **{**kwargs, "dropout_p": 0.0})
         kept = given[0].clone()
         func(*args, **kwargs)
         # Also where it was to be done in place.
@@ -134,6 +141,12 @@ class _Watch(TorchFunctionMode):
 
     def _dropout(self, func: Any, args: Any, kwargs: Any) -> Dropout | None:
         """The dropout that a call applies; None if it applies none."""
+        if func in _ATTENTION:
+            place = _ATTENTION[func]
+            p = args[place] if len(args) > place else kwargs.get("dropout_p", 0.0)
+            return (
+                Dropout(self._inside[-1], float(p), func.__name__) if p > 0 and kwargs.get("training", True) else None
+            )
         if func not in _DROPOUTS:
             return None
         p = args[1] if len(args) > 1 else kwargs.get("p", 0.5)

@@ -1,4 +1,4 @@
-"""One use of a BatchNorm layer in a forward, and one application of dropout."""
+"""What forwards did: uses of BatchNorm layers, and dropout before them."""
 
 from __future__ import annotations
 
@@ -94,3 +94,34 @@ class Trace:
     uses: dict[str, tuple[Use, ...]]
     dropouts: tuple[Dropout, ...] = ()
     single: str | None = None
+
+
+@dataclass(frozen=True)
+class Traces:
+    """What forwards of some batches did, all with the same weights.
+
+    Attributes:
+        batches: Of each batch, in train mode.
+        again: Of the first batch in train mode, with other random numbers; empty where one forward tells.
+        without_dropout: As ``again``, where dropout does nothing.
+        in_eval: Of the first batch in eval mode; None where that is of no interest or fails.
+        samples: In each batch; None where they cannot be counted.
+        tasks: Names of the parts of a batch that consists of several batches.
+    """
+
+    batches: tuple[Trace, ...]
+    again: tuple[Trace, ...] = ()
+    without_dropout: tuple[Trace, ...] = ()
+    in_eval: Trace | None = None
+    samples: tuple[int | None, ...] = ()
+    tasks: tuple[str, ...] = ()
+
+    @property
+    def reached(self) -> set[str]:
+        """The layers that any forward in train mode reached."""
+        return {name for trace in (*self.batches, *self.again) for name in trace.uses}
+
+    @property
+    def dropouts(self) -> list[Dropout]:
+        """What dropout was applied in any forward, each once, in order."""
+        return list(dict.fromkeys(dropout for trace in self.batches for dropout in trace.dropouts))

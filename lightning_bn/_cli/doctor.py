@@ -1,0 +1,197 @@
+"""``lightning-bn doctor``: the mistakes that a model or a training configuration shows before it is run."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import logging
+import os
+import shutil
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, redirect_stdout
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_bn.callbacks.diagnosis import Diagnosis
+
+HEALTHY, FOUND, NO = 0, 1, 2
+"""Exit codes."""
+_ABOUT = """\
+Looks for mistakes around BatchNorm in a model and in the training that a YAML
+of LightningCLI describes: layers frozen by half, too few values per channel,
+layers that no forward reaches or that unlike tasks share, averages without
+recalibration, and more. A few batches are run forward, nothing is trained.
+
+Each finding says which layers, why it hurts and the line that mends it.
+"""
+_MORE = """\
+examples:
+  lightning-bn doctor --config train.yaml
+  lightning-bn doctor --config train.yaml --json | jq '.findings[].rule'
+  lightning-bn doctor --model mypackage.models:build --input 8,3,64,64
+  lightning-bn doctor --model torchvision.models:resnet50
+
+exit codes:
+  0  no fault (advice alone is 0)
+  1  a fault was found
+  2  it could not be done: the model cannot be made, or no batch can be run
+
+What the configuration or the import path names is imported and called, as the
+training itself does.
+"""
+
+
+class DoctorError(ValueError):
+    """What stands in the way of a diagnosis, in one sentence."""
+
+
+def add_parser(subparsers: Any) -> None:
+    """Add the subcommand and its options."""
+    form = argparse.RawDescriptionHelpFormatter
+    parser = subparsers.add_parser("doctor", description=_ABOUT, epilog=_MORE, formatter_class=form)
+    given = parser.add_mutually_exclusive_group(required=True)
+    given.add_argument("--config", metavar="FILE", help="YAML of LightningCLI, as `fit --config` takes it")
+    given.add_argument(
+        "--model", metavar="PATH:NAME", help="a function or class that makes the model, or the model itself"
+    )
+    parser.add_argument(
+        "--input", metavar="SHAPE", help="with --model: run it on random numbers of this shape, as 8,3,64,64"
+    )
+    parser.add_argument(
+        "--batches", type=int, default=4, metavar="N", help="how many to run forward, 0 for none (default: 4)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead, for programs")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Run the subcommand and return its exit code."""
+    with _quiet():
+        layers, found = _of_configuration(options) if options.config else _of_model(options)
+    faults = sum(finding.severity == "fault" for finding in found.findings)
+    if options.json:
+        told = {
+            "format": 1,
+            "layers": layers,
+            "findings": [finding.as_dict() for finding in found.findings],
+            "not_looked_at": found.missing,
+        }
+        print(json.dumps(told, indent=2))
+    else:
+        print("\n".join(_report(layers, found)))
+    return FOUND if faults else NO if found.missing else HEALTHY
+
+
+def _of_configuration(options: argparse.Namespace) -> tuple[int, Diagnosis]:
+    from lightning_bn.callbacks._lightning.configured_fit import configured_fit
+
+    _see_working_folder()
+    fit = configured_fit(options.config)
+    batches: list[Any] = []
+    missing = {}
+    if options.batches > 0:
+        try:
+            batches = fit.batches(options.batches)
+        except Exception as error:  # whatever the user's own data raise
+            missing["a batch"] = f"{type(error).__name__}: {error}"
+    known: dict[str, Any] = {} if fit.processes is None else {"processes": fit.processes}
+    return _diagnosed(fit.module, fit.trainer, batches, {**known, "synchronized": fit.synchronized}, missing)
+
+
+def _of_model(options: argparse.Namespace) -> tuple[int, Diagnosis]:
+    import torch
+
+    batches = []
+    if options.input:
+        try:
+            shape = [int(one) for one in options.input.split(",")]
+        except ValueError:
+            raise DoctorError(f"--input {options.input}: give whole numbers with commas, as 8,3,64,64.") from None
+        batches = [torch.randn(shape) for _ in range(max(options.batches, 0))]
+    return _diagnosed(_imported(options.model), None, batches, {}, {})
+
+
+def _diagnosed(
+    model: Any, trainer: Any, batches: list[Any], known: dict[str, Any], missing: dict[str, str]
+) -> tuple[int, Diagnosis]:
+    """The number of layers, and what was found: without the batches where these cannot be run."""
+    from dataclasses import replace
+
+    from lightning_bn.callbacks.diagnosis import diagnosis
+    from lightning_bn.functional.layers.names import named_batch_norm
+
+    try:
+        found = diagnosis(model, trainer, batches, **known)
+    except Exception as error:  # whatever the user's own step raises
+        if not batches:
+            raise DoctorError(f"{type(error).__name__}: {error}") from error
+        missing["a forward"] = f"{type(error).__name__}: {error}"
+        found = diagnosis(model, trainer, **known)
+    return len(named_batch_norm(model)), replace(found, missing={**missing, **found.missing})
+
+
+def _imported(path: str) -> Any:
+    """The model that an import path leads to; a class or a function is called."""
+    from torch import nn
+
+    module, _, name = path.partition(":")
+    if not name:
+        module, _, name = path.rpartition(".")
+    _see_working_folder()
+    try:
+        found: Any = importlib.import_module(module)
+        for part in name.split("."):
+            found = getattr(found, part)
+        model = found if isinstance(found, nn.Module) else found()
+    except Exception as error:  # whatever the user's own code raises
+        raise DoctorError(f"--model {path}: {type(error).__name__}: {error}") from error
+    if not isinstance(model, nn.Module):
+        raise DoctorError(f"--model {path} makes a {type(model).__name__}, which is not a torch.nn.Module.")
+    return model
+
+
+def _see_working_folder() -> None:
+    """Have modules in the working folder found, as `python train.py` finds them; a console command does not."""
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+
+
+def _report(layers: int, found: Diagnosis) -> Iterator[str]:
+    """Lines no wider than the console."""
+    width = max(shutil.get_terminal_size().columns, 40)
+    faults = sum(finding.severity == "fault" for finding in found.findings)
+    advice = len(found.findings) - faults
+    yield (
+        f"{layers} BatchNorm layer{'s' * (layers != 1)}: {faults} fault{'s' * (faults != 1)}, "
+        f"{advice} piece{'s' * (advice != 1)} of advice."
+    )
+    for finding in found.findings:
+        yield ""
+        yield f"{finding.severity.upper()} {finding.rule}"
+        shown = ", ".join(name or "(the model itself)" for name in finding.layers[:5])
+        more = f" and {len(finding.layers) - 5} more" if len(finding.layers) > 5 else ""
+        rows = {"what": finding.what, "layers": shown + more, "why": finding.why, "do": finding.remedy}
+        for title, text in rows.items():
+            yield from textwrap.wrap(text, width, initial_indent=f"  {title + ':':<8}", subsequent_indent=" " * 10)
+    for what, why in found.missing.items():
+        yield ""
+        yield from textwrap.wrap(f"Not looked at: {what} ({' '.join(why.split())})", width)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Inside, what the user's code prints goes to stderr, and libraries say nothing of themselves."""
+    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")]
+    levels = [logger.level for logger in loggers]
+    try:
+        for logger in loggers:
+            logger.setLevel(logging.ERROR)
+        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -1,0 +1,145 @@
+"""A fit as a YAML file of LightningCLI describes it: made, and not run."""
+
+from __future__ import annotations
+
+import importlib
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.util import find_spec
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from lightning_bn.callbacks._lightning.loaders import combined
+from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer
+from lightning_bn.callbacks._lightning.optimizers import attached
+
+_OF_SUBCOMMANDS = ("ckpt_path", "weights_only")
+_HERE = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto", "precision": "32-true"}
+"""Settings of a Trainer that can be made on any machine."""
+
+
+class ConfigurationError(ValueError):
+    """A file that describes no fit, or one that cannot be made here."""
+
+
+@dataclass(frozen=True)
+class ConfiguredFit:
+    """What a file describes.
+
+    Attributes:
+        module: The model.
+        trainer: With the file's callbacks; without its logger.
+        datamodule: None without one.
+        processes: How many the file asks for, whatever this machine has; None where the Trainer says it.
+        synchronized: Whether the file asks for SyncBatchNorm.
+    """
+
+    module: LightningModule
+    trainer: Trainer
+    datamodule: Any
+    processes: int | None
+    synchronized: bool
+
+    def batches(self, count: int) -> list[Any]:
+        """Return the first batches of training, of several loaders as the Trainer combines them."""
+        with attached(self.trainer, self.module):
+            if self.datamodule is None:
+                loaders: Any = self.module.train_dataloader()
+            else:
+                self.datamodule.trainer = self.trainer
+                self.datamodule.prepare_data()
+                self.datamodule.setup("fit")
+                loaders = self.datamodule.train_dataloader()
+            with combined(loaders, "max_size_cycle") as batches:
+                return list(islice(batches, count))
+
+
+def configured_fit(path: str) -> ConfiguredFit:
+    """Return the fit that a YAML file describes; of a Trainer that this machine cannot make, one on its CPU.
+
+    Classes are imported and made as the file says, as the command that trains does.
+
+    Raises:
+        ConfigurationError: If the file describes no fit, or one that cannot be made.
+    """
+    if find_spec("jsonargparse") is None:
+        raise ConfigurationError("a configuration needs jsonargparse: pip install 'lightning-bn[cli]'")
+    described = _described(path)
+    of_trainer: dict[str, Any] = described.get("trainer") or {}
+    errors: list[BaseException] = []
+    for settings in ({}, _HERE):
+        for namespace in ("pytorch_lightning", "lightning.pytorch"):
+            if namespace == "lightning.pytorch" and find_spec("lightning") is None:
+                continue
+            try:
+                made = _made(namespace, path, described, settings)
+            except (Exception, SystemExit) as error:
+                errors.append(error)
+                continue
+            here = settings is _HERE
+            return ConfiguredFit(
+                made.model,
+                made.trainer,
+                made.datamodule,
+                _processes(of_trainer) if here else None,
+                bool(of_trainer.get("sync_batchnorm")),
+            )
+    raise ConfigurationError(f"{path}: {errors[0]}") from errors[0]
+
+
+def _described(path: str) -> dict[str, Any]:
+    import yaml
+
+    try:
+        described = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ConfigurationError(f"{path} is not YAML: {error}") from error
+    if isinstance(described, dict) and isinstance(described.get("fit"), dict):
+        # Of a command with subcommands.
+        described = described["fit"]
+    if not isinstance(described, dict) or "model" not in described:
+        raise ConfigurationError(f"{path} has no key 'model': it is not what LightningCLI trains from.")
+    if not isinstance(described["model"], dict) or "class_path" not in described["model"]:
+        raise ConfigurationError(
+            f"{path} does not say of which class its model is (model: class_path: ...), since the command that it "
+            f"belongs to knows: use --model import.path:function, with a function that makes it."
+        )
+    return {key: value for key, value in described.items() if key not in _OF_SUBCOMMANDS}
+
+
+def _made(namespace: str, path: str, described: dict[str, Any], settings: dict[str, str]) -> Any:
+    """The LightningCLI that has made what is described."""
+    cli = importlib.import_module(f"{namespace}.cli")
+    others = [f"--trainer.{key}={value}" for key, value in {"logger": "false", **settings}.items()]
+    with _file_of(path, described) as file:
+        return cli.LightningCLI(
+            args=["--config", str(file), *others],
+            run=False,
+            save_config_callback=None,
+            seed_everything_default=False,
+            parser_kwargs={"exit_on_error": False},
+        )
+
+
+@contextmanager
+def _file_of(path: str, described: dict[str, Any]) -> Iterator[Path]:
+    """The file itself, or a copy of what it describes of a fit."""
+    import yaml
+
+    if yaml.safe_load(Path(path).read_text(encoding="utf-8")) == described:
+        yield Path(path)
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / Path(path).name
+        copy.write_text(yaml.safe_dump(described), encoding="utf-8")
+        yield copy
+
+
+def _processes(settings: dict[str, Any]) -> int:
+    """How many processes the settings of a Trainer ask for, as far as they say a number."""
+    devices = settings.get("devices", 1)
+    count = len(devices) if isinstance(devices, list) else int(devices) if str(devices).isdecimal() else 1
+    return max(count, 1) * int(settings.get("num_nodes") or 1)

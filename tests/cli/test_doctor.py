@@ -1,0 +1,222 @@
+"""`lightning-bn doctor`: exit codes, what is printed, and one line where it cannot be done."""
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from lightning_bn._cli import doctor
+
+CODE = """
+import torch, pytorch_lightning as pl
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+
+class Planted(pl.LightningModule):
+    def __init__(self, half: bool = False, lr: float = 0.1, fails: bool = False, says: bool = False):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+        if half:
+            self.net[1].requires_grad_(False)
+        if says:
+            print("made")
+        self.lr, self.fails = lr, fails
+
+    def training_step(self, batch, batch_idx):
+        if self.fails:
+            raise RuntimeError("no camera")
+        loss = F.cross_entropy(self.net(batch[0]), batch[1])
+        self.log("loss", loss)
+        return loss
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), self.lr)
+
+
+class Data(pl.LightningDataModule):
+    def __init__(self, batch_size: int = 16, shift: float = 0.0):
+        super().__init__()
+        self.batch_size, self.shift = batch_size, shift
+
+    def setup(self, stage):
+        generator = torch.Generator().manual_seed(0)
+        x = torch.randn(64, 4, generator=generator)
+        x[:16] += self.shift
+        self.data = TensorDataset(x, torch.arange(64) % 2)
+
+    def train_dataloader(self):
+        return DataLoader(self.data, self.batch_size)
+
+
+def build():
+    return Planted().net
+
+
+def broken():
+    raise RuntimeError("no weights")
+
+
+def number():
+    return 3
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A working folder with the user's own code; what was imported from it is forgotten."""
+    (tmp_path / "planted_code.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("planted_code", None)
+
+
+def ran(*arguments: str) -> int:
+    """The exit code of the subcommand with these arguments."""
+    parser = argparse.ArgumentParser("lightning-bn")
+    doctor.add_parser(parser.add_subparsers(dest="command"))
+    return doctor.run(parser.parse_args(["doctor", *arguments]))
+
+
+def configuration(folder: Path, *, model: Any = None, data: Any = None, **trainer: Any) -> str:
+    """The path of a YAML as `fit --config` takes it."""
+    path = folder / "train.yaml"
+    written = {
+        "trainer": {"accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False, **trainer},
+        "model": {"class_path": "planted_code.Planted", "init_args": model or {}},
+        "data": {"class_path": "planted_code.Data", "init_args": data or {}},
+    }
+    path.write_text(yaml.safe_dump(written))
+    return str(path)
+
+
+def test_a_healthy_configuration_is_0(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran("--config", configuration(folder)) == 0
+    assert capsys.readouterr().out == "1 BatchNorm layer: 0 faults, 0 pieces of advice.\n"
+
+
+def test_a_fault_is_1_and_names_layers_reason_and_remedy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran("--config", configuration(folder, model={"half": True})) == 1
+    out = capsys.readouterr().out
+    assert "FAULT frozen-by-requires-grad\n" in out
+    assert "  layers: net.1\n" in out
+    assert "  why:    Running statistics are buffers" in out
+    assert "BatchNormFreezer(['net'])" in out
+
+
+def test_advice_alone_is_0(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran("--config", configuration(folder, sync_batchnorm=True)) == 0
+    assert "ADVICE synchronized-alone\n" in capsys.readouterr().out
+
+
+def test_callbacks_of_the_configuration_count(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    averaging = {"class_path": "pytorch_lightning.callbacks.EMAWeightAveraging"}
+    assert ran("--config", configuration(folder, callbacks=[averaging])) == 1
+    assert "averaged-without-recalibration" in capsys.readouterr().out
+    precise = {"class_path": "lightning_bn.PreciseBatchNorm"}
+    assert ran("--config", configuration(folder, callbacks=[averaging, precise])) == 0
+
+
+def test_several_batches_are_run(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    # the first batch of the epoch is of another source than the others
+    path = configuration(folder, data={"shift": 30.0})
+    assert ran("--config", path, "--batches", "1") == 0
+    assert ran("--config", path) == 1
+    assert "unlike-inputs" in capsys.readouterr().out
+
+
+def test_processes_that_this_machine_has_not_are_those_of_the_file(folder: Path, capsys: Any) -> None:
+    path = configuration(folder, data={"batch_size": 2}, accelerator="gpu", devices=8, num_nodes=2, strategy="ddp")
+    assert ran("--config", path) == 1
+    assert "the 2 samples of each of 16 processes" in " ".join(capsys.readouterr().out.split())
+
+
+def test_json_is_all_that_is_printed(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran("--config", configuration(folder, model={"half": True, "says": True}), "--json") == 1
+    printed = capsys.readouterr()
+    told = json.loads(printed.out)
+    assert "made" in printed.err
+    assert told["layers"] == 1
+    assert told["not_looked_at"] == {}
+    [finding] = told["findings"]
+    assert set(finding) == {"rule", "severity", "layers", "what", "why", "remedy"}
+    assert (finding["rule"], finding["layers"]) == ("frozen-by-requires-grad", ["net.1"])
+
+
+def test_a_step_that_fails_is_2_and_says_why(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran("--config", configuration(folder, model={"fails": True})) == 2
+    assert "Not looked at: a forward (RuntimeError: no camera" in capsys.readouterr().out
+
+
+def test_faults_that_need_no_batch_are_found_all_the_same(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran("--config", configuration(folder, model={"fails": True, "half": True})) == 1
+    assert "frozen-by-requires-grad" in capsys.readouterr().out
+
+
+def test_a_configuration_saved_by_a_fit_is_taken(folder: Path) -> None:
+    path = Path(configuration(folder, model={"half": True}))
+    path.write_text(yaml.safe_dump({"fit": {**yaml.safe_load(path.read_text()), "ckpt_path": None}}))
+    assert ran("--config", str(path)) == 1
+
+
+@pytest.mark.parametrize("name", ["planted_code:build", "planted_code.build", "planted_code:Planted"])
+def test_a_model_by_its_import_path(name: str, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran("--model", name) == 0
+    assert "1 BatchNorm layer: 0 faults" in capsys.readouterr().out
+
+
+def test_a_model_is_run_on_an_input_of_a_shape(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran("--model", "planted_code:build", "--input", "4,4") == 1
+    assert "few-values" in capsys.readouterr().out
+    assert ran("--model", "planted_code:build", "--input", "64,4") == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (("--model", "planted_code:broken"), "--model planted_code:broken: RuntimeError: no weights"),
+        (("--model", "planted_code:number"), "makes a int, which is not a torch.nn.Module"),
+        (("--model", "planted_code:nothing"), "AttributeError"),
+        (("--model", "no_such_module:build"), "No module named 'no_such_module'"),
+        (("--model", "planted_code:build", "--input", "4,x"), "--input 4,x: give whole numbers"),
+        (("--config", "none.yaml"), "none.yaml"),
+        (("--config", "planted_code.py"), "is not YAML"),
+        (("--config", "empty.yaml"), "has no key 'model'"),
+        (("--config", "own.yaml"), "use --model import.path:function"),
+        (("--config", "wrong.yaml"), "wrong.yaml: "),
+    ],
+)
+def test_what_cannot_be_done_is_one_error_that_says_why(
+    arguments: tuple[str, ...], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (folder / "empty.yaml").write_text("")
+    (folder / "own.yaml").write_text("model: {width: 3}")
+    (folder / "wrong.yaml").write_text("model: {class_path: planted_code.Data}")
+    # the console command turns these into one line and exit code 2
+    with pytest.raises((ValueError, OSError)) as raised:
+        ran(*arguments)
+    assert says in str(raised.value)
+    assert capsys.readouterr().out == ""
+
+
+def test_no_line_is_wider_than_the_console(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", "60")
+    ran("--config", configuration(folder, model={"half": True}, sync_batchnorm=True))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) > 10
+    assert max(map(len, lines)) <= 60
+
+
+def test_a_configuration_or_a_model_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as raised:
+        ran()
+    assert raised.value.code == 2
