@@ -38,6 +38,7 @@ def test_what_is_public_on_the_ground_floor_has_a_docstring_and_a_home(name: str
 def test_every_room_lists_what_the_floor_exports() -> None:
     rooms = [functional.layers, functional.statistics, functional.freezing, functional.recalibration]
     rooms += [functional.monitoring, functional.distributed, functional.tasks, functional.inspection]
+    rooms += [functional.doctor]
     listed = [name for room in rooms for name in room.__all__]
     assert sorted(listed) == sorted(functional.__all__)
     assert len(listed) == len(set(listed))

@@ -74,8 +74,8 @@ def dropout_in_frozen_container(examination: Examination) -> Iterator[Finding]:
             "dropout-in-frozen-container",
             "fault",
             examination.in_order(layers),
-            f"{dropout.kind} (p = {dropout.p:g}) is applied by {quoted([*found])} by its own flag: it is in train mode, "
-            f"though everything in it is in eval mode.",
+            f"{dropout.kind} (p = {dropout.p:g}) is applied by {quoted([*found])} by its own flag, which is train "
+            f"mode, though everything in it is in eval mode.",
             "What was meant to be frozen puts out something else each time, which the statistics that are kept do not "
             "describe.",
             f"model.get_submodule({name!r}).eval()  # puts the module itself into eval mode, with all in it",

@@ -66,7 +66,7 @@ class _Watch(TorchFunctionMode):
         self.uses: dict[str, list[Use]] = {}
         self.dropouts: list[Dropout] = []
         self._without, self._follow, self._inside = without_dropout, follow, [""]
-        self._modules: dict[str, nn.Module] = {}
+        self._by_name: dict[str, nn.Module] = {}
         # Of tensors that live; each record goes with its tensor.
         self._behind: Any = WeakTensorKeyDictionary()
         self._origins: Any = WeakTensorKeyDictionary()
@@ -84,7 +84,7 @@ class _Watch(TorchFunctionMode):
                 if isinstance(module, torch.jit.ScriptModule):
                     continue
                 own = names.get(id(module), name)
-                self._modules[own] = module
+                self._by_name[own] = module
                 enter = module.register_forward_pre_hook(partial(self._enter, own), with_kwargs=True)
                 leave = module.register_forward_hook(self._leave, always_call=True)
                 stack.callback(enter.remove)
@@ -136,7 +136,7 @@ class _Watch(TorchFunctionMode):
         return given[0].copy_(kept) if kwargs.get("inplace") else kept
 
     def _has_bias(self) -> bool:
-        module = self._modules.get(self._inside[-1])
+        module = self._by_name.get(self._inside[-1])
         return isinstance(module, _BIASED) and module.bias is not None
 
     def _dropout(self, func: Any, args: Any, kwargs: Any) -> Dropout | None:

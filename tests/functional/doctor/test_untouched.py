@@ -23,7 +23,7 @@ def test_patients_are_left_as_they_were(case: Case) -> None:
     assert generators() == state
 
 
-class Restless(nn.Module):
+class WritesEverything(nn.Module):
     """Writes to a weight, a buffer and a teacher in each training forward, and fails if asked to."""
 
     def __init__(self, fails: bool) -> None:
@@ -46,7 +46,7 @@ class Restless(nn.Module):
 
 @pytest.mark.parametrize("fails", [False, True])
 def test_a_forward_that_writes_to_everything_is_undone(fails: bool) -> None:
-    net = Restless(fails)
+    net = WritesEverything(fails)
     for parameter in net.parameters():
         parameter.grad = torch.ones_like(parameter)
     found, state = everything(net), generators()
