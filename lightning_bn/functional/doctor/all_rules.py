@@ -46,7 +46,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "frozen-by-requires-grad",
         "weight and bias require no gradient, and the running statistics still move",
-        "fault",
+        "fault or advice",
         "model",
         frozen_by_halves.frozen_by_requires_grad,
     ),

@@ -9,6 +9,7 @@ from torch import nn
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.doctor.examination import Examination
 from lightning_bn.functional.doctor.finding import Finding
+from lightning_bn.functional.doctor.teachers import layers_of_teachers
 from lightning_bn.functional.layers.properties import affine_parameters, has_running_statistics
 from lightning_bn.functional.layers.status import layer_status
 
@@ -22,17 +23,30 @@ def frozen_by_requires_grad(examination: Examination) -> Iterator[Finding]:
     """Find layers whose weight and bias require no gradient while their running statistics move."""
     leftover = _left_by_2d_only(examination)
     found = [name for name in _moving_without_gradient(examination) if name not in leftover]
-    if found:
+    teachers = layers_of_teachers(examination.model) if found else set()
+    own = [name for name in found if name not in teachers]
+    if own:
         yield Finding(
             "frozen-by-requires-grad",
             "fault",
-            examination.in_order(found),
-            f"{_who(found)} frozen by requires_grad only: weight and bias are fixed, the running statistics still move "
+            examination.in_order(own),
+            f"{_who(own)} frozen by requires_grad only: weight and bias are fixed, the running statistics still move "
             f"with every batch in train mode.",
             "Running statistics are buffers, which no optimizer and no requires_grad touches. A backbone that is "
-            "thought to be frozen changes its outputs, and what was trained on it before gets worse. (A teacher that "
-            "averages a student's weights may be meant to do so.)",
-            freeze_line(examination, found),
+            "thought to be frozen changes its outputs, and what was trained on it before gets worse.",
+            freeze_line(examination, own),
+        )
+    copies = [name for name in found if name in teachers]
+    if copies:
+        yield Finding(
+            "frozen-by-requires-grad",
+            "advice",
+            examination.in_order(copies),
+            f"{_who(copies)} frozen by requires_grad only, in a copy of a part that trains: the running statistics "
+            f"move with every batch in train mode.",
+            "For a teacher that averages a student's weights this may be meant, and many methods do so. A teacher "
+            "that is to stay as it was loaded changes its outputs.",
+            freeze_line(examination, copies),
         )
 
 

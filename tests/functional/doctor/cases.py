@@ -1,5 +1,6 @@
 """For each rule a model that has the fault and one that has not, with what is run."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -65,6 +66,10 @@ def changed(change: Callable[[nn.Module], object], **given: Any) -> Patient:
     return Patient(net, **given)
 
 
+class FrozenOfALibrary(FrozenBatchNorm2d):
+    """The same under the name that a library gives it."""
+
+
 class MixedDimensions(nn.Module):
     """Points through a BatchNorm1d, then a map through BatchNorm2d layers, then a head with a BatchNorm1d."""
 
@@ -125,6 +130,13 @@ def attentive_backbone(*, leaves_only: bool) -> Patient:
     for module in net[0].modules():
         module.training = leaves_only and any(True for _ in module.children())
     return Patient(net, values(), layers=("0.norm",))
+
+
+def with_teacher(*, in_eval: bool = False) -> nn.Module:
+    """A student with a head of its own, and a copy of it without."""
+    student = perceptron(nn.BatchNorm1d(4), nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4))[1:]
+    teacher = copy.deepcopy(student).requires_grad_(False).train(not in_eval)
+    return nn.ModuleDict({"student": student, "head": nn.BatchNorm1d(4), "teacher": teacher})
 
 
 class LeftOut(nn.Module):
@@ -200,6 +212,13 @@ CASES = [
         lambda: changed(lambda net: net.requires_grad_(False)),
         lambda: changed(lambda net: freeze_batch_norm(net.requires_grad_(False))),
         "all",
+    ),
+    Case(
+        "frozen-by-requires-grad",
+        "advice",
+        lambda: Patient(with_teacher(), layers=("teacher.2", "teacher.4")),
+        lambda: Patient(with_teacher(in_eval=True)),
+        "a teacher",
     ),
     Case(
         "tracking-switched-off",
@@ -313,6 +332,6 @@ CASES = [
         "not-torchs",
         "advice",
         lambda: Patient(nn.Sequential(nn.InstanceNorm2d(3, track_running_stats=True)), layers=("0",)),
-        lambda: Patient(nn.Sequential(FrozenBatchNorm2d(3))),
+        lambda: Patient(nn.Sequential(FrozenBatchNorm2d(3), FrozenOfALibrary(3))),
     ),
 ]
