@@ -26,6 +26,7 @@ SLOW = (
     "tests/callbacks/test_namespaces.py",
     "tests/examples/test_digits_multitask.py",
     "tests/examples/test_pretrained_backbone.py",
+    "tests/functional/doctor/test_healthy_models.py",
     "tests/functional/recalibration/test_architectures.py",
     "tests/test_alternatives.py",
     "tests/test_plotting.py",

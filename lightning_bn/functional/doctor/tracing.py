@@ -16,7 +16,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lightning_bn.functional.doctor.traces import Behind, Dropout, Origin, Trace, Use
 from lightning_bn.functional.layers.names import named_paths
-from lightning_bn.functional.layers.properties import has_running_statistics
+from lightning_bn.functional.layers.properties import has_running_statistics, processes_of
 
 _DROPOUTS = {F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout, F.feature_alpha_dropout, torch.dropout}
 _ATTENTION = {F.multi_head_attention_forward: 10, F.scaled_dot_product_attention: 4}
@@ -172,7 +172,7 @@ class _Watch(TorchFunctionMode):
     def _see(self, name: str, layer: _BatchNorm, batch: Tensor) -> None:
         values = batch.detach().movedim(1, 0).flatten(1)
         values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
-        if layer.training and values.shape[1] == 1:
+        if layer.training and values.shape[1] == 1 and processes_of(layer) == 1:
             raise SingleValueError(name)
         var, mean = torch.var_mean(values, 1, correction=0)
         updates = layer.training and layer.track_running_stats and has_running_statistics(layer)
