@@ -154,7 +154,7 @@ ALLOWED = [
     ("lightning_bn/callbacks/_lightning/namespaces.py", "import pytorch_lightning"),
     ("lightning_bn/callbacks/__init__.py", "from lightning_bn.callbacks.freezer import BatchNormFreezer"),
     ("lightning_bn/__init__.py", "from lightning_bn.callbacks.freezer import BatchNormFreezer"),
-    ("lightning_bn/_cli/planted.py", "from lightning_bn.callbacks.diagnosis import diagnose"),
+    ("lightning_bn/_cli/doctor.py", "from lightning_bn.callbacks.diagnosis import diagnose"),
     ("tests/test_planted.py", "import pytorch_lightning\nfrom lightning_bn import BatchNormFreezer"),
     ("examples/planted/run.py", "import lightning.pytorch as pl\nfrom lightning_bn import PreciseBatchNorm"),
 ]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import importlib
-import json
 import logging
 import os
 import shutil
@@ -15,11 +14,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
+from lightning_bn._cli.common import FOUND, HEALTHY, NO, add_json, add_parser_to, as_json
+
 if TYPE_CHECKING:
     from lightning_bn.callbacks.diagnosis import Diagnosis
 
-HEALTHY, FOUND, NO = 0, 1, 2
-"""Exit codes."""
 _ABOUT = """\
 Looks for mistakes around BatchNorm in a model and in the training that a YAML
 of LightningCLI describes: layers frozen by half, too few values per channel,
@@ -51,8 +50,7 @@ class DoctorError(ValueError):
 
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand and its options."""
-    form = argparse.RawDescriptionHelpFormatter
-    parser = subparsers.add_parser("doctor", description=_ABOUT, epilog=_MORE, formatter_class=form)
+    parser = add_parser_to(subparsers, "doctor", _ABOUT, _MORE)
     given = parser.add_mutually_exclusive_group(required=True)
     given.add_argument("--config", metavar="FILE", help="YAML of LightningCLI, as `fit --config` takes it")
     given.add_argument(
@@ -64,7 +62,7 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--batches", type=int, default=4, metavar="N", help="how many to run forward, 0 for none (default: 4)"
     )
-    parser.add_argument("--json", action="store_true", help="print one JSON object instead, for programs")
+    add_json(parser)
 
 
 def run(options: argparse.Namespace) -> int:
@@ -73,13 +71,7 @@ def run(options: argparse.Namespace) -> int:
         layers, found = _of_configuration(options) if options.config else _of_model(options)
     faults = sum(finding.severity == "fault" for finding in found.findings)
     if options.json:
-        told = {
-            "format": 1,
-            "layers": layers,
-            "findings": [finding.as_dict() for finding in found.findings],
-            "not_looked_at": found.missing,
-        }
-        print(json.dumps(told, indent=2))
+        print(as_json({"layers": layers, "findings": found.findings, "not_looked_at": found.missing}))
     else:
         print("\n".join(_report(layers, found)))
     return FOUND if faults else NO if found.missing else HEALTHY
@@ -95,7 +87,7 @@ def _of_configuration(options: argparse.Namespace) -> tuple[int, Diagnosis]:
     if options.batches > 0:
         try:
             batches = fit.batches(options.batches)
-        except Exception as error:  # whatever the user's own data raise
+        except (Exception, SystemExit) as error:  # whatever the user's own data raise
             missing["a batch"] = f"{type(error).__name__}: {error}"
     known: dict[str, Any] = {} if fit.processes is None else {"processes": fit.processes}
     return _diagnosed(fit.module, fit.trainer, batches, {**known, "synchronized": fit.synchronized}, missing)
@@ -125,7 +117,7 @@ def _diagnosed(
 
     try:
         found = diagnosis(model, trainer, batches, **known)
-    except Exception as error:  # whatever the user's own step raises
+    except (Exception, SystemExit) as error:  # whatever the user's own step raises
         if not batches:
             raise DoctorError(f"{type(error).__name__}: {error}") from error
         missing["a forward"] = f"{type(error).__name__}: {error}"
@@ -146,7 +138,7 @@ def _imported(path: str) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
         model = found if isinstance(found, nn.Module) else found()
-    except Exception as error:  # whatever the user's own code raises
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
         raise DoctorError(f"--model {path}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
         raise DoctorError(f"--model {path} makes a {type(model).__name__}, which is not a torch.nn.Module.")

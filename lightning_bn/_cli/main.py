@@ -15,6 +15,7 @@ from lightning_bn._cli.common import HEALTHY, NO, as_json, said
 SUBCOMMANDS = {
     "inspect": ("lightning_bn._cli.inspect_file", "every BatchNorm layer of a checkpoint, and what is wrong with it"),
     "diff": ("lightning_bn._cli.diff_files", "how far the running statistics of two checkpoints lie apart"),
+    "doctor": ("lightning_bn._cli.doctor", "the mistakes that a training shows before it is run"),
     "tasks": (
         "lightning_bn._cli.tasks_of_file",
         "how far the tasks of a checkpoint lie apart, and what to do about it",
@@ -23,8 +24,8 @@ SUBCOMMANDS = {
 """Their names, the file of each and one line on it; a file has ``add_parser`` and ``run`` and is imported if named."""
 
 _ABOUT = """\
-What is the matter with the BatchNorm layers of a model, from the files that it
-left.
+What is the matter with the BatchNorm layers of a model: from the files that it
+left, or from the configuration that is to train it.
 """
 _EXAMPLES = """\
 examples:
@@ -34,6 +35,7 @@ examples:
   lightning-bn diff a.pt b.pt --fail-above 0.1
                                              a check for a pipeline
   lightning-bn tasks multi.ckpt              which layers need a set per task
+  lightning-bn doctor --config train.yaml    mistakes before anything is trained
   lightning-bn inspect --help                all options of one of them
 
 exit codes:
@@ -41,7 +43,8 @@ exit codes:
   1  something was found
   2  it could not be done: no such file, no checkpoint, a wrong option
 
-Files are read without executing anything that is in them.
+Checkpoints are read without executing anything that is in them. `doctor` makes
+the model that it is given, as the training does.
 """
 
 

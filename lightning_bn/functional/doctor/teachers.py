@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
 from typing import TypeAlias
 
 import torch
@@ -17,24 +16,19 @@ _SHARE = 1 / 3
 
 
 def layers_of_teachers(model: nn.Module) -> set[str]:
-    """Return the layers in parts that require no gradient and have the form of another part, which requires some."""
+    """Return the layers in parts that require no gradient and have the form of other parts, which require some.
+
+    Empty unless they are a third of all layers: parts of one network may have the same form, too.
+    """
+    modules = {name: module for name, module in named_paths(model) if name}
+    frozen = {name for name, module in modules.items() if _is_frozen(module)}
+    forms = {(type(module), _form(module)) for name, module in modules.items() if name not in frozen}
+    # Not the parts of what is frozen: single layers often have the same form.
+    whole = {name for name in frozen if not any(name != other and is_below(name, other) for other in frozen)}
+    copies = [name for name in whole if (type(modules[name]), _form(modules[name])) in forms]
     layers = named_batch_norm(model)
-    frozen = {name: module for name, module in named_paths(model) if name and _is_frozen(module)}
-    found: set[str] = set()
-    for name, module in frozen.items():
-        inside = [layer for layer in layers if is_below(layer, name)]
-        if len(inside) >= _SHARE * len(layers) and not found.issuperset(inside):
-            form = _form(module)
-            if any(_form(other) == form for other in _that_train(model, name, frozen)):
-                found.update(inside)
-    return found
-
-
-def _that_train(model: nn.Module, name: str, frozen: Collection[str]) -> Iterator[nn.Module]:
-    """Other parts of a model than one, neither in it nor around it."""
-    for other, module in named_paths(model):
-        if other not in frozen and not is_below(other, name) and not is_below(name, other):
-            yield module
+    found = {layer for layer in layers if any(is_below(layer, name) for name in copies)}
+    return found if len(found) >= _SHARE * len(layers) else set()
 
 
 def _is_frozen(module: nn.Module) -> bool:
