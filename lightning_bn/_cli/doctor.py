@@ -30,6 +30,7 @@ Each finding says which layers, why it hurts and the line that mends it.
 _MORE = """\
 examples:
   lightning-bn doctor --config train.yaml
+  lightning-bn doctor --config train.yaml --model mine:Net --data mine:Data
   lightning-bn doctor --config train.yaml --json | jq '.findings[].rule'
   lightning-bn doctor --model mypackage.models:build --input 8,3,64,64
   lightning-bn doctor --model torchvision.models:resnet50
@@ -51,13 +52,16 @@ class DoctorError(ValueError):
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand and its options."""
     parser = add_parser_to(subparsers, "doctor", _ABOUT, _MORE)
-    given = parser.add_mutually_exclusive_group(required=True)
-    given.add_argument("--config", metavar="FILE", help="YAML of LightningCLI, as `fit --config` takes it")
-    given.add_argument(
-        "--model", metavar="PATH:NAME", help="a function or class that makes the model, or the model itself"
-    )
+    parser.add_argument("--config", metavar="FILE", help="YAML of LightningCLI, as `fit --config` takes it")
     parser.add_argument(
-        "--input", metavar="SHAPE", help="with --model: run it on random numbers of this shape, as 8,3,64,64"
+        "--model",
+        metavar="PATH:NAME",
+        help="a function or class that makes the model, or the model itself; with --config the model's class, where "
+        "the file does not name it",
+    )
+    parser.add_argument("--data", metavar="PATH:NAME", help="with --config: the datamodule's class, likewise")
+    parser.add_argument(
+        "--input", metavar="SHAPE", help="with --model alone: run it on random numbers of this shape, as 8,3,64,64"
     )
     parser.add_argument(
         "--batches", type=int, default=4, metavar="N", help="how many to run forward, 0 for none (default: 4)"
@@ -67,6 +71,8 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the subcommand and return its exit code."""
+    if not options.config and not options.model:
+        raise DoctorError("give --config FILE or --model PATH:NAME; --help has examples.")
     with _quiet():
         layers, found = _of_configuration(options) if options.config else _of_model(options)
     faults = sum(finding.severity == "fault" for finding in found.findings)
@@ -81,7 +87,9 @@ def _of_configuration(options: argparse.Namespace) -> tuple[int, Diagnosis]:
     from lightning_bn.callbacks._lightning.configured_fit import configured_fit
 
     _see_working_folder()
-    fit = configured_fit(options.config)
+    given = {"model": options.model, "data": options.data}
+    classes = {key: _imported(f"--{key}", path) for key, path in given.items() if path is not None}
+    fit = configured_fit(options.config, **classes)
     batches: list[Any] = []
     missing = {}
     if options.batches > 0:
@@ -103,7 +111,7 @@ def _of_model(options: argparse.Namespace) -> tuple[int, Diagnosis]:
         except ValueError:
             raise DoctorError(f"--input {options.input}: give whole numbers with commas, as 8,3,64,64.") from None
         batches = [torch.randn(shape) for _ in range(max(options.batches, 0))]
-    return _diagnosed(_imported(options.model), None, batches, {}, {})
+    return _diagnosed(_model(options.model), None, batches, {}, {})
 
 
 def _diagnosed(
@@ -125,10 +133,8 @@ def _diagnosed(
     return len(named_batch_norm(model)), replace(found, missing={**missing, **found.missing})
 
 
-def _imported(path: str) -> Any:
-    """The model that an import path leads to; a class or a function is called."""
-    from torch import nn
-
+def _imported(option: str, path: str) -> Any:
+    """What an import path leads to."""
     module, _, name = path.partition(":")
     if not name:
         module, _, name = path.rpartition(".")
@@ -137,6 +143,17 @@ def _imported(path: str) -> Any:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+        raise DoctorError(f"{option} {path}: {type(error).__name__}: {error}") from error
+    return found
+
+
+def _model(path: str) -> Any:
+    """The model that an import path leads to; a class or a function is called."""
+    from torch import nn
+
+    found = _imported("--model", path)
+    try:
         model = found if isinstance(found, nn.Module) else found()
     except (Exception, SystemExit) as error:  # whatever the user's own code raises
         raise DoctorError(f"--model {path}: {type(error).__name__}: {error}") from error
@@ -176,14 +193,12 @@ def _report(layers: int, found: Diagnosis) -> Iterator[str]:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Inside, what the user's code prints goes to stderr, and libraries say nothing of themselves."""
-    loggers = [logging.getLogger(name) for name in ("pytorch_lightning", "lightning.pytorch", "lightning_fabric")]
-    levels = [logger.level for logger in loggers]
+    before = logging.root.manager.disable
+    # Lightning sets the level of its own logger when it is imported, which happens inside.
+    logging.disable(logging.WARNING)
     try:
-        for logger in loggers:
-            logger.setLevel(logging.ERROR)
         with redirect_stdout(sys.stderr), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        for logger, level in zip(loggers, levels, strict=True):
-            logger.setLevel(level)
+        logging.disable(before)

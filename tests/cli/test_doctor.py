@@ -186,7 +186,9 @@ def test_a_model_is_run_on_an_input_of_a_shape(folder: Path, capsys: pytest.Capt
         (("--config", "none.yaml"), "none.yaml"),
         (("--config", "planted_code.py"), "is not YAML"),
         (("--config", "empty.yaml"), "has no key 'model'"),
-        (("--config", "own.yaml"), "use --model import.path:function"),
+        (("--config", "own.yaml"), "name it with --model import.path:Class"),
+        (("--config", "data.yaml"), "name it with --data import.path:Class"),
+        ((), "give --config FILE or --model"),
         (("--config", "wrong.yaml"), "wrong.yaml: "),
     ],
 )
@@ -195,6 +197,7 @@ def test_what_cannot_be_done_is_one_error_that_says_why(
 ) -> None:
     (folder / "empty.yaml").write_text("")
     (folder / "own.yaml").write_text("model: {width: 3}")
+    (folder / "data.yaml").write_text("model: {class_path: planted_code.Planted}\ndata: {shift: 3}")
     (folder / "wrong.yaml").write_text("model: {class_path: planted_code.Data}")
     assert ran(*arguments) == 2
     printed = capsys.readouterr()
@@ -214,7 +217,42 @@ def test_no_line_is_wider_than_the_console(
     assert max(map(len, lines)) <= 60
 
 
-def test_a_configuration_or_a_model_must_be_given(capsys: pytest.CaptureFixture[str]) -> None:
-    with pytest.raises(SystemExit) as raised:
-        ran()
-    assert raised.value.code == 2
+def test_classes_that_the_file_does_not_name_are_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (folder / "own.yaml").write_text("model: {half: true}\ndata: {batch_size: 4}\ntrainer: {accelerator: cpu}")
+    assert ran("--config", "own.yaml", "--model", "planted_code:Planted", "--data", "planted_code:Data") == 1
+    out = capsys.readouterr().out
+    assert "frozen-by-requires-grad" in out
+    assert "few-values" in out
+
+
+@pytest.fixture
+def example(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The folder of the example on digits, whose modules are forgotten afterwards."""
+    folder = Path(__file__).parents[2] / "examples" / "digits_multitask"
+    monkeypatch.chdir(folder.parents[1])
+    monkeypatch.setattr(sys, "path", [str(folder), *sys.path])
+    modules = set(sys.modules)
+    yield folder
+    for name in sys.modules.keys() - modules:
+        del sys.modules[name]
+
+
+CLASSES = ("--model", "model:DigitsModule", "--data", "data:DigitsData")
+
+
+@pytest.mark.parametrize("name", ["pretrain", "tasks"])
+def test_the_example_is_healthy(name: str, example: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran("--config", str(example / f"{name}.yaml"), *CLASSES) == 0
+    assert "0 faults" in capsys.readouterr().out
+
+
+def test_the_example_without_statistics_per_task_is_not(
+    example: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    described = yaml.safe_load((example / "tasks.yaml").read_text())
+    described["trainer"]["callbacks"] = []
+    (tmp_path / "shared.yaml").write_text(yaml.safe_dump(described))
+    assert ran("--config", str(tmp_path / "shared.yaml"), *CLASSES) == 1
+    out = " ".join(capsys.readouterr().out.split())
+    assert "FAULT unlike-inputs" in out
+    assert "TaskBatchNorm(" in out

@@ -57,17 +57,22 @@ class ConfiguredFit:
                 return list(islice(batches, count))
 
 
-def configured_fit(path: str) -> ConfiguredFit:
+def configured_fit(path: str, model: Any = None, data: Any = None) -> ConfiguredFit:
     """Return the fit that a YAML file describes; of a Trainer that this machine cannot make, one on its CPU.
 
     Classes are imported and made as the file says, as the command that trains does.
+
+    Args:
+        path: Of the file.
+        model: The class of the model, where the file does not name it; what LightningCLI takes as ``model_class``.
+        data: The same for the datamodule.
 
     Raises:
         ConfigurationError: If the file describes no fit, or one that cannot be made.
     """
     if find_spec("jsonargparse") is None:
         raise ConfigurationError("a configuration needs jsonargparse: pip install 'lightning-bn[cli]'")
-    described = _described(path)
+    described = _described(path, model, data)
     of_trainer: dict[str, Any] = described.get("trainer") or {}
     errors: list[BaseException] = []
     for settings in ({}, _HERE):
@@ -75,7 +80,7 @@ def configured_fit(path: str) -> ConfiguredFit:
             if namespace == "lightning.pytorch" and find_spec("lightning") is None:
                 continue
             try:
-                made = _made(namespace, path, described, settings)
+                made = _made(namespace, path, described, settings, (model, data))
             except (Exception, SystemExit) as error:
                 errors.append(error)
                 continue
@@ -90,7 +95,7 @@ def configured_fit(path: str) -> ConfiguredFit:
     raise ConfigurationError(f"{path}: {errors[0]}") from errors[0]
 
 
-def _described(path: str) -> dict[str, Any]:
+def _described(path: str, model: Any, data: Any) -> dict[str, Any]:
     import yaml
 
     try:
@@ -102,20 +107,25 @@ def _described(path: str) -> dict[str, Any]:
         described = described["fit"]
     if not isinstance(described, dict) or "model" not in described:
         raise ConfigurationError(f"{path} has no key 'model': it is not what LightningCLI trains from.")
-    if not isinstance(described["model"], dict) or "class_path" not in described["model"]:
-        raise ConfigurationError(
-            f"{path} does not say of which class its model is (model: class_path: ...), since the command that it "
-            f"belongs to knows: use --model import.path:function, with a function that makes it."
-        )
+    for key, given in (("model", model), ("data", data)):
+        value = described.get(key, {"class_path": ""})
+        if given is None and value is not None and not (isinstance(value, dict) and "class_path" in value):
+            raise ConfigurationError(
+                f"{path} has no class_path under '{key}', since the command that it belongs to knows the class: name "
+                f"it with --{key} import.path:Class."
+            )
     return {key: value for key, value in described.items() if key not in _OF_SUBCOMMANDS}
 
 
-def _made(namespace: str, path: str, described: dict[str, Any], settings: dict[str, str]) -> Any:
+def _made(
+    namespace: str, path: str, described: dict[str, Any], settings: dict[str, str], classes: tuple[Any, Any]
+) -> Any:
     """The LightningCLI that has made what is described."""
     cli = importlib.import_module(f"{namespace}.cli")
     others = [f"--trainer.{key}={value}" for key, value in {"logger": "false", **settings}.items()]
     with _file_of(path, described) as file:
         return cli.LightningCLI(
+            *classes,
             args=["--config", str(file), *others],
             run=False,
             save_config_callback=None,

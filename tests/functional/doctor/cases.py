@@ -215,6 +215,14 @@ CASES = [
     ),
     Case(
         "frozen-by-requires-grad",
+        "fault",
+        # layer10 has the same form, and is no student of it
+        lambda: changed(lambda net: net.layer2.requires_grad_(False), layers=("layer2.0.bn1", "layer2.0.bn2")),
+        lambda: changed(lambda net: net.layer2.requires_grad_(False).eval()),
+        "a block like others",
+    ),
+    Case(
+        "frozen-by-requires-grad",
         "advice",
         lambda: Patient(with_teacher(), layers=("teacher.2", "teacher.4")),
         lambda: Patient(with_teacher(in_eval=True)),
