@@ -162,8 +162,7 @@ def diagnose(
 
     Example:
         >>> model = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3), nn.Linear(3, 1))
-        >>> model[1].requires_grad_(False)
-        BatchNorm1d(3, eps=1e-05, momentum=0.1, affine=True, track_running_stats=True)
+        >>> _ = model[1].requires_grad_(False)
         >>> [found.rule for found in diagnose(model)]
         ['frozen-by-requires-grad']
     """
