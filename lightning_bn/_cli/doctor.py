@@ -73,6 +73,10 @@ def run(options: argparse.Namespace) -> int:
     """Run the subcommand and return its exit code."""
     if not options.config and not options.model:
         raise DoctorError("give --config FILE or --model PATH:NAME; --help has examples.")
+    if options.config and options.input:
+        raise DoctorError("--input goes with --model alone: a configuration has data of its own.")
+    if options.data and not options.config:
+        raise DoctorError("--data goes with --config.")
     with _quiet():
         layers, found = _of_configuration(options) if options.config else _of_model(options)
     faults = sum(finding.severity == "fault" for finding in found.findings)

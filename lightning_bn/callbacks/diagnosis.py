@@ -80,8 +80,8 @@ def diagnosis(
         try:
             forward = training_forward(trainer, module)
         except MisconfigurationException:
-            # Under manual optimization the step trains; the network alone says most of it.
-            forward = None
+            # Under manual optimization the step trains; the network alone says most of it, but not what it reaches.
+            known = {"complete": False, **known}
     fit, missing = examine_fit(trainer, module, batches, forward, known)
     found = findings(RULES, fit.examination) + findings(FIT_RULES, fit)
     return Diagnosis(sorted(found, key=lambda finding: finding.severity == "advice"), missing)

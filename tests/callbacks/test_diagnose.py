@@ -282,6 +282,7 @@ def test_healthy_fits_have_no_fault_before_and_after_training() -> None:
 
 def test_a_step_under_manual_optimization_is_not_run() -> None:
     module = Patient(manual=True)
+    module.discriminator = nn.BatchNorm1d(2)  # which forward() does not call
     rules = {finding.rule for finding in diagnose(module, quiet(), batch(4))}
     # the network itself was
     assert rules == {"few-values", "bias-before-batch-norm"}

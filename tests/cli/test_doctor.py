@@ -189,6 +189,8 @@ def test_a_model_is_run_on_an_input_of_a_shape(folder: Path, capsys: pytest.Capt
         (("--config", "own.yaml"), "name it with --model import.path:Class"),
         (("--config", "data.yaml"), "name it with --data import.path:Class"),
         ((), "give --config FILE or --model"),
+        (("--config", "wrong.yaml", "--input", "4,4"), "--input goes with --model alone"),
+        (("--model", "planted_code:build", "--data", "planted_code:Data"), "--data goes with --config"),
         (("--config", "wrong.yaml"), "wrong.yaml: "),
     ],
 )

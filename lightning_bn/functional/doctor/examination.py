@@ -27,6 +27,7 @@ class Examination:
         by_task: Layers that something gives statistics for each task before that.
         processes: How many processes train together.
         synchronized: Whether their batches are normalized together, as far as that is not the layers' own doing.
+        complete: Whether what was run reaches all that training reaches.
     """
 
     model: nn.Module
@@ -36,6 +37,7 @@ class Examination:
     by_task: frozenset[str] = frozenset()
     processes: int = 1
     synchronized: bool = False
+    complete: bool = True
 
     @property
     def in_training(self) -> bool:

@@ -19,7 +19,7 @@ UNLIKE = 0.7
 def never_reached(examination: Examination) -> Iterator[Finding]:
     """Find layers in train mode that no forward in train mode reached."""
     traces = examination.traces
-    if traces is None or any(trace.single is not None for trace in traces.batches):
+    if traces is None or not examination.complete or any(trace.single is not None for trace in traces.batches):
         return
     missed = [name for name in examination.tracking_layers() if name not in traces.reached]
     in_eval = {} if traces.in_eval is None else traces.in_eval.uses
