@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.doctor.examination import Examination
 from lightning_bn.functional.doctor.finding import Finding
-from lightning_bn.functional.layers.names import kind_of, lookalikes
+from lightning_bn.functional.layers.names import kind_of, lookalikes, named_paths
 
 
 def bias_before_batch_norm(examination: Examination) -> Iterator[Finding]:
@@ -33,7 +33,7 @@ def bias_before_batch_norm(examination: Examination) -> Iterator[Finding]:
 
 def not_torchs(examination: Examination) -> Iterator[Finding]:
     """Find modules that have running statistics and are not torch's BatchNorm."""
-    every = lookalikes(examination.model)
+    every = lookalikes(named_paths(examination.model))
     # Frozen by their kind, under the names that libraries give them: nothing moves there.
     found = {name: module for name, module in every.items() if "Frozen" not in kind_of(module)}
     if found:
