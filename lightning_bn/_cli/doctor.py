@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import importlib
-import logging
-import os
 import shutil
-import sys
 import textwrap
-import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
 from typing import TYPE_CHECKING, Any
 
 from lightning_bn._cli.common import FOUND, HEALTHY, NO, add_json, add_parser_to, as_json
+from lightning_bn._cli.users_code import UsersCodeError, imported, quiet, see_working_folder
 
 if TYPE_CHECKING:
     from lightning_bn.callbacks.diagnosis import Diagnosis
@@ -45,10 +40,6 @@ training itself does.
 """
 
 
-class DoctorError(ValueError):
-    """What stands in the way of a diagnosis, in one sentence."""
-
-
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand and its options."""
     parser = add_parser_to(subparsers, "doctor", _ABOUT, _MORE)
@@ -72,12 +63,12 @@ def add_parser(subparsers: Any) -> None:
 def run(options: argparse.Namespace) -> int:
     """Run the subcommand and return its exit code."""
     if not options.config and not options.model:
-        raise DoctorError("give --config FILE or --model PATH:NAME; --help has examples.")
+        raise UsersCodeError("give --config FILE or --model PATH:NAME; --help has examples.")
     if options.config and options.input:
-        raise DoctorError("--input goes with --model alone: a configuration has data of its own.")
+        raise UsersCodeError("--input goes with --model alone: a configuration has data of its own.")
     if options.data and not options.config:
-        raise DoctorError("--data goes with --config.")
-    with _quiet():
+        raise UsersCodeError("--data goes with --config.")
+    with quiet():
         layers, found = _of_configuration(options) if options.config else _of_model(options)
     faults = sum(finding.severity == "fault" for finding in found.findings)
     if options.json:
@@ -90,9 +81,9 @@ def run(options: argparse.Namespace) -> int:
 def _of_configuration(options: argparse.Namespace) -> tuple[int, Diagnosis]:
     from lightning_bn.callbacks._lightning.configured_fit import configured_fit
 
-    _see_working_folder()
+    see_working_folder()
     given = {"model": options.model, "data": options.data}
-    classes = {key: _imported(f"--{key}", path) for key, path in given.items() if path is not None}
+    classes = {key: imported(f"--{key}", path) for key, path in given.items() if path is not None}
     fit = configured_fit(options.config, **classes)
     batches: list[Any] = []
     missing = {}
@@ -113,7 +104,7 @@ def _of_model(options: argparse.Namespace) -> tuple[int, Diagnosis]:
         try:
             shape = [int(one) for one in options.input.split(",")]
         except ValueError:
-            raise DoctorError(f"--input {options.input}: give whole numbers with commas, as 8,3,64,64.") from None
+            raise UsersCodeError(f"--input {options.input}: give whole numbers with commas, as 8,3,64,64.") from None
         batches = [torch.randn(shape) for _ in range(max(options.batches, 0))]
     return _diagnosed(_model(options.model), None, batches, {}, {})
 
@@ -131,45 +122,24 @@ def _diagnosed(
         found = diagnosis(model, trainer, batches, **known)
     except (Exception, SystemExit) as error:  # whatever the user's own step raises
         if not batches:
-            raise DoctorError(f"{type(error).__name__}: {error}") from error
+            raise UsersCodeError(f"{type(error).__name__}: {error}") from error
         missing["a forward"] = f"{type(error).__name__}: {error}"
         found = diagnosis(model, trainer, **known)
     return len(named_batch_norm(model)), replace(found, missing={**missing, **found.missing})
-
-
-def _imported(option: str, path: str) -> Any:
-    """What an import path leads to."""
-    module, _, name = path.partition(":")
-    if not name:
-        module, _, name = path.rpartition(".")
-    _see_working_folder()
-    try:
-        found: Any = importlib.import_module(module)
-        for part in name.split("."):
-            found = getattr(found, part)
-    except (Exception, SystemExit) as error:  # whatever the user's own code raises
-        raise DoctorError(f"{option} {path}: {type(error).__name__}: {error}") from error
-    return found
 
 
 def _model(path: str) -> Any:
     """The model that an import path leads to; a class or a function is called."""
     from torch import nn
 
-    found = _imported("--model", path)
+    found = imported("--model", path)
     try:
         model = found if isinstance(found, nn.Module) else found()
     except (Exception, SystemExit) as error:  # whatever the user's own code raises
-        raise DoctorError(f"--model {path}: {type(error).__name__}: {error}") from error
+        raise UsersCodeError(f"--model {path}: {type(error).__name__}: {error}") from error
     if not isinstance(model, nn.Module):
-        raise DoctorError(f"--model {path} makes a {type(model).__name__}, which is not a torch.nn.Module.")
+        raise UsersCodeError(f"--model {path} makes a {type(model).__name__}, which is not a torch.nn.Module.")
     return model
-
-
-def _see_working_folder() -> None:
-    """Have modules in the working folder found, as `python train.py` finds them; a console command does not."""
-    if os.getcwd() not in sys.path:
-        sys.path.insert(0, os.getcwd())
 
 
 def _report(layers: int, found: Diagnosis) -> Iterator[str]:
@@ -192,17 +162,3 @@ def _report(layers: int, found: Diagnosis) -> Iterator[str]:
     for what, why in found.missing.items():
         yield ""
         yield from textwrap.wrap(f"Not looked at: {what} ({' '.join(why.split())})", width)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Inside, what the user's code prints goes to stderr, and libraries say nothing of themselves."""
-    before = logging.root.manager.disable
-    # Lightning sets the level of its own logger when it is imported, which happens inside.
-    logging.disable(logging.WARNING)
-    try:
-        with redirect_stdout(sys.stderr), warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)

@@ -15,6 +15,10 @@ from lightning_bn._cli.common import HEALTHY, NO, as_json, said
 SUBCOMMANDS = {
     "inspect": ("lightning_bn._cli.inspect_file", "every BatchNorm layer of a checkpoint, and what is wrong with it"),
     "diff": ("lightning_bn._cli.diff_files", "how far the running statistics of two checkpoints lie apart"),
+    "recalibrate": (
+        "lightning_bn._cli.recalibrate_file",
+        "a copy of a checkpoint with the statistics of the training data",
+    ),
     "doctor": ("lightning_bn._cli.doctor", "the mistakes that a training shows before it is run"),
     "tasks": (
         "lightning_bn._cli.tasks_of_file",
@@ -35,6 +39,8 @@ examples:
   lightning-bn diff a.pt b.pt --fail-above 0.1
                                              a check for a pipeline
   lightning-bn tasks multi.ckpt              which layers need a set per task
+  lightning-bn recalibrate --config train.yaml --ckpt_path a.ckpt --out b.ckpt
+                                             mend its running statistics
   lightning-bn doctor --config train.yaml    mistakes before anything is trained
   lightning-bn inspect --help                all options of one of them
 
@@ -43,8 +49,8 @@ exit codes:
   1  something was found
   2  it could not be done: no such file, no checkpoint, a wrong option
 
-Checkpoints are read without executing anything that is in them. `doctor` makes
-the model that it is given, as the training does.
+Checkpoints are read without executing anything that is in them. `doctor` and
+`recalibrate` make the model that they are given, as the training does.
 """
 
 

@@ -50,7 +50,7 @@ def test_help_lists_all_subcommands(capsys):
     assert main([]) == 2
     said = capsys.readouterr().out
     for name in SUBCOMMANDS:
-        assert re.search(rf"^    {name} ", said, re.M)
+        assert re.search(rf"^    {name}\s", said, re.M)
 
 
 def test_the_version_is_that_of_the_package(capsys):

@@ -17,7 +17,8 @@ from lightning_bn.callbacks._lightning.namespaces import LightningModule, Traine
 from lightning_bn.callbacks._lightning.optimizers import attached
 
 _OF_SUBCOMMANDS = ("ckpt_path", "weights_only")
-_HERE = {"accelerator": "cpu", "devices": "1", "num_nodes": "1", "strategy": "auto", "precision": "32-true"}
+_ONE_PROCESS = {"devices": "1", "num_nodes": "1", "strategy": "auto"}
+_HERE = {"accelerator": "cpu", "precision": "32-true", **_ONE_PROCESS}
 """Settings of a Trainer that can be made on any machine."""
 
 
@@ -57,7 +58,7 @@ class ConfiguredFit:
                 return list(islice(batches, count))
 
 
-def configured_fit(path: str, model: Any = None, data: Any = None) -> ConfiguredFit:
+def configured_fit(path: str, model: Any = None, data: Any = None, *, one_process: bool = False) -> ConfiguredFit:
     """Return the fit that a YAML file describes; of a Trainer that this machine cannot make, one on its CPU.
 
     Classes are imported and made as the file says, as the command that trains does.
@@ -66,6 +67,7 @@ def configured_fit(path: str, model: Any = None, data: Any = None) -> Configured
         path: Of the file.
         model: The class of the model, where the file does not name it; what LightningCLI takes as ``model_class``.
         data: The same for the datamodule.
+        one_process: Whether the Trainer is to be one of a single process, whatever the file asks for.
 
     Raises:
         ConfigurationError: If the file describes no fit, or one that cannot be made.
@@ -75,7 +77,7 @@ def configured_fit(path: str, model: Any = None, data: Any = None) -> Configured
     described = _described(path, model, data)
     of_trainer: dict[str, Any] = described.get("trainer") or {}
     errors: list[BaseException] = []
-    for settings in ({}, _HERE):
+    for settings in (_ONE_PROCESS if one_process else {}, _HERE):
         for namespace in ("pytorch_lightning", "lightning.pytorch"):
             if namespace == "lightning.pytorch" and find_spec("lightning") is None:
                 continue

@@ -20,7 +20,8 @@ FileNote: TypeAlias = Literal["dead channels", "warming up", "counters", "weight
 """What may be meant so."""
 
 RECALIBRATE = (
-    "Recalibrate: recalibrate_checkpoint(model, 'in.ckpt', batches, out='out.ckpt') of lightning_bn.functional"
+    "Recalibrate: lightning-bn recalibrate --config train.yaml --ckpt_path in.ckpt --out out.ckpt, or in Python "
+    "recalibrate_checkpoint"
 )
 _NO_BATCH = "Was there a batch of this task? If not, leave it out of tasks."
 _WARM_BELOW = 0.01
