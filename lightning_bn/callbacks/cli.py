@@ -137,8 +137,14 @@ def recalibrated(
     once = _Once([str(ckpt_path), *others], str(out), step, rule, options)
     trainer.callbacks, trainer.loggers = [once], []  # type: ignore[attr-defined]
     trainer.num_sanity_val_steps = 0
+    # Whatever the file says of how long to train: it ends before the first batch.
+    trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 1, -1
     trainer.fit(model, datamodule=datamodule)
-    assert once.done is not None
+    if once.done is None:
+        raise MisconfigurationException(
+            "recalibrate: the Trainer has no batch to train on: look at limit_train_batches, overfit_batches and "
+            "train_dataloader."
+        )
     return once.done
 
 

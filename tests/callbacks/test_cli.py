@@ -163,3 +163,16 @@ def test_it_is_a_subcommand_in_both_namespaces(namespace: str, capsys: pytest.Ca
 def test_the_other_subcommands_do_what_they_did(trained: Path) -> None:
     cli = run("validate", "--config", trained / "train.yaml", "--ckpt_path", trained / "in.ckpt")
     assert "validated" in cli.trainer.callback_metrics
+
+
+@pytest.mark.parametrize("setting", [{"max_epochs": 0}, {"max_steps": 0}, {"max_epochs": -1}, {"fast_dev_run": True}])
+def test_how_long_the_file_trains_does_not_matter(trained: Path, tmp_path: Path, setting: dict[str, Any]) -> None:
+    config = written(tmp_path, **setting)
+    recalibrate(trained, tmp_path / "out.ckpt", config=config)
+    assert_precise(read(tmp_path / "out.ckpt")["state_dict"], batches=1 if "fast_dev_run" in setting else 6)
+
+
+def test_a_file_that_trains_on_no_batch_is_refused_by_name(trained: Path, tmp_path: Path) -> None:
+    with pytest.raises(MisconfigurationException, match="limit_train_batches"):
+        recalibrate(trained, tmp_path / "out.ckpt", config=written(tmp_path, limit_train_batches=0))
+    assert not (tmp_path / "out.ckpt").exists()

@@ -9,11 +9,13 @@ from typing import Any
 from torch.nn.modules.batchnorm import _BatchNorm
 from typing_extensions import Self
 
-from lightning_bn.functional.freezing.memory_efficient import memory_efficient
+from lightning_bn.functional.freezing.memory_efficient import Constants, memory_efficient
 from lightning_bn.functional.layers.overlay import Overlay, put_before, take_away
 from lightning_bn.functional.layers.torch_private import attributes_of
 
 PIN = "_lightning_bn_pin"
+FUNCTION = "freeze_batch_norm"
+"""Who freezes where no session does: ``weight`` and ``bias`` require no gradient then."""
 
 
 @dataclass(frozen=True)
@@ -34,20 +36,24 @@ class Pin:
     constant_for: tuple[str, ...] = ()
 
 
-def pin_in_eval(layer: _BatchNorm, owner: str, like: _BatchNorm | None = None, *, constant: bool = False) -> None:
+def pin_in_eval(
+    layer: _BatchNorm, owner: str, like: _BatchNorm | None = None, *, constant: bool | None = False
+) -> None:
     """Put a layer into eval mode, where it stays through any ``.train()`` until all its owners have released it.
 
     Args:
         layer: Which.
         owner: Who asks.
         like: A pinned layer in whose place it is: it then goes back to the mode that this one would.
-        constant: Whether its ``weight`` and ``bias`` are constants too for this owner.
+        constant: Whether its ``weight`` and ``bias`` are constants too for this owner; None leaves that as it is.
     """
     put_before(layer, _PinnedInEval)
     attributes = attributes_of(layer)
     found = None if like is None else attributes_of(like).get(PIN)
     found = found or Pin((), layer.training, layer.training)
-    pin = _without(attributes.get(PIN) or replace(found, owners=(), constant_for=()), owner)
+    before = attributes.get(PIN) or replace(found, owners=(), constant_for=())
+    pin = _without(before, owner)
+    constant = owner in before.constant_for if constant is None else constant
     constant_for = (*pin.constant_for, owner) if constant else pin.constant_for
     attributes[PIN] = replace(pin, owners=(*pin.owners, owner), constant_for=constant_for)
     layer.training = False
@@ -91,9 +97,11 @@ def _without(pin: Pin, owner: str) -> Pin:
     return replace(pin, owners=owners, constant_for=constant_for)
 
 
-def _is_constant(layer: _BatchNorm) -> bool:
+def _constants_of(layer: _BatchNorm) -> Constants:
     pin = layer.__dict__.get(PIN)
-    return pin is not None and bool(pin.constant_for)
+    if pin is None or not pin.constant_for:
+        return Constants.NONE
+    return Constants.WITHOUT_GRADIENTS if pin.constant_for == (FUNCTION,) else Constants.WITH_ZEROS
 
 
 class _PinnedInEval(Overlay):
@@ -106,7 +114,7 @@ class _PinnedInEval(Overlay):
 
     @classmethod
     def above(cls, forward: Callable[..., Any]) -> type[Overlay]:
-        return type(cls.__name__, (cls,), {"forward": memory_efficient(forward, _is_constant)})
+        return type(cls.__name__, (cls,), {"forward": memory_efficient(forward, _constants_of)})
 
     def train(self, mode: bool = True) -> Self:
         super().train(mode)

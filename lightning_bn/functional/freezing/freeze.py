@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional.freezing.eval_mode import PIN, let_affine_train, pin_in_eval, release
+from lightning_bn.functional.freezing.eval_mode import FUNCTION, PIN, let_affine_train, pin_in_eval, release
 from lightning_bn.functional.freezing.proof import FreezeProof
 from lightning_bn.functional.freezing.what_can_be_frozen import (
     are_constants,
@@ -21,7 +21,6 @@ from lightning_bn.functional.layers.selection import LayerSelection
 from lightning_bn.functional.layers.status import layer_status, update_status
 from lightning_bn.functional.layers.torch_private import attributes_of
 
-_OWNER = "freeze_batch_norm"
 _REQUIRED_GRAD = "_lightning_bn_required_grad"
 _ATTRIBUTES = ("training", _REQUIRED_GRAD, PIN)
 
@@ -57,8 +56,7 @@ def freeze_batch_norm(
         stats: Whether to freeze the running statistics.
         affine: Whether to freeze ``weight`` and ``bias``.
         memory_efficient: Whether the layers keep nothing of their inputs for the backward, which takes both to be
-            frozen, by one call; None for wherever they are. What they give is the same, bit for bit; a parameter that
-            requires a gradient nevertheless gets zeros.
+            frozen, by one call; None for wherever they are. What they give is the same, bit for bit.
 
     Raises:
         SelectionError: As for ``batch_norm_layers``; under ``stats`` also if a selected layer has no running
@@ -83,7 +81,7 @@ def freeze_batch_norm(
         warn_of_initial_statistics(layers)
     restore = _as_found(layers)
     try:
-        freeze_layers(layers, stats=stats, affine=affine, constant=constant)
+        freeze_layers(layers, stats=stats, affine=affine, constant=constant if affine else None)
     except BaseException:
         restore()
         raise
@@ -157,14 +155,14 @@ def frozen_batch_norm(
         warn_of_initial_statistics(layers, stacklevel=4)  # past contextlib's frame
     restore = _as_found(layers)
     try:
-        freeze_layers(layers, stats=stats, affine=affine, constant=constant)
+        freeze_layers(layers, stats=stats, affine=affine, constant=constant if affine else None)
         yield FreezeProof.of(layers, stats=stats, affine=affine)
     finally:
         restore()
 
 
 def freeze_layers(
-    layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, owner: str = _OWNER, constant: bool = False
+    layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, owner: str = FUNCTION, constant: bool | None = None
 ) -> None:
     """Freeze layers that are already resolved; ``owner`` is who asks, and who has to unfreeze them."""
     if affine:
@@ -184,7 +182,7 @@ def freeze_layers(
 
 
 def unfreeze_layers(
-    layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, owner: str = _OWNER, parent_trains: bool = False
+    layers: Mapping[str, _BatchNorm], *, stats: bool, affine: bool, owner: str = FUNCTION, parent_trains: bool = False
 ) -> tuple[str, ...]:
     """Unfreeze layers that ``owner`` froze, as far as nobody else did; return the names of those changed."""
     requires_grad: dict[nn.Parameter, bool] = {}

@@ -61,6 +61,9 @@ def drop_zero_gradients(parameters: Iterable[nn.Parameter]) -> None:
                 parameter.grad = None
 
 
+_BLOCKED = "_lightning_bn_blocked"
+
+
 class _ZeroGradient(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, parameter: Tensor) -> Tensor:
@@ -77,4 +80,11 @@ class _ZeroGradient(torch.autograd.Function):
 
 
 def _zero_gradient(parameter: Tensor) -> Tensor:
-    return _ZeroGradient.apply(parameter)  # type: ignore[no-untyped-call,no-any-return]
+    blocked: Tensor = _ZeroGradient.apply(parameter)  # type: ignore[no-untyped-call]
+    setattr(blocked, _BLOCKED, True)
+    return blocked
+
+
+def is_blocked(tensor: Tensor) -> bool:
+    """Whether a tensor is in the place of a parameter whose gradients are blocked."""
+    return hasattr(tensor, _BLOCKED)

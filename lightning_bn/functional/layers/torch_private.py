@@ -64,9 +64,10 @@ def may_run_again() -> bool:
 
 
 def is_transformed() -> bool:
-    """Whether what runs now is traced, or transformed by torch.func or forward-mode differentiation."""
+    """Whether what runs now is traced, exported, or transformed by torch.func or forward-mode differentiation."""
     return (
         torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
+        or torch.compiler.is_exporting()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )

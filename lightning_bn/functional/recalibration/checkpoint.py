@@ -165,17 +165,29 @@ def _averages(
     Raises:
         ValueError: If a file does not fit the model, or if whole numbers differ.
     """
-    sums = {name: first[name].double() for name in (first.names if others else ()) if isinstance(first[name], Tensor)}
+    tensors = {name: first[name] for name in (first.names if others else ()) if isinstance(first[name], Tensor)}
+    # Of whole numbers there is no average; what is tied stays so.
+    averaged = {name: one for name, one in tensors.items() if one.is_floating_point() or one.is_complex()}
+    ids = {name: (one.data_ptr(), one.shape, one.stride(), one.dtype) for name, one in averaged.items()}
+    alone = {key: name for name, key in reversed(ids.items())}
+    sums = {name: _wide(averaged[name]) for name in alone.values()}
     for path in others:
         entry = read_checkpoint(path).entry(wanted, of, **choice)
-        for name in sums:
-            if not first[name].is_floating_point() and not torch.equal(first[name], entry[name]):
+        for name in tensors.keys() - averaged.keys():
+            if not torch.equal(tensors[name], entry[name]):
                 raise ValueError(
-                    f"{path.name}: {name!r} holds whole numbers ({first[name].dtype}) that are not those of the first "
-                    f"file, and have no average. Are these checkpoints of one model?"
+                    f"{path.name}: {name!r} holds whole numbers ({tensors[name].dtype}) that are not those of the "
+                    f"first file, and have no average. Are these checkpoints of one model?"
                 )
-            sums[name] += entry[name]
-    return {name: (total / (1 + len(others))).to(first[name].dtype) for name, total in sums.items()}
+        for name, total in sums.items():
+            total.add_(entry[name])
+    averages = {name: (total / (1 + len(others))).to(averaged[name].dtype) for name, total in sums.items()}
+    return {name: averages[alone[key]] for name, key in ids.items()}
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    """A copy in double precision."""
+    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64, copy=True)
 
 
 def _load(model: nn.Module, entry: FileEntry) -> None:

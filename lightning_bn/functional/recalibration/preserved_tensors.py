@@ -43,10 +43,11 @@ def preserved_tensors(modules: Mapping[nn.Module, str], also: Collection[dict[st
     finally:
         moved = parameters.put_back()
         buffers.put_back()
+        # Before the gradients: one fits its weight only in the form that this had.
+        moved |= copies.put_back()
         for weight, gradient in zip(weights.values(), gradients, strict=True):
             if weight.grad is not gradient:
                 weight.grad = gradient
-        moved |= copies.put_back()
     trained = [
         f"{prefix}.{name}".removeprefix(".")
         for prefix, own in (zip(modules.values(), parameters.each(), strict=True) if moved else ())

@@ -1,7 +1,6 @@
 """A frozen layer keeps nothing of its input for the backward, and gives what torch's layer in evaluation gives."""
 
 import copy
-import gc
 import io
 import itertools
 import pickle
@@ -26,9 +25,7 @@ from lightning_bn.functional import (
     frozen_batch_norm,
     unfreeze_batch_norm,
 )
-from lightning_bn.functional.freezing import memory_efficient
 from lightning_bn.functional.freezing.freeze import freeze_layers, unfreeze_layers
-from lightning_bn.functional.freezing.memory_efficient import RENEW_EVERY
 from tests.models import BatchNormAct2d, SmallResNet, bits, fill_statistics, images, seeded, warmed
 
 
@@ -89,20 +86,27 @@ def leaf(*shape: int, **arguments: Any) -> Tensor:
     return batch(*shape, **arguments).requires_grad_()
 
 
+def freeze_for_a_session(layer: Any) -> None:
+    """Freeze as a session does, which keeps ``requires_grad`` and drops the gradients before the step."""
+    required = [parameter.requires_grad for parameter in layer.parameters()]
+    freeze_layers(batch_norm_layers(layer), stats=True, affine=True, owner="a session", constant=True)
+    for parameter, one in zip(layer.parameters(), required, strict=True):
+        parameter.requires_grad_(one)
+
+
 def by_hand(layer: Any) -> Any:
     """A copy in eval mode."""
     return copy.deepcopy(layer).eval()
 
 
 def kept(run: Callable[[], Tensor], model: nn.Module) -> int:
-    """Bytes of storages that are kept for the backward, beside parameters, buffers and the scale of a layer."""
+    """Bytes of storages that are kept for the backward, beside those of the model's parameters and buffers."""
     own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    scale = max(layer.num_features for layer in batch_norm_layers(model).values()) * 4
     found: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own and storage.nbytes() > scale:
+        if storage.data_ptr() not in own:
             found[storage.data_ptr()] = storage.nbytes()
         return tensor
 
@@ -150,9 +154,8 @@ def test_values_and_gradients_have_the_bits_of_torchs_layer_in_evaluation(
 ) -> None:
     for shape, last, required in itertools.product(SHAPES[kind], (False, True), (False, True)):
         layer = layer_of(kind, shape[1], affine=affine).to(of_layer)
-        expected = by_hand(layer)
-        freeze_batch_norm(layer)
-        layer.requires_grad_(required)
+        expected = by_hand(layer.requires_grad_(required))
+        freeze_for_a_session(layer)
         x = batch(*shape, dtype=dtype)
         x = x.to(memory_format=CHANNELS_LAST[x.dim()]) if last and x.dim() in CHANNELS_LAST else x
         assert_same_bits(pulled_back(layer.train(), x), pulled_back(expected, x))
@@ -195,10 +198,68 @@ def test_a_gradient_penalty_is_that_of_torchs_layer(dtype: torch.dtype) -> None:
     torch.testing.assert_close(*found)
 
 
+@pytest.mark.parametrize("last", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_gradients_of_any_layout_give_the_layout_that_torchs_layer_gives(dtype: torch.dtype, last: bool) -> None:
+    layer = layer_of()
+    expected = by_hand(layer)
+    freeze_batch_norm(layer)
+    for form in (torch.contiguous_format, torch.channels_last):
+        for reduce in (Tensor.sum, lambda y: y.mean((2, 3)).square().sum(), lambda y: y.flatten(1).square().sum()):
+            found = []
+            for one in (layer, expected):
+                x = leaf(dtype=dtype).detach().contiguous(memory_format=form).requires_grad_()
+                reduce(one(x).transpose(2, 3) if last else one(x)).backward()
+                found.append([x.grad])
+            assert_same_bits(*found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("shape", [(0, 5, 7, 6), (4, 5, 0, 6)])
+def test_an_empty_batch_has_an_empty_gradient(dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    # As a region head without proposals.
+    for affine in (True, False):
+        layer = layer_of(affine=affine)
+        freeze_batch_norm(layer)
+        x = leaf(*shape, dtype=dtype)
+        layer(x).sum().backward()
+        assert x.grad.shape == shape
+
+
+def test_gradients_of_several_outputs_at_once_are_those_of_torchs_layer() -> None:
+    for dtype in (torch.float32, torch.bfloat16):
+        layer = layer_of()
+        expected = by_hand(layer).requires_grad_(False)
+        freeze_batch_norm(layer)
+        found = []
+        for one in (layer, expected):
+            x = leaf(2, 5, 3, 3, dtype=dtype)
+            y = one(x)
+            many = batch(3, *y.shape, seed=2, dtype=dtype)
+            found += torch.autograd.grad(y, x, many, is_grads_batched=True)
+        torch.testing.assert_close(*found)
+
+
+class WithoutBias(nn.BatchNorm2d):
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        del self.bias
+
+    def forward(self, layer: Tensor) -> Tensor:
+        return F.batch_norm(layer, self.running_mean, self.running_var, self.weight, None, self.training, 0.1, self.eps)
+
+
+def test_a_layer_without_a_bias_attribute_and_with_any_name_for_its_input() -> None:
+    layer: Any = WithoutBias(5)
+    layer.running_var.mul_(2)
+    layer.running_mean.add_(1)
+    freeze_batch_norm(layer)
+    assert kept(partial(layer, layer=leaf()), layer) == 0
+
+
 def test_a_gradient_penalty_gives_weight_and_bias_zeros_too() -> None:
     layer = layer_of()
-    freeze_batch_norm(layer)
-    layer.requires_grad_()
+    freeze_for_a_session(layer)
     x = leaf()
     (gradient,) = torch.autograd.grad(layer(x).square().sum(), x, create_graph=True)
     gradient.square().sum().backward()
@@ -274,8 +335,7 @@ def test_a_forward_that_normalizes_with_the_batch_still_does() -> None:
 def test_nothing_is_kept_for_the_backward(kind: Any, required: bool) -> None:
     layer = layer_of(kind)
     assert kept(lambda: layer.eval()(leaf()), layer) > 0
-    freeze_batch_norm(layer.train())
-    layer.requires_grad_(required)
+    freeze_for_a_session(layer.train().requires_grad_(required))
     assert kept(lambda: layer(leaf()), layer) == 0
     if required:
         assert kept(lambda: layer(batch()), layer) == 0
@@ -347,6 +407,59 @@ def test_frozen_statistics_alone_leave_the_gradients_of_weight_and_bias() -> Non
     wanted = of_parameters(by_hand(layer))
     freeze_batch_norm(layer, affine=False)
     assert of_parameters(layer) == wanted
+
+
+def test_weight_and_bias_that_require_a_gradient_again_get_it() -> None:
+    # As freeze_batch_norm says: nobody drops these gradients, and zeros would have weight decay move the parameters.
+    layer = layer_of()
+    wanted = of_parameters(by_hand(layer))
+    freeze_batch_norm(layer)
+    layer.requires_grad_()
+    assert of_parameters(layer) == wanted
+
+
+def test_statistics_frozen_again_leave_the_layer_as_efficient_as_it_was() -> None:
+    layer = layer_of()
+    freeze_batch_norm(layer)
+    freeze_batch_norm(layer, affine=False)
+    assert kept(lambda: layer(leaf()), layer) == 0
+    freeze_batch_norm(layer, memory_efficient=False)
+    assert kept(lambda: layer(leaf()), layer) > 0
+
+
+class Conditional(nn.BatchNorm2d):
+    """Weights of its own and of another layer's, which trains."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.embedding = nn.Embedding(3, channels)
+
+    def forward(self, input: Tensor) -> Tensor:
+        weight = self.weight + self.embedding(torch.tensor(1))
+        return F.batch_norm(input, self.running_mean, self.running_var, weight, self.bias, self.training, 0.1, self.eps)
+
+
+@pytest.mark.parametrize("freeze", [freeze_batch_norm, freeze_for_a_session])
+def test_what_a_layer_computes_its_weights_of_trains(freeze: Callable[[Any], Any]) -> None:
+    layer = layer_of(Conditional)
+    expected = by_hand(layer)
+    freeze(layer)
+    assert_same_bits(pulled_back(layer, batch()), pulled_back(expected, batch()))
+    assert bits(layer.embedding.weight.grad) == bits(expected.embedding.weight.grad)
+    assert expected.embedding.weight.grad.count_nonzero()
+
+
+@pytest.mark.parametrize("freeze", [freeze_batch_norm, freeze_for_a_session])
+def test_weights_that_functional_call_puts_there_get_their_gradient(freeze: Callable[[Any], Any]) -> None:
+    layer = layer_of()
+    expected = by_hand(layer)
+    freeze(layer)
+    found = []
+    for one in (layer, expected):
+        weight = (2 * torch.ones(5)).requires_grad_()
+        torch.func.functional_call(one, {"weight": 1 * weight}, (batch(),)).square().sum().backward()
+        found.append(weight.grad)
+    torch.testing.assert_close(*found)
 
 
 def test_weight_and_bias_get_gradients_when_no_owner_is_left_for_whom_they_are_constants() -> None:
@@ -429,7 +542,7 @@ def test_the_next_step_uses_values_that_were_written(write: str) -> None:
             layer.running_var.copy_(other.running_var)
             layer.weight.copy_(other.weight)
     elif write == "data":
-        # It leaves no version behind: noticed after a while.
+        # It leaves no version behind.
         layer.running_var.data.copy_(other.running_var)
         layer.weight.data.copy_(other.weight)
     elif write == "data of another":
@@ -440,51 +553,28 @@ def test_the_next_step_uses_values_that_were_written(write: str) -> None:
     else:
         layer.running_var = other.running_var.clone()
         layer.weight = nn.Parameter(other.weight.detach().clone(), False)
-    for _ in range(RENEW_EVERY if write == "data" else 1):
-        after = pulled_back(layer, batch())
+    after = pulled_back(layer, batch())
     assert_same_bits(after, pulled_back(other.eval(), batch()))
     assert bits(after[1]) != bits(before[1])
 
 
-def test_a_backward_is_that_of_the_values_that_its_forward_used() -> None:
+@pytest.mark.parametrize("value", ["running_var", "weight", "bias"])
+def test_what_is_written_between_forward_and_backward_is_an_error_where_it_is_one_with_torchs_layer(value: str) -> None:
     layer = layer_of()
-    wanted = pulled_back(by_hand(layer), batch())[1]
+    expected = by_hand(layer).requires_grad_(False)
     freeze_batch_norm(layer)
-    x = leaf()
-    y = layer(x)
-    layer.running_var.mul_(2)  # torch's layer would raise an error
-    y.backward(batch(seed=1))
-    assert bits(x.grad) == bits(wanted)
-
-
-def test_the_scale_of_a_layer_is_computed_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    computed = []
-    original = memory_efficient._compute_scale
-
-    def noting(*args: Any) -> Tensor:
-        computed.append(args)
-        return original(*args)
-
-    monkeypatch.setattr(memory_efficient, "_compute_scale", noting)
-    layer = layer_of()
-    freeze_batch_norm(layer)
-    for _ in range(RENEW_EVERY):
-        pulled_back(layer, batch())
-    assert len(computed) == 1
-    layer.eps *= 2
-    pulled_back(layer, batch())
-    assert len(computed) == 2
-
-
-def test_what_is_remembered_of_a_layer_goes_with_it() -> None:
-    layer = layer_of()
-    freeze_batch_norm(layer)
-    pulled_back(layer, batch())
-    assert layer in memory_efficient._scales
-    count = len(memory_efficient._scales)
-    del layer
-    gc.collect()
-    assert len(memory_efficient._scales) < count
+    said = []
+    for one in (layer, expected):
+        y = one(leaf())
+        with torch.no_grad():
+            getattr(one, value).mul_(2)
+        try:
+            y.sum().backward()
+        except RuntimeError as error:
+            said.append("modified by an inplace operation" in str(error))
+        else:
+            said.append(False)
+    assert said == [value != "bias"] * 2
 
 
 # copies, transformations, compilers
@@ -539,7 +629,11 @@ def test_a_frozen_network_is_compiled_as_one_graph(pair: tuple[Any, Any]) -> Non
     net, expected = pair
     compiled = torch.compile(net, backend="aot_eager", fullgraph=True)
     for required in (False, True):
-        net[1].requires_grad_(required)
+        unfreeze_batch_norm(net)
+        if required:
+            freeze_for_a_session(net[1].requires_grad_())
+        else:
+            freeze_batch_norm(net)
         found = []
         for one, run in ((net, compiled), (expected, expected)):
             one.zero_grad()
@@ -563,7 +657,8 @@ def test_traced_exported_and_scripted_it_is_torchs_layer(pair: tuple[Any, Any]) 
         made["scripted"] = torch.jit.script(net)
     if not isinstance(net[1], ActivationAfter):
         # What is no layer of torch's is traced through, in which torch's own check of the dimensions stands.
-        net[1].requires_grad_()
+        unfreeze_batch_norm(net)
+        freeze_for_a_session(net[1].requires_grad_())
         made["traced by fx"] = torch.fx.symbolic_trace(net)
     assert not [node for node in made["exported"].graph.nodes if "autograd" in str(node.target)]
     for name, one in made.items():
@@ -571,7 +666,6 @@ def test_traced_exported_and_scripted_it_is_torchs_layer(pair: tuple[Any, Any]) 
         if name in ("traced", "scripted"):
             torch.jit.save(one, io.BytesIO())
     assert kept(lambda: net[1](leaf()), net[1]) <= batch().untyped_storage().nbytes()
-    assert unfreeze_batch_norm(net) == ("1",)
 
 
 @pytest.mark.parametrize("reentrant", [False, True])
@@ -589,6 +683,41 @@ def test_checkpointed_activations_give_the_same_gradients(reentrant: bool) -> No
         found.append([bits(p.grad) for p in net.parameters() if p.grad is not None])
     assert found[0] == found[1]
     assert len(found[0]) > 4
+
+
+def test_a_policy_for_what_is_recomputed_sees_the_same_operators_every_time() -> None:
+    from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
+
+    def policy(context: Any, operator: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
+        kept_ones = operator is torch.ops.aten.add.Tensor
+        return CheckpointPolicy.MUST_SAVE if kept_ones else CheckpointPolicy.PREFER_RECOMPUTE
+
+    layer = layer_of()
+    expected = by_hand(layer).requires_grad_(False)
+    freeze_batch_norm(layer)
+    context = partial(create_selective_checkpoint_contexts, policy)
+    for _ in range(3):
+        found = []
+        for one in (layer, expected):
+            x = leaf()
+            checkpoint(
+                lambda x, one=one: x + one(x), x, use_reentrant=False, context_fn=context
+            ).square().sum().backward()
+            found.append([x.grad])
+        assert_same_bits(*found)
+
+
+def test_what_runs_on_fake_tensors_leaves_nothing_behind() -> None:
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    layer = layer_of()
+    wanted = pulled_back(by_hand(layer), batch())
+    freeze_batch_norm(layer)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        layer(leaf())
+    with torch.inference_mode(), torch.enable_grad():
+        layer(batch())
+    assert_same_bits(pulled_back(layer, batch()), wanted)
 
 
 def test_what_is_kept_may_lie_elsewhere_meanwhile() -> None:

@@ -625,6 +625,29 @@ def test_averages_keep_the_dtype_of_the_first_file(tmp_path: Path) -> None:
     assert {value.dtype for value in values} == {torch.float16}
 
 
+class Unusual(Net):
+    """Complex values, whole numbers beyond what a double holds, and a weight with two names."""
+
+    def __init__(self, value: float = 1.0) -> None:
+        super().__init__()
+        self.register_buffer("rotation", torch.full((2,), complex(value, -value)))
+        self.register_buffer("stamp", torch.tensor(2**60 + 1))
+        self.tied = next(self.parameters())
+
+
+def test_complex_values_are_averaged_whole_numbers_kept_and_tied_weights_stay_tied(tmp_path: Path) -> None:
+    paths = []
+    for value in (1.0, 3.0):
+        paths.append(tmp_path / f"{value}.pt")
+        torch.save(fill_statistics(Unusual(value)).state_dict(), paths[-1])
+    recalibrate_checkpoint(paths, Unusual(), batches(), tmp_path / "soup.pt")
+    soup = read(tmp_path / "soup.pt")
+    assert soup["rotation"].tolist() == [2 - 2j] * 2
+    assert soup["stamp"].item() == 2**60 + 1
+    names = [name for name, value in soup.items() if value.data_ptr() == soup["tied"].data_ptr()]
+    assert len(names) == 2
+
+
 class Indexed(Net):
     def __init__(self, start: int = 0) -> None:
         super().__init__()

@@ -15,7 +15,7 @@ from lightning_bn.functional._random import preserved_rng
 from lightning_bn.functional.layers.names import named_paths
 from lightning_bn.functional.recalibration.isolation import preserved_modes, run_as_written, set_modes_for_statistics
 from lightning_bn.functional.recalibration.preserved_tensors import preserved_tensors
-from tests.models import BatchNormAct2d, SmallResNet, fill_statistics, images, seeded
+from tests.models import BatchNormAct2d, SmallResNet, bits, fill_statistics, images, seeded
 from tests.oracle import everything, generators
 
 ROOT = Path(__file__).parents[3]
@@ -265,3 +265,18 @@ def test_trained_weight_that_a_forward_moves_is_an_error_and_nothing_is_changed(
     assert model[0].weight is weight
     assert torch.equal(weight, kept)
     assert take_snapshot(model).same_bits(before)
+
+
+@pytest.mark.parametrize(
+    "change", [lambda model: model.double(), lambda model: model.bfloat16(), lambda model: model.half()]
+)
+def test_a_forward_that_changes_the_form_of_weights_with_gradients_is_put_back(change):
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    net(torch.randn(8, 4)).sum().backward()
+    values = {name: bits(value) for name, value in net.state_dict().items()}
+    gradients = [parameter.grad for parameter in net.parameters()]
+    with pytest.raises(WeightsMovedError, match=r"trained weights '0\.weight'"):
+        recalibrate(net, [torch.randn(8, 4)], forward=lambda model, x: (model(x), change(model[0])))
+    assert {name: bits(value) for name, value in net.state_dict().items()} == values
+    assert all(parameter.grad is one for parameter, one in zip(net.parameters(), gradients, strict=True))
