@@ -73,8 +73,9 @@ def recorded() -> Iterator[io.StringIO]:
 
 
 def lines(text: str) -> list[str]:
-    """Lines without what differs between machines: numbers and widths."""
-    return [re.sub(r"[ ━─]+", " ", NUMBER.sub("#", line)).strip() for line in text.splitlines() if line.strip()]
+    """Lines without what differs between machines: numbers, widths and small curves."""
+    masked = re.sub(r"[▁▂▃▄▅▆▇█]+", "▁", re.sub(r"[ ━─]+", " ", NUMBER.sub("#", text)))
+    return [line.strip() for line in masked.splitlines() if line.strip()]
 
 
 def check(block: Block, page: Path | str) -> dict[str, Any]:
