@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 FENCE = re.compile(
-    r"^(?:<!-- not executed: (?P<reason>[^\n]+?) -->\n+)?"
+    r"^(?:<!-- (?:not executed: (?P<reason>[^\n]+?)|(?P<shared>begins every block below)) -->\n+)?"
     r"```python *\n(?P<code>.*?)^```[ \t]*$"
     r"(?:\n+(?:[A-Z][^\n`]*:\n\n)?```text\n(?P<printed>.*?)^```[ \t]*$)?",
     re.M | re.S,
@@ -32,11 +32,14 @@ def blocks(text: str) -> list[Block]:
     """The ```python blocks of a page in their order.
 
     With the line each begins at, why it is not executed, if so, and the ```text block that follows it: what it prints.
+    One that begins every block below is put before them, also before their lines, so that tracebacks have the page's.
     """
-    return [
-        Block(text.count("\n", 0, found.start("code")) + 1, found["code"], found["reason"], found["printed"])
-        for found in FENCE.finditer(text)
-    ]
+    found, shared = [], ""
+    for one in FENCE.finditer(text):
+        line = text.count("\n", 0, one.start("code")) + 1 - shared.count("\n")
+        found.append(Block(line, shared + one["code"], one["reason"], one["printed"]))
+        shared = one["code"] if one["shared"] else shared
+    return found
 
 
 def run(block: Block, page: Path | str) -> dict[str, Any]:
