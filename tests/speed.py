@@ -29,6 +29,7 @@ SLOW = (
     "tests/functional/doctor/test_healthy_models.py",
     "tests/functional/recalibration/test_architectures.py",
     "tests/test_alternatives.py",
+    "tests/test_figures.py",
     "tests/test_plotting.py",
 )
 

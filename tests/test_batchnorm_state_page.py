@@ -17,7 +17,7 @@ from torch import nn
 from lightning_bn.functional import freeze_batch_norm
 from tests.functional.layers.test_behavior import batch_of, build, observed
 from tests.models import warmed
-from tests.pages import blocks, recorded, run
+from tests.pages import blocks
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGE = DOCS / "batchnorm_state.md"
@@ -25,7 +25,6 @@ TEXT = PAGE.read_text(encoding="utf-8")
 TABLES = runpy.run_path(str(DOCS / "behavior_table.py"))
 ROWS = TABLES["rows"]()
 CLAIMS = TEXT.split("## Often read, and wrong")[1]
-PRINTING = [block for block in blocks(TEXT) if block.printed is not None and block.reason is None]
 [RANKS] = [block for block in blocks(TEXT) if block.reason == "needs two processes"]
 
 
@@ -93,13 +92,6 @@ def test_buffers_set_to_none_are_as_those_never_built(training):
     assert torch.equal(later(batch_of(2)), never(batch_of(2)))
 
 
-@pytest.mark.parametrize("block", PRINTING, ids=lambda block: f"line{block.line}")
-def test_a_block_prints_every_number_of_the_page(block):
-    with recorded() as stream:
-        run(block, PAGE)
-    assert [line.rstrip() for line in stream.getvalue().strip("\n").splitlines()] == block.printed.splitlines()
-
-
 def test_each_claim_has_a_block_of_its_own():
     parts = CLAIMS.split("\n### ")[1:]
     assert len(parts) >= 12
@@ -108,7 +100,7 @@ def test_each_claim_has_a_block_of_its_own():
 
 def test_results_by_hand_are_those_that_are_printed():
     by_hand = re.findall(r"\| ([\d.]+) \|$", TEXT.split("## The formula by hand")[1].split("```")[0], re.M)
-    printed = re.findall(r"\d+\.\d{4}", PRINTING[0].printed)
+    printed = re.findall(r"\d+\.\d{4}", blocks(TEXT)[0].printed)
     assert by_hand == printed
     assert len(printed) == 4
 

@@ -10,13 +10,16 @@ import pytorch_lightning
 import lightning_bn
 import lightning_bn.functional
 from lightning_bn.functional import MEASURES, SelectionError, batch_norm_layers
-from tests.pages import blocks, callbacks_of, check, configurations, lines, run
+from tests.pages import blocks, callbacks_of, check, configurations, lines, recorded, run
 
 DOCS = Path(__file__).parent.parent / "docs"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(DOCS.glob("*.md"))}
 README = (DOCS.parent / "README.md").read_text(encoding="utf-8")
 PAGE = DOCS / "reference" / "functional.md"
 CALLBACKS = DOCS / "reference" / "callbacks.md"
+#: Pages whose numbers are compared too: they depend on nothing but torch's random numbers.
+EXACT = ("batchnorm_state.md", "glossary.md")
+LINK = re.compile(r"\]\((\w+\.md(?:#[\w-]+)?)\)")
 ENTRY = re.compile(r"^::: (?P<module>\S+)\n    options:\n      members: \[(?P<members>[^\]]*)\]$", re.M)
 
 
@@ -53,6 +56,21 @@ def test_block_runs_and_prints_what_the_page_says(page, block, tmp_path, monkeyp
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("COLUMNS", "120")
     check(block, DOCS / page)
+
+
+@pytest.mark.parametrize(
+    ("page", "block"),
+    [
+        pytest.param(page, block, id=f"{page}-{block.line}")
+        for page in EXACT
+        for block in blocks(PAGES[page])
+        if block.printed is not None and block.reason is None
+    ],
+)
+def test_block_prints_every_number_of_the_page(page, block):
+    with recorded() as stream:
+        run(block, DOCS / page)
+    assert [line.rstrip() for line in stream.getvalue().strip("\n").splitlines()] == block.printed.splitlines()
 
 
 @pytest.mark.parametrize(
@@ -118,3 +136,29 @@ def test_accuracies_on_the_cards_are_those_of_the_readme():
         sentences = re.sub(r"\s+", " ", re.sub(r"^\|.*$", "", PAGES[page], flags=re.M))
         for number in re.findall(r"\b(\d+\.\d) %", sentences):
             assert number in README
+
+
+@pytest.mark.parametrize("sought", ["quickstart", "install", "safetensors", "progress bar", "multi-task", "fabric"])
+def test_who_searches_finds_a_page(sought):
+    assert any(sought in re.sub(r"\s+", " ", text).lower() for text in PAGES.values())
+
+
+def test_every_page_can_be_reached():
+    nav = (DOCS.parent / "mkdocs.yml").read_text(encoding="utf-8").split("\nnav:\n")[1].split("\n\n")[0]
+    listed = re.findall(r": ([\w/]+\.md)$", nav, re.M)
+    pages = [page.relative_to(DOCS).as_posix() for page in DOCS.rglob("*.md")]
+    assert sorted(listed) == sorted(pages)
+    assert set(PAGES) - {"index.md"} <= {link.split("#")[0] for text in PAGES.values() for link in LINK.findall(text)}
+
+
+def test_the_glossary_has_ten_words():
+    words = re.findall(r"^\| \*\*([\w, ]+)\*\* \|", PAGES["glossary.md"], re.M)
+    assert len(words) == len(set(words)) == 10
+
+
+def test_pictures_of_the_pages_are_drawn_by_somebody():
+    shown = {name for text in PAGES.values() for name in re.findall(r"\]\(images/(\w+)\.png\)", text)}
+    scripts = [DOCS / "figures.py", *(DOCS.parent / "examples").glob("*/*.py")]
+    assert shown == {image.stem for image in (DOCS / "images").glob("*.png")}
+    drawn = "".join(script.read_text(encoding="utf-8") for script in scripts)
+    assert {name for name in shown if name not in drawn} == set()
