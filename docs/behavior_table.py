@@ -15,8 +15,10 @@ from torch import nn
 from lightning_bn.functional import LayerBehavior, describe
 
 PAGE = Path(__file__).parent / "batchnorm_state.md"
-STATES = "`.training`", "built with `track_running_stats`", "the flag now", "`momentum`"
+STATES = "mode", "built", "flag", "momentum"
 VALUES: tuple[Sequence[object], ...] = (True, False), (True, False), (True, False), (0.1, None, 0)
+WORDS: tuple[dict[object, str], ...]
+WORDS = {True: "train", False: "eval"}, {True: "on", False: "off"}, {True: "on", False: "off"}, {}
 MOVES = {"exponential": "move by 0.1", "cumulative": "average all batches equally", "none": "do not move"}
 
 
@@ -80,17 +82,14 @@ def merged(found: Sequence[Row], attribute: int) -> list[Row]:
 
 def behavior_table() -> str:
     """What a forward does, by the state of the layer."""
-    heading = (*STATES, "normalizes with", "running statistics", "`num_batches_tracked`")
-    lines = [
-        [*(cell(values, all_of) for values, all_of in zip(row.state, VALUES, strict=True)), *row.outcome]
-        for row in rows()
-    ]
+    heading = (*STATES, "normalizes with", "running statistics", "counter")
+    lines = [[*map(cell, row.state, VALUES, WORDS), *row.outcome] for row in rows()]
     return markdown(heading, lines)
 
 
-def cell(values: Sequence[object], all_of: Sequence[object]) -> str:
+def cell(values: Sequence[object], all_of: Sequence[object], words: dict[object, str]) -> str:
     """The values of an attribute that a line stands for."""
-    return "any" if len(values) == len(all_of) else ", ".join(f"`{value}`" for value in values)
+    return "any" if len(values) == len(all_of) else ", ".join(words.get(value, str(value)) for value in values)
 
 
 def affine_states() -> list[tuple[bool, bool, bool]]:
@@ -111,11 +110,9 @@ def affine_table() -> str:
         layer = affine_layer(training, affine, requires_grad)
         [behavior] = describe(layer)
         trains = "train" if behavior.affine_trainable else "do not train" if behavior.affine else "there are none"
-        flag = f"`{requires_grad}`" if affine else "–"
-        lines.append([f"`{training}`", f"`{affine}`", flag, trains, moves(layer, behavior)])
-    return markdown(
-        ("`.training`", "built with `affine`", "`requires_grad`", "`weight`, `bias`", "running statistics"), lines
-    )
+        flag = str(requires_grad) if affine else "–"
+        lines.append([WORDS[0][training], "on" if affine else "off", flag, trains, moves(layer, behavior)])
+    return markdown(("mode", "affine", "requires grad", "weight, bias", "running statistics"), lines)
 
 
 def markdown(heading: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

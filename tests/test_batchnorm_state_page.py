@@ -72,10 +72,10 @@ def test_torch_does_what_the_row_says(dim, state, outcome):
     assert counter == ("there is none" if counted is None else f"+{int(layer.num_batches_tracked) - counted}")
 
 
-@pytest.mark.parametrize("line", table("`.training` | built with `affine`"), ids=str)
+@pytest.mark.parametrize("line", table("mode | affine"), ids=str)
 def test_weight_and_bias_do_what_the_row_says(line):
-    training, affine, requires_grad, parameters, moves = (cell.strip("`") for cell in line)
-    layer = build(2, training=training == "True", affine=affine == "True", momentum=0.1)
+    training, affine, requires_grad, parameters, moves = line
+    layer = build(2, training=training == "train", affine=affine == "on", momentum=0.1)
     layer.requires_grad_(requires_grad == "True")
     x, before = batch_of(2).requires_grad_(), layer.running_mean.clone()
     layer(x).square().sum().backward()
@@ -204,3 +204,11 @@ def test_nothing_is_sent_without_broadcast_buffers(tmp_path):
     assert code != RANKS.code
     means = re.findall(r"\d+\.\d", means_of_rank_1(code, tmp_path))
     assert means == ["0.0"] + ["11.0"] * 8
+
+
+@pytest.mark.parametrize(("training", "buffers"), [(True, True), (True, False), (False, False)])
+def test_one_value_per_channel_is_an_error_wherever_the_batch_normalizes(training, buffers):
+    assert "A layer that normalizes with the batch needs more than one value per channel" in TEXT
+    with pytest.raises(ValueError, match="more than 1 value per channel"):
+        build(1, training=training, buffers=buffers)(batch_of(1, batch=1))
+    build(1, training=False)(batch_of(1, batch=1))
