@@ -135,7 +135,7 @@ class Losses(Callback):
 def validation_curve(seeds: Sequence[int] = range(3)) -> Figure:
     """Training loss and validation accuracy of the main example, with and without precise statistics."""
     settings = [setting for setting in lagging.SETTINGS if setting.name != "many small updates"]
-    figure = Figure(figsize=(10, 6.4), layout="constrained")
+    figure = Figure(figsize=(7, 5.6), layout="constrained")
     (losses, accuracies) = figure.subplots(2, len(settings), sharex=True, sharey="row", height_ratios=(2, 3))
     for column, setting in enumerate(settings):
         for label, color, precise in (("moving average", MOVES, False), ("PreciseBatchNorm", STAYS, True)):
@@ -146,7 +146,7 @@ def validation_curve(seeds: Sequence[int] = range(3)) -> Figure:
                 axes.plot(epochs, [*zip(*curves, strict=True)], color=color, linewidth=0.8, alpha=0.5, linestyle=style)
                 mean = [fmean(values) for values in zip(*curves, strict=True)]
                 axes.plot(epochs, mean, color=color, linewidth=3, linestyle=style, label=label)
-        losses[column].set_title(f"{setting.name} ({setting.details()})", fontsize=12)
+        losses[column].set_title(f"{setting.name}\n({setting.details()})", fontsize=12)
         accuracies[column].set(xlabel="epoch", xticks=epochs, ylim=(0, 104))
     losses[0].set(ylabel="training loss", ylim=(0, None))
     accuracies[0].set_ylabel("validation accuracy, %")
