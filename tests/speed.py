@@ -31,6 +31,7 @@ SLOW = (
     "tests/test_alternatives.py",
     "tests/test_figures.py",
     "tests/test_plotting.py",
+    "tests/test_recipes.py",
 )
 
 

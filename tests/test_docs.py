@@ -163,7 +163,11 @@ def test_pictures_of_the_pages_are_drawn_by_somebody():
     drawn = "".join(script.read_text(encoding="utf-8") for script in scripts)
     assert {name for name in shown if name not in drawn} == set()
 def test_every_number_of_the_multi_task_guide_was_printed_by_a_command():
-    printed = README + PAGES["tasks.md"] + (DOCS.parent / "benchmarks" / "README.md").read_text(encoding="utf-8")
+    printed = (
+        README
+        + PAGES["tasks.md"]
+        + (DOCS.parent / "examples" / "digits_multitask" / "README.md").read_text(encoding="utf-8")
+    )
     page = re.sub(r"^```.*?^```", "", PAGES["multi_task.md"], flags=re.M | re.S)
     rows = [re.findall(r"\b\d+\.\d\b", line) for line in page.splitlines() if line.startswith("|")]
     assert sum(len(row) >= 2 for row in rows) == 8

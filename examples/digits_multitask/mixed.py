@@ -1,21 +1,17 @@
 """Two tasks through one backbone: their images one after the other, or together in one forward.
 
-The main example's network, data and settings. In turn, each half of a step is normalized with the statistics of its own
-task, and the moving average describes neither. Together, training normalizes with those of the mixture, and the moving
-average is of the same mixture.
+Network, data and settings are those of experiment 3. In turn, each half of a step is normalized with the statistics of
+its own task, and the moving average describes neither. Together, training normalizes with those of the mixture, and the
+moving average is of the same mixture.
 """
 
 import argparse
-import sys
-from pathlib import Path
 from statistics import fmean
 
 import torch
 from pytorch_lightning import seed_everything
 from torch import Tensor
 from torch.nn.functional import cross_entropy
-
-sys.path.insert(0, str(Path(__file__).parent.parent / "examples" / "digits_multitask"))
 
 from alternating import EPOCHS, TASKS, last
 from data import DigitsData
