@@ -162,6 +162,8 @@ def test_pictures_of_the_pages_are_drawn_by_somebody():
     assert shown == {image.stem for image in (DOCS / "images").glob("*.png")}
     drawn = "".join(script.read_text(encoding="utf-8") for script in scripts)
     assert {name for name in shown if name not in drawn} == set()
+
+
 def test_every_number_of_the_multi_task_guide_was_printed_by_a_command():
     printed = (
         README
