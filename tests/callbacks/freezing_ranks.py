@@ -13,12 +13,14 @@ from torch import Tensor
 
 import lightning_bn
 from lightning_bn import BatchNormFreezer
+from lightning_bn.functional.freezing import memory_efficient
 from tests.callbacks.freezing_fits import BATCHES, PretrainedClassifier, adamw, freezer, loader, trainer_of, values
 from tests.callbacks.test_freezer_by_task import BY_TASK, MultiTask, batch_of, loader_of
 from tests.models import bits
 from tests.ranks import take_part
 
 WORLD = 2
+memory_efficient.LEAST = 0  # the layers here are small
 
 
 class Processes(ClusterEnvironment):

@@ -12,6 +12,11 @@ from tests.callbacks.freezing_fits import BODY, PretrainedClassifier, adamw, fit
 from tests.callbacks.test_freezer import ManuallyClipped
 
 
+@pytest.fixture(autouse=True)
+def _small_inputs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_bn.functional.freezing.memory_efficient.LEAST", 0)
+
+
 class Noting(PretrainedClassifier):
     """Notes every loss, and the bytes that the backward of the step keeps beside parameters and buffers."""
 

@@ -22,13 +22,16 @@ from lightning_bn.functional.layers.torch_private import TORCHS_FORWARDS, buffer
 
 Forward = Callable[..., Any]
 
+LEAST = 2**14
+"""Values that an input has at least: of fewer there is nothing to save, and the layer's own forward is faster."""
+
 
 def memory_efficient(forward: Forward, constants_of: Callable[[_BatchNorm], Constants]) -> FunctionType:
     """Return a forward of a class of layers that runs ``forward``, and keeps nothing of its input where that is right.
 
-    Where it is not, or not needed, ``forward`` runs as it is: without gradients, in train mode, without running
-    statistics, where ``weight`` or ``bias`` are to get gradients, while it is traced, exported or scripted, and in what
-    torch.func and forward mode transform.
+    Where it is not, or not needed, ``forward`` runs as it is: for small inputs, without gradients, in train mode,
+    without running statistics, where ``weight`` or ``bias`` are to get gradients, while it is traced, exported or
+    scripted, and in what torch.func and forward mode transform.
 
     Args:
         forward: The class's own.
@@ -71,7 +74,7 @@ def _needed(layer: _BatchNorm, given: tuple[Any, ...]) -> bool:
         return False
     # Plain loops: this runs before every forward of every frozen layer.
     tensors = [one for one in given if isinstance(one, Tensor)]
-    if not tensors:
+    if not tensors or (not torch.compiler.is_compiling() and tensors[0].numel() < LEAST):
         return False
     for one in (*tensors, getattr(layer, "weight", None), getattr(layer, "bias", None)):
         if one is not None and one.requires_grad:

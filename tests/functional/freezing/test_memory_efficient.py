@@ -26,7 +26,13 @@ from lightning_bn.functional import (
     unfreeze_batch_norm,
 )
 from lightning_bn.functional.freezing.freeze import freeze_layers, unfreeze_layers
+from lightning_bn.functional.freezing.memory_efficient import LEAST
 from tests.models import BatchNormAct2d, SmallResNet, bits, fill_statistics, images, seeded, warmed
+
+
+@pytest.fixture(autouse=True)
+def _small_inputs_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_bn.functional.freezing.memory_efficient.LEAST", 0)
 
 
 class ActivationAfter(nn.BatchNorm2d):
@@ -362,6 +368,16 @@ def test_without_memory_efficient_as_much_is_kept_as_torchs_layer_keeps() -> Non
     freeze_batch_norm(layer, memory_efficient=False)
     wanted = kept(lambda: expected(leaf()), expected)
     assert kept(lambda: layer(leaf()), layer) == wanted > 0
+
+
+def test_inputs_that_are_not_worth_it_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    layer = layer_of(channels=4)
+    freeze_batch_norm(layer)
+    small, large = leaf(4, 4, 32, 31), leaf(4, 4, 32, 32)
+    assert kept(partial(layer, small), layer) >= small.untyped_storage().nbytes()
+    assert large.numel() == LEAST
+    assert kept(partial(layer, large), layer) == 0
 
 
 def test_an_evaluation_runs_the_layers_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
