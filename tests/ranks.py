@@ -18,8 +18,21 @@ from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
 
-#: What each rank found, by scenario.
-Results = list[dict[str, Any]]
+#: In what a rank saves: why scenarios were skipped, by scenario.
+SKIPPED = "skipped"
+
+
+class Found(dict[str, Any]):
+    """What a rank found, by scenario; who asks for one that the rank had to skip is skipped too."""
+
+    def __missing__(self, name: str) -> Any:
+        if name in self[SKIPPED]:
+            pytest.skip(self[SKIPPED][name])
+        raise KeyError(name)
+
+
+#: What each rank found.
+Results = list[Found]
 
 
 def results_of(module: str, world: int, factory: pytest.TempPathFactory, limit: float) -> Results:
@@ -42,7 +55,7 @@ def results_of(module: str, world: int, factory: pytest.TempPathFactory, limit: 
     assert not failed, failed[0].read_text()
     files = [folder / f"rank{rank}.pt" for rank in range(world)]
     assert all(file.exists() for file in files), (folder / "log.txt").read_text()[-5000:]
-    return [torch.load(file, weights_only=True) for file in files]
+    return [Found(torch.load(file, weights_only=True)) for file in files]
 
 
 def _run(module: str, world: int, folder: Path, limit: float) -> None:
@@ -91,11 +104,14 @@ def take_part(
     rank, world, folder = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
-    found = {}
+    found: dict[str, Any] = {SKIPPED: {}}
     try:
         start_group(rank, world, folder / "rendezvous", timeout)
         for name in scenarios:
-            found[name] = run(name, folder)
+            try:
+                found[name] = run(name, folder)
+            except pytest.skip.Exception as reason:  # the version is too old, on every rank
+                found[SKIPPED][name] = str(reason)
         dist.barrier()
         dist.destroy_process_group()
         for index, name in enumerate(alone):

@@ -8,13 +8,14 @@ from typing import Any
 import pytorch_lightning as pl
 import torch
 import torch.distributed as dist
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.strategies import DDPStrategy
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler
 
 from lightning_bn import BatchNormFreezer, BatchNormMonitor, PreciseBatchNorm
 from lightning_bn.functional import freeze_batch_norm
+from tests.averages import EMAWeightAveraging
 from tests.callbacks.fits import RECALIBRATED_FROM, Classifier, Recorder, quiet, samples
 from tests.callbacks.freezing_ranks import Processes
 from tests.callbacks.monitoring_fits import norms

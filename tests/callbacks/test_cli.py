@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_bn import RecalibrateCommand
 from lightning_bn.callbacks._lightning.namespaces import MisconfigurationException
+from tests.averages import EMAWeightAveraging
 from tests.callbacks.cli_fits import DataFromYaml, FromYaml, OwnCLI
 from tests.checkpoints import differences, read
 from tests.oracle import assert_all_statistics, layer_inputs
@@ -102,6 +103,7 @@ def test_the_configuration_that_fit_saved_serves_as_well(trained: Path, tmp_path
 
 
 def test_averaged_weights_are_what_is_recalibrated(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    EMAWeightAveraging(decay=0.9)  # skips the test where there is none
     averaging = {"class_path": "EMAWeightAveraging", "init_args": {"decay": 0.9}}
     config = written(tmp_path, callbacks=[averaging])
     run("fit", "--config", config).trainer.save_checkpoint(tmp_path / "in.ckpt")

@@ -6,10 +6,11 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from torch import nn
 
 from lightning_bn import PreciseBatchNorm
+from tests.averages import EMAWeightAveraging, WeightAveraging
 from tests.callbacks.freezing_fits import (
     BATCHES,
     BODY,

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -17,6 +16,7 @@ from torch.utils.data import DataLoader
 import lightning_bn
 from lightning_bn import BatchNormFreezer, PreciseBatchNorm
 from lightning_bn.functional import SelectionError, is_frozen
+from tests.averages import EMAWeightAveraging
 from tests.callbacks.freezing_fits import Hooked, Watch, adamw, layers, modes, rows, sgd, state, trainer_of, values
 from tests.models import fill_statistics, seeded
 

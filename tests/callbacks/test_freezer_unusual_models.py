@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, ModelPruning
+from pytorch_lightning.callbacks import ModelCheckpoint, ModelPruning
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import prune
@@ -17,6 +17,7 @@ import lightning_bn
 from lightning_bn import BatchNormFreezer
 from lightning_bn.functional import FreezeSession, RecomputationError, SelectionError, frozen_batch_norm, plan
 from lightning_bn.functional.freezing.session import CHECK_EVERY
+from tests.averages import EMAWeightAveraging
 from tests.callbacks.freezing_fits import (
     BODY,
     PretrainedClassifier,

@@ -11,7 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import schedulefree
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import ModelCheckpoint, StochasticWeightAveraging
 from pytorch_lightning.utilities import CombinedLoader
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import nn
@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset
 
 from lightning_bn import BatchNormFreezer, PreciseBatchNorm
 from lightning_bn.functional import SelectionError, freeze_batch_norm, is_frozen, layer_status
+from tests.averages import EMAWeightAveraging, WeightAveraging
 from tests.callbacks.fits import (
     LAYERS,
     RECALIBRATED_FROM,

@@ -10,10 +10,11 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import EarlyStopping, ModelCheckpoint
 from torch import Tensor
 
 from lightning_bn import PreciseBatchNorm
+from tests.averages import EMAWeightAveraging
 from tests.callbacks.fits import LAYERS, RECALIBRATED_FROM, Classifier, quiet, train_loader, val_loader
 from tests.models import Broken, bits, state_bits
 from tests.oracle import assert_all_statistics, layer_inputs

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.loggers import CSVLogger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor
@@ -13,6 +13,7 @@ from torch import Tensor
 from lightning_bn import PreciseBatchNorm
 from lightning_bn.callbacks._second_run import long_pass
 from lightning_bn.functional import recalibrate, take_snapshot
+from tests.averages import EMAWeightAveraging
 from tests.callbacks.fits import Classifier, quiet, train_loader, trajectory, val_loader
 from tests.callbacks.freezing_fits import said
 

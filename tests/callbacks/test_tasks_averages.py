@@ -6,11 +6,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, StochasticWeightAveraging, WeightAveraging
+from pytorch_lightning.callbacks import StochasticWeightAveraging
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
 from lightning_bn import PreciseBatchNorm
+from tests.averages import EMAWeightAveraging, WeightAveraging
 from tests.callbacks.fits import quiet
 from tests.callbacks.task_fits import (
     TASKS,

@@ -10,7 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from lightning_fabric import Fabric
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 
@@ -24,6 +24,7 @@ from lightning_bn.functional import (
     task_statistics,
 )
 from lightning_bn.functional.layers.status import status_by_name
+from tests.averages import EMAWeightAveraging
 from tests.callbacks.fits import LAYERS, Classifier, Net, quiet, samples, train_loader, val_loader
 from tests.checkpoints import differences, read
 from tests.models import SharedNorm, SmallResNet, bits, fill_statistics, images, seeded, state_bits

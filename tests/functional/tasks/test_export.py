@@ -7,11 +7,12 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint
 from torch import Tensor, nn
 
 import lightning_bn
 from lightning_bn.functional import TaskStatistics, export_task, task_statistics
+from tests.averages import EMAWeightAveraging
 from tests.callbacks.fits import Classifier, quiet, train_loader, val_loader
 from tests.checkpoints import differences, read
 from tests.models import SharedNorm, SmallResNet, bits, fill_statistics, images, seeded, state_bits
