@@ -32,6 +32,7 @@ SLOW = (
     "tests/test_figures.py",
     "tests/test_plotting.py",
     "tests/test_recipes.py",
+    "tests/test_release.py",
 )
 
 

@@ -36,7 +36,7 @@ def declared(*extras: str) -> set[str]:
 
 def imported(files: list[Path]) -> Iterator[tuple[str, str]]:
     """Top-level packages that files import, with the file."""
-    neighbors = [*(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*/*.py")]
+    neighbors = [*ROOT.glob("*.py"), *(ROOT / "benchmarks").glob("*.py"), *(ROOT / "examples").glob("*/*.py")]
     local = {file.stem for file in [*files, *neighbors]}
     for file in files:
         for node in ast.walk(ast.parse(file.read_text())):

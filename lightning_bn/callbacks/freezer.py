@@ -38,24 +38,24 @@ class BatchNormFreezer(BatchNormCallback):
     Only BatchNorm is frozen; other weights below the same paths train on.
 
     Args:
-        modules: Which BatchNorm layers, as for :func:`~lightning_bn.functional.batch_norm_layers`: module paths such as
-            ``["vfe", "backbone_2d.blocks"]``, globs or regular expressions. None for all, or with ``by_task`` for none
+        modules: Which BatchNorm layers, as for `lightning_bn.functional.batch_norm_layers`: module paths such as
+            `["vfe", "backbone_2d.blocks"]`, globs or regular expressions. None for all, or with `by_task` for none
             beside the tasks' own.
         exclude: Which of them not.
-        root: Put before every path, for instance ``"model"`` where the network is in ``self.model``.
+        root: Put before every path, for instance `"model"` where the network is in `self.model`.
         stats: Whether to freeze running statistics.
-        affine: Whether to freeze ``weight`` and ``bias``.
-        start_epoch: First epoch in which they are frozen, from 0; a negative one counts from ``max_epochs``: -20 is the
+        affine: Whether to freeze `weight` and `bias`.
+        start_epoch: First epoch in which they are frozen, from 0; a negative one counts from `max_epochs`: -20 is the
             last 20 epochs.
-        stop_epoch: First epoch in which they no longer are; a negative one counts from ``max_epochs``.
-        start_step: First optimizer step (``trainer.global_step``) in which they are frozen.
+        stop_epoch: First epoch in which they no longer are; a negative one counts from `max_epochs`.
+        start_step: First optimizer step (`trainer.global_step`) in which they are frozen.
         stop_step: First optimizer step in which they no longer are.
         by_task: Further modules for each task, frozen while a batch of that task is trained: their statistics do not
-            move, and that batch contributes nothing to the gradients of their ``weight`` and ``bias``.
+            move, and that batch contributes nothing to the gradients of their `weight` and `bias`.
         task_key: Where the task of a batch is found: a key of the batch, or the import path of a function of batch and
-            batch index. For steps that serve several tasks at once, use :func:`lightning_bn.task` inside the step.
+            batch index. For steps that serve several tasks at once, use `lightning_bn.task` inside the step.
         memory_efficient: Whether frozen layers keep nothing of their inputs for the backward, as for
-            ``freeze_batch_norm``; None for wherever ``stats`` and ``affine`` are both frozen.
+            `freeze_batch_norm`; None for wherever `stats` and `affine` are both frozen.
         name: Tells this freezer from another one in the same Trainer, which refuses two of one name.
 
     Attributes:

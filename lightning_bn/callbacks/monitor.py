@@ -45,27 +45,27 @@ class BatchNormMonitor(BatchNormCallback):
 
     Args:
         every_n_steps: Optimizer steps between two samples; validation is always preceded by one.
-        measure: As for :func:`~lightning_bn.functional.drift`; of signed measures the absolute value counts.
-        reference: What drift is measured from: the statistics at ``"fit_start"``, those at the start of the epoch
-            (``"previous_epoch"``), those of the last recalibration (``"recalibrated"``), or the path of a checkpoint,
+        measure: As for `lightning_bn.functional.drift`; of signed measures the absolute value counts.
+        reference: What drift is measured from: the statistics at `"fit_start"`, those at the start of the epoch
+            (`"previous_epoch"`), those of the last recalibration (`"recalibrated"`), or the path of a checkpoint,
             in which nothing is executed. Layers that start untrained warm up: they are measured from when 1 % of their
             initial values is left in the moving average; until then their drift is 0. Layers that another callback
             resets start anew. From a checkpoint all layers are measured from what is in it.
         warn_above: Warn once when the largest drift of a channel goes above this; again only after it has fallen below
             half of it.
-        act_above: Take ``action`` when the largest drift of a channel goes above this in two samples in a row.
-        action: ``"warn"``; ``"stop"`` ends training after the step, on all ranks, as soon as ``min_epochs`` allows;
-            ``"raise"`` raises :class:`BatchNormDriftError`.
-        modules: Which BatchNorm layers, as for :func:`~lightning_bn.functional.batch_norm_layers`; None for all.
+        act_above: Take `action` when the largest drift of a channel goes above this in two samples in a row.
+        action: `"warn"`; `"stop"` ends training after the step, on all ranks, as soon as `min_epochs` allows;
+            `"raise"` raises `BatchNormDriftError`.
+        modules: Which BatchNorm layers, as for `lightning_bn.functional.batch_norm_layers`; None for all.
         exclude: Which of them not.
-        root: Put before every path, for instance ``"model"`` where the network is in ``self.model``.
-        name: Tells monitors of one Trainer apart, in checkpoints; give each a ``prefix`` of its own too.
+        root: Put before every path, for instance `"model"` where the network is in `self.model`.
+        name: Tells monitors of one Trainer apart, in checkpoints; give each a `prefix` of its own too.
         prefix: Of the logged keys.
-        log_worst: How many of the worst layers get a curve of their own, ``<prefix>/<measure>_worst_1`` and so on: the
+        log_worst: How many of the worst layers get a curve of their own, `<prefix>/<measure>_worst_1` and so on: the
             largest drift of the layer that is worst at the moment, second worst, and so on.
         report: Whether to print a table at the end of the fit, and to draw a figure into the log directory and the
             loggers that take images, where matplotlib is installed.
-        prog_bar: Whether the progress bar shows the largest drift, ``<prefix>/<measure>_max``.
+        prog_bar: Whether the progress bar shows the largest drift, `<prefix>/<measure>_max`.
 
     Attributes:
         history: The samples so far, bounded in number and saved in checkpoints.

@@ -72,21 +72,21 @@ class PreciseBatchNorm(BatchNormCallback):
             variance (relative) is below this; 0.05 is a good value.
         every_n_validations: Recalibrate before every n-th validation run.
         start_epoch: First epoch, from 0, in which to recalibrate.
-        source: ``"train"``: a second pass over the Trainer's own training loaders, which leaves the running epoch as
-            it is. ``"recent"``: the last ``num_batches`` batches that training used, which are kept on the device
+        source: `"train"`: a second pass over the Trainer's own training loaders, which leaves the running epoch as
+            it is. `"recent"`: the last `num_batches` batches that training used, which are kept on the device
             as they are (a step that changes its batch in place changes these).
         source_method: A method that returns another loader, for instance of the target domain:
-            ``"datamodule.target_dataloader"`` or ``"module.target_dataloader"``.
-        step: The module's method that runs a batch: ``training_step``, ``predict_step``, ``forward`` or one of your
+            `"datamodule.target_dataloader"` or `"module.target_dataloader"`.
+        step: The module's method that runs a batch: `training_step`, `predict_step`, `forward` or one of your
             own that takes a batch (and a batch index, if it has a second parameter). What it logs, counts or returns
             is dropped.
-        estimator: As for :func:`~lightning_bn.functional.recalibrate`.
+        estimator: As for `lightning_bn.functional.recalibrate`.
         restore: Whether to bring the moving average back at the next training batch, after the checkpoints that hold
             the precise statistics have been saved.
-        containers_in_eval: As for ``recalibrate``; with True a step that asks for ``self.training`` finds False.
-        modules: Which BatchNorm layers, as for :func:`~lightning_bn.functional.batch_norm_layers`; None for all.
+        containers_in_eval: As for `recalibrate`; with True a step that asks for `self.training` finds False.
+        modules: Which BatchNorm layers, as for `lightning_bn.functional.batch_norm_layers`; None for all.
         exclude: Which of them not.
-        root: Put before every path, for instance ``"model"`` where the network is in ``self.model``.
+        root: Put before every path, for instance `"model"` where the network is in `self.model`.
         name: Tells this callback from another one in the same Trainer, which refuses two of one name.
 
     Attributes:

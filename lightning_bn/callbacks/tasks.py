@@ -33,18 +33,18 @@ class TaskBatchNorm(BatchNormCallback):
 
     Args:
         tasks: Their names.
-        modules: Which BatchNorm layers, as for :func:`~lightning_bn.functional.batch_norm_layers`; None for all.
-            ``TaskDrift.suggest`` says which ones need it.
+        modules: Which BatchNorm layers, as for `lightning_bn.functional.batch_norm_layers`; None for all.
+            `TaskDrift.suggest` says which ones need it.
         exclude: Which of them not.
-        root: Put before every path, for instance ``"model"`` where the network is in ``self.model``.
+        root: Put before every path, for instance `"model"` where the network is in `self.model`.
         task_key: Where the task of a batch is found: a key of the batch, or the import path of a function of batch and
-            batch index. None: :func:`lightning_bn.task` inside the step. A context inside the step counts more than
+            batch index. None: `lightning_bn.task` inside the step. A context inside the step counts more than
             the batch's key. Where it holds a task for each sample, each is normalized with its own.
-        val_tasks: Tasks of the loaders in evaluation, by ``dataloader_idx``: a list, or a dict with a list for each of
-            ``"val"``, ``"test"`` and ``"predict"``. None: ``task_key``, then contexts.
+        val_tasks: Tasks of the loaders in evaluation, by `dataloader_idx`: a list, or a dict with a list for each of
+            `"val"`, `"test"` and `"predict"`. None: `task_key`, then contexts.
         default: The task that owns the layers' own tensors; None for the first.
-        unlabelled: ``"raise"``, or the task of batches of which nothing tells theirs.
-        start: How statistics begin, as for :func:`~lightning_bn.functional.task_statistics`.
+        unlabelled: `"raise"`, or the task of batches of which nothing tells theirs.
+        start: How statistics begin, as for `lightning_bn.functional.task_statistics`.
         merge: Whether ranks merge their statistics before each validation and at the end of the fit, weighted by the
             samples that each saw of a task.
         given_up: Tasks of the checkpoint that this run does without.

@@ -190,7 +190,7 @@ def _format_of(input: Tensor) -> torch.memory_format:
 def _scaled(gradient: Tensor, weight: Tensor | None, mean: Tensor, variance: Tensor, eps: float) -> Tensor:
     weight = None if weight is None else weight.detach()
     single = gradient.dtype in (torch.float32, torch.float64) and gradient.dtype == variance.dtype
-    if gradient.is_cpu and single:
+    if gradient.device.type == "cpu" and single:  # is_cpu: not read by the compiler of torch 2.6
         # As torch's kernel for the CPU does it, for the same bits, without reading an input: the scale is rounded from
         # double, and the weight comes after it.
         shape = (-1, *(1,) * (gradient.dim() - 2))
