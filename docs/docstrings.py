@@ -6,7 +6,8 @@ from typing import Any
 
 from griffe import Extension, Object
 
-ROLE = re.compile(r":(?:func|class|meth):`~?([\w.]+)`")
+#: Sphinx roles, and full names in single backticks, as in what the command line shows of callbacks.
+ROLE = re.compile(r":(?:func|class|meth):`~?([\w.]+)`|(?<!`)`(lightning_bn\.[\w.]+)`(?!`)")
 EXAMPLE = re.compile(r"^( *)Example:$", re.M)
 
 
@@ -20,11 +21,19 @@ class ReadableDocstrings(Extension):
 
 
 def _link(role: re.Match[str]) -> str:
-    module, _, name = role[1].rpartition(".")
+    module, _, name = (role[1] or role[2]).rpartition(".")
     code = f"<code>{name}</code>"
     try:
         found = getattr(importlib.import_module(module), name)
-        identifier = f"{found.__module__}.{found.__qualname__}"
+        identifier = f"{_home(found)}.{found.__qualname__}"
     except (ImportError, AttributeError, TypeError, ValueError):
         return code
     return f'<autoref identifier="{identifier}" optional>{code}</autoref>'
+
+
+def _home(found: Any) -> str:
+    """The module that the reference pages name."""
+    for module in ("lightning_bn", "lightning_bn.functional"):
+        if getattr(importlib.import_module(module), found.__qualname__, None) is found:
+            return module
+    return str(found.__module__)

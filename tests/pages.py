@@ -77,7 +77,8 @@ def recorded() -> Iterator[io.StringIO]:
 
 def lines(text: str) -> list[str]:
     """Lines without what differs between machines: numbers, widths and small curves."""
-    masked = re.sub(r"[▁▂▃▄▅▆▇█]+", "▁", re.sub(r"[ ━─]+", " ", NUMBER.sub("#", text)))
+    # A progress bar leaves its line with an escape code, and what follows is a line of its own.
+    masked = re.sub(r"[▁▂▃▄▅▆▇█]+", "▁", re.sub(r"[ ━─]+", " ", NUMBER.sub("#", text.replace("\x1b[A", "\n"))))
     return [line.strip() for line in masked.splitlines() if line.strip()]
 
 

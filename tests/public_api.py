@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ def _of(path: str, value: Any) -> Iterator[str]:
     elif inspect.isclass(value):
         bases = ", ".join(base.__name__ for base in value.__bases__ if base is not object)
         yield f"class {path}({bases})"
-        if not issubclass(value, BaseException):
+        if not issubclass(value, BaseException | Enum):  # an enum's is Python's own, another one in each version
             yield f"{path}{inspect.signature(value)}"
         yield from _of_class(path, value)
     elif inspect.isfunction(value):

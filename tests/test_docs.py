@@ -1,6 +1,7 @@
 """The reference lists everything that is public; what the pages show runs, and what they say of it is so."""
 
 import importlib
+import inspect
 import re
 from pathlib import Path
 
@@ -20,32 +21,36 @@ CALLBACKS = DOCS / "reference" / "callbacks.md"
 #: Pages whose numbers are compared too: they depend on nothing but torch's random numbers.
 EXACT = ("batchnorm_state.md", "glossary.md")
 LINK = re.compile(r"\]\((\w+\.md(?:#[\w-]+)?)\)")
-ENTRY = re.compile(r"^::: (?P<module>\S+)\n    options:\n      members: \[(?P<members>[^\]]*)\]$", re.M)
 
 
-def documented(text):
-    """(module, name) of every member that a reference page asks for."""
-    return [(entry["module"], name) for entry in ENTRY.finditer(text) for name in entry["members"].split(", ")]
+def documented(page):
+    """Full names of what a reference page asks for."""
+    return re.findall(r"^::: (\S+)$", page.read_text(encoding="utf-8"), re.M)
+
+
+def found(path):
+    module, _, name = path.rpartition(".")
+    return getattr(importlib.import_module(module), name)
 
 
 def test_reference_lists_exactly_what_the_ground_floor_exports():
-    assert sorted(name for _, name in documented(PAGE.read_text())) == sorted(lightning_bn.functional.__all__)
-
-
-def test_reference_names_the_module_each_function_lives_in():
-    for module, name in documented(PAGE.read_text()):
-        assert getattr(importlib.import_module(module), name) is getattr(lightning_bn.functional, name)
+    assert sorted(path.rpartition(".")[2] for path in documented(PAGE)) == sorted(lightning_bn.functional.__all__)
 
 
 def test_reference_lists_all_that_the_package_exports():
-    paths = re.findall(r"^::: (\S+)$", CALLBACKS.read_text(), re.M)
-    found = {name: getattr(importlib.import_module(module), name) for module, _, name in map(split, paths)}
-    for name in set(lightning_bn.__all__) - {"__version__"}:
-        assert found[name] is getattr(lightning_bn, name)
+    listed = {path for path in documented(CALLBACKS) if path.count(".") == 1}
+    assert listed == {f"lightning_bn.{name}" for name in set(lightning_bn.__all__) - {"__version__"}}
 
 
-def split(path):
-    return path.rpartition(".")
+@pytest.mark.parametrize("page", [PAGE, CALLBACKS], ids=lambda page: page.stem)
+def test_reference_names_no_private_module_and_nothing_twice(page):
+    paths = documented(page)
+    assert [path for path in paths if "._" in path] == []
+    assert len(set(paths)) == len(paths)
+    for path in paths:
+        assert found(path) is not None
+        # the name alone, and no entry for a whole module, whose docstring would stand in the middle of the page
+        assert not inspect.ismodule(found(path))
 
 
 @pytest.mark.parametrize(

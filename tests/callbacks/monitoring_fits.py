@@ -16,6 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn import BatchNormMonitor
 from tests.callbacks.fits import Net, quiet, samples, train_loader, val_loader
 from tests.models import seeded
+from tests.versions import reading
 
 #: What a planted fault does to the images of a batch, given the optimizer step.
 Fault = Callable[[Tensor, int], Tensor]
@@ -80,8 +81,7 @@ def fit(
 
     def run() -> None:
         pl.seed_everything(3, verbose=False)
-        options = {} if ckpt_path is None else {"ckpt_path": ckpt_path, "weights_only": True}
-        quiet(callbacks=list(callbacks), **trainer).fit(module, *loaders, **options)
+        quiet(callbacks=list(callbacks), **trainer).fit(module, *loaders, **reading(ckpt_path))
 
     return warned(run)
 

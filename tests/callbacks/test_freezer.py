@@ -38,6 +38,7 @@ from tests.callbacks.freezing_fits import (
     values,
 )
 from tests.models import BatchNormAct2d, BodyAndHead, SharedNorm, fill_statistics, seeded
+from tests.versions import warns_of_eval_mode
 
 PUT_BACK = "a frozen value was moved and has been put back"
 MOVED_BY_OTHERS = "moved by others and put back"
@@ -797,7 +798,7 @@ def test_modes_classes_and_flags_are_given_back_when_the_fit_ends(found: bool, i
         layers(module)[name].train(found)
     before = modes(module)
     attributes = {name: set(vars(layer)) for name, layer in layers(module).items()}
-    with nullcontext() if found else pytest.warns(UserWarning, match="in eval mode"):
+    with nullcontext() if found else warns_of_eval_mode():
         fit(module, freezer(), val_check_interval=interval)
     assert modes(module) == before
     assert {type(layer) for layer in layers(module).values()} == {nn.BatchNorm1d}
@@ -825,10 +826,7 @@ def test_modes_of_the_frozen_layers_are_given_back_after_an_exception(where: str
     for name in BODY:
         layers(module)[name].train(found)
     before = values(module, BODY)
-    with (
-        pytest.raises(RuntimeError, match="as planned"),
-        nullcontext() if found else pytest.warns(UserWarning, match="in eval mode"),
-    ):
+    with pytest.raises(RuntimeError, match="as planned"), nullcontext() if found else warns_of_eval_mode():
         fit(module, freezer())
     assert [layers(module)[name].training for name in BODY] == [found, found]
     assert {type(layer) for layer in layers(module).values()} == {nn.BatchNorm1d}
@@ -886,7 +884,7 @@ def test_a_trainer_that_fits_twice_freezes_twice() -> None:
 def test_what_the_ground_floor_froze_stays_frozen_after_the_fit() -> None:
     module = PretrainedClassifier()
     freeze_batch_norm(module, "net.body.1")
-    with pytest.warns(UserWarning, match="in eval mode"):
+    with warns_of_eval_mode():
         fit(module, freezer())
     assert is_frozen(layers(module)[BODY[0]])
     assert not is_frozen(layers(module)[BODY[1]])

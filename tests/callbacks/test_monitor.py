@@ -26,6 +26,7 @@ from lightning_bn.functional.statistics.drift_measures import drift
 from tests.callbacks.fits import Classifier, Net, quiet, samples, train_loader, trajectory, val_loader
 from tests.callbacks.monitoring_fits import TamperedClassifier, csv_rows, fit, monitor, norms, pretrained, warned
 from tests.models import bits, seeded
+from tests.versions import skip_without
 
 KEYS = {"bn/jeffreys_mean", "bn/jeffreys_max"}
 CURVES = {*KEYS, "bn/jeffreys_p95", "bn/collapsed_channels"}
@@ -804,6 +805,7 @@ def test_a_checkpoint_saved_by_an_exception_keeps_history_and_reference(tmp_path
             if trainer.global_step == 3:
                 raise ZeroDivisionError
 
+    skip_without(ModelCheckpoint, "save_on_exception")
     saving = ModelCheckpoint(tmp_path, filename="x", save_on_exception=True)
     with pytest.raises(ZeroDivisionError):
         fit(module(), monitor(), Boom(), saving, enable_checkpointing=True, count=32)

@@ -18,6 +18,7 @@ from lightning_bn.functional.statistics.drift_measures import drift
 from tests.callbacks.fits import Net, quiet, samples, trajectory, val_loader
 from tests.callbacks.monitoring_fits import csv_rows, monitor, warned
 from tests.models import bits, seeded
+from tests.versions import reading
 
 TASKS = ("det", "seg", "never")
 FAR = {"det": -3.0, "seg": 3.0}
@@ -78,8 +79,7 @@ def loader(count: int) -> DataLoader[Any]:
 def fit(module: pl.LightningModule, *callbacks: Any, count: int = 256, ckpt_path: Any = None, **options: Any) -> Any:
     """Trains on ``count // 8`` batches an epoch; the Trainer and what monitors warned of."""
     trainer = quiet(callbacks=list(callbacks), **{"max_epochs": 2, **options})
-    reading = {} if ckpt_path is None else {"ckpt_path": ckpt_path, "weights_only": True}
-    return trainer, warned(lambda: trainer.fit(module, loader(count), val_loader(), **reading))
+    return trainer, warned(lambda: trainer.fit(module, loader(count), val_loader(), **reading(ckpt_path)))
 
 
 class Seen(pl.Callback):

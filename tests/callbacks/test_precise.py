@@ -34,6 +34,7 @@ from tests.callbacks.fits import (
 )
 from tests.models import Broken, bits, fill_statistics, state_bits
 from tests.oracle import assert_all_statistics, everything, generators, layer_inputs
+from tests.versions import reading
 
 NORMS = [name.removeprefix("net.") for name in LAYERS]
 
@@ -765,7 +766,7 @@ def test_resumed_run_equals_the_uninterrupted_one(tmp_path, interval, averaging)
         return module, used[0]
 
     whole, whole_callback = run()
-    resumed, resumed_callback = run(ckpt_path=tmp_path / "epoch=0-step=4.ckpt", weights_only=True)
+    resumed, resumed_callback = run(**reading(tmp_path / "epoch=0-step=4.ckpt"))
     assert state_bits(resumed) == state_bits(whole)
     assert resumed_callback.done == [step for step in whole_callback.done if step > 4]
     # The checkpoints of the resumed run lie beside those of the first one.
@@ -964,7 +965,7 @@ def test_resumed_run_brings_the_moving_average_back(tmp_path, interval):
         return module, buffers
 
     whole, whole_buffers = run()
-    resumed, resumed_buffers = run(ckpt_path=tmp_path / "step=4.ckpt", weights_only=True)
+    resumed, resumed_buffers = run(**reading(tmp_path / "step=4.ckpt"))
     assert resumed_buffers.found == whole_buffers.found[4:]
     assert state_bits(resumed) == state_bits(whole)
 

@@ -18,6 +18,7 @@ from tests.averages import EMAWeightAveraging
 from tests.callbacks.fits import LAYERS, RECALIBRATED_FROM, Classifier, quiet, train_loader, val_loader
 from tests.models import Broken, bits, state_bits
 from tests.oracle import assert_all_statistics, layer_inputs
+from tests.versions import skip_without
 
 NORMS = [name.removeprefix("net.") for name in LAYERS]
 EACH_EPOCH = {"save_top_k": -1, "save_on_train_epoch_end": True}
@@ -154,6 +155,7 @@ def test_one_line_says_what_a_file_saved_after_an_exception_holds(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     callback = PreciseBatchNorm(num_batches=3)
+    skip_without(ModelCheckpoint, "save_on_exception")
     saver = ModelCheckpoint(dirpath=tmp_path, filename="{step}", save_on_exception=True, every_n_epochs=5)
     trainer = quiet(callbacks=[callback, Fails(), saver], enable_checkpointing=True)
     with caplog.at_level(logging.INFO), pytest.raises(Broken):

@@ -58,9 +58,11 @@ def in_backward() -> bool:
 def may_run_again() -> bool:
     """Whether a backward may repeat what runs now, as activation checkpointing does.
 
-    Its kind with a backward of its own runs without gradients first; the other one keeps hooks for saved tensors.
+    Its kind with a backward of its own runs without gradients first; the other one keeps hooks for saved tensors, which
+    old versions of torch do not tell: there, whatever has gradients may run again.
     """
-    return not torch.is_grad_enabled() or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return not torch.is_grad_enabled() or hooks is None or hooks(True) is not None
 
 
 def is_transformed() -> bool:
