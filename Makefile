@@ -4,15 +4,23 @@ VENV ?= .venv
 
 # The environment's tools are called by their paths, so that nothing has to be activated.
 BIN = $(VENV)/bin
-PIP = $(BIN)/python -m pip --quiet --quiet --disable-pip-version-check --no-input install -c constraints.txt
+QUIETLY = --quiet --quiet --disable-pip-version-check --no-input
+PIP = $(BIN)/python -m pip $(QUIETLY) install -c constraints.txt
 
 # Two test workers on two cores: one thread each, or they fight over the cores.
 ONE_THREAD = OMP_NUM_THREADS=1 MKL_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1
 
+# What `make test-oldest` and `make test-newest` run, in an environment of their own.
+define fast_tests_and_fits
+$(1)/bin/python -c "import sys, torch, pytorch_lightning as pl; print('Python %d.%d, torch %s, pytorch-lightning %s' % (*sys.version_info[:2], torch.__version__, pl.__version__))"; \
+$(ONE_THREAD) $(1)/bin/python -m pytest -q -n 2 --dist worksteal -m "not (gpu or processes or compile or slow)" && \
+$(ONE_THREAD) $(1)/bin/python -m pytest -q -n 2 --dist worksteal -m "slow and not (gpu or processes or compile)" tests/callbacks
+endef
+
 .DEFAULT_GOAL := help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
-.PHONY: help demo demo-pretrained test test-fast test-gpu coverage lint format docs bench bench-gpu clean distclean
+.PHONY: help demo demo-pretrained test test-fast test-gpu test-oldest test-newest coverage lint format docs bench bench-gpu clean distclean
 
 help: ## list what can be done here
 	@$(PYTHON) -c 'import re; [print("  make %-15s %s" % t) for t in re.findall(r"^([a-z-]+):.*?## (.+)$$", open("Makefile").read(), re.M)]'
@@ -35,6 +43,12 @@ test-gpu: $(VENV)/.installed-test ## run the tests that need a CUDA device
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; \
 	then echo "Running the tests that need a CUDA device"; $(BIN)/python -m pytest -q -m gpu; \
 	else echo "No CUDA device here: NO test was run."; fi
+
+test-oldest: .venv-oldest/.installed ## run the fast tests and the fits with the lowest versions that pyproject.toml states
+	@$(call fast_tests_and_fits,.venv-oldest)
+
+test-newest: .venv-newest/.installed ## run the fast tests and the fits with the newest versions there are
+	@$(call fast_tests_and_fits,.venv-newest)
 
 coverage: $(VENV)/.installed-test ## run all tests and see which lines and branches none of them reaches
 	@echo "Running the tests and measuring what they reach"
@@ -71,8 +85,8 @@ clean: ## remove what these commands wrote, except the environment
 	names += glob.glob("examples/*/output") + [p for d in ("lightning_bn", "tests", "examples", "benchmarks") for p in glob.glob(d + "/**/__pycache__", recursive=True)]; \
 	[shutil.rmtree(n, ignore_errors=True) for n in names]'
 
-distclean: clean ## remove the environment too
-	@rm -rf "$(VENV)"
+distclean: clean ## remove the environments too
+	@rm -rf "$(VENV)" .venv-oldest .venv-newest
 
 $(VENV)/.created:
 	@$(PYTHON) -c "import sys; v = sys.version_info; sys.exit(0 if v >= (3, 10) else 'lightning-bn needs Python 3.10 or newer, but $(PYTHON) is %d.%d. Try: make $(MAKECMDGOALS) PYTHON=python3.11' % v[:2])"
@@ -89,4 +103,20 @@ $(VENV)/.installed-torch: $(VENV)/.created constraints.txt
 $(VENV)/.installed-%: $(VENV)/.installed-torch pyproject.toml constraints.txt
 	@echo "Installing what '$*' needs into $(VENV) (once)"
 	@$(PIP) -e ".[$*]"
+	@touch $@
+
+# With the Python that PYTHON names: the lowest versions need one that they were built for, 3.10 for instance.
+.venv-oldest/.installed: pyproject.toml tests/lowest.py
+	@echo "Installing the lowest versions into .venv-oldest (once; several gigabytes)"
+	@$(PYTHON) -m venv .venv-oldest
+	@.venv-oldest/bin/python tests/lowest.py > .venv-oldest/constraints.txt
+	@.venv-oldest/bin/python -m pip $(QUIETLY) install -c .venv-oldest/constraints.txt torch
+	@.venv-oldest/bin/python -m pip $(QUIETLY) install -c .venv-oldest/constraints.txt -e ".[test]"
+	@touch $@
+
+.venv-newest/.installed: pyproject.toml
+	@echo "Installing the newest versions into .venv-newest (once; several gigabytes)"
+	@$(PYTHON) -m venv .venv-newest
+	@.venv-newest/bin/python -m pip $(QUIETLY) install --upgrade torch
+	@.venv-newest/bin/python -m pip $(QUIETLY) install --upgrade --upgrade-strategy eager -e ".[test]"
 	@touch $@

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from importlib.util import find_spec
 from itertools import pairwise
 from math import inf, isfinite
 from typing import Any
@@ -36,6 +37,7 @@ def drift_figure(history: DriftHistory, measure: str, threshold: float | None = 
         ValueError: If the history is empty.
         ImportError: If matplotlib is not installed (``pip install lightning-bn[plot]``).
     """
+    _check_matplotlib()
     from matplotlib import colormaps
     from matplotlib.colors import ListedColormap, TwoSlopeNorm
     from numpy import ma
@@ -88,6 +90,7 @@ def task_drift_figure(drift: TaskDrift, above: float = APART) -> Any:
     Raises:
         ImportError: If matplotlib is not installed (``pip install lightning-bn[plot]``).
     """
+    _check_matplotlib()
     from matplotlib import colormaps
     from matplotlib.colors import LogNorm
     from numpy import array, clip, ma, nan_to_num
@@ -191,7 +194,13 @@ def drift_curves(
     return figure, axes
 
 
+def _check_matplotlib() -> None:
+    if find_spec("matplotlib") is None:
+        raise ModuleNotFoundError("a figure needs matplotlib: pip install 'lightning-bn[plot]'.")
+
+
 def _figure_for(ax: Any, size: tuple[float, float]) -> tuple[Any, Any]:
+    _check_matplotlib()
     from matplotlib.figure import Figure
 
     if ax is not None:

@@ -46,7 +46,7 @@ def imported(files: list[Path]) -> Iterator[tuple[str, str]]:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 names = [node.module]
             for name in {name.partition(".")[0] for name in names} - OWN - local:
-                if name not in sys.stdlib_module_names:
+                if name not in {*sys.stdlib_module_names, "tomllib"}:  # which Python 3.10 has not
                     yield name, str(file.relative_to(ROOT))
 
 

@@ -114,9 +114,21 @@ def test_tests_that_read_other_files_of_the_project_pass_from_the_sdist(built: P
     assert re.search(r"^\d\d passed", said.splitlines()[-1])
 
 
+#: What extras bring.
+EXTRAS = {
+    "matplotlib",
+    "mpl_toolkits",
+    "safetensors",
+    "jsonargparse",
+    "docstring_parser",
+    "typeshed_client",
+    "lightning",
+}
+
+
 @pytest.fixture(scope="module")
 def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A new environment with the wheel; torch and Lightning are those that run the tests."""
+    """A new environment with the wheel and no extra; torch and all else are those that run the tests."""
     folder = tmp_path_factory.mktemp("environment")
     venv.create(folder, with_pip=False, symlinks=True)
     [wheel] = built.glob("*.whl")
@@ -124,8 +136,11 @@ def environment(built: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     pip = (sys.executable, "-m", "pip", "--python", python, "install", "--quiet", "--no-index", "--no-deps", wheel)
     run(*pip, cwd=folder)
     site = Path(run(python, "-c", "import sysconfig; print(sysconfig.get_path('purelib'))", cwd=folder).strip())
-    # A folder that a .pth file names comes last, and .pth files in it, as those of editable installs, are not read.
-    (site / "torch.pth").write_text("\n".join(path for path in sys.path if path.endswith("site-packages")) + "\n")
+    installed = {path for path in sys.path if path.endswith("site-packages")}
+    for entry in (entry for path in installed for entry in Path(path).iterdir()):
+        left_out = re.split(r"[.-]", entry.name)[0] in {*EXTRAS, "lightning_bn"} or entry.suffix == ".pth"
+        if not left_out and not (site / entry.name).exists():
+            (site / entry.name).symlink_to(entry)
     where = run(python, "-c", "import lightning_bn; print(lightning_bn.__file__)", cwd=folder)
     assert Path(where.strip()).is_relative_to(site)
     return folder
@@ -135,6 +150,42 @@ def test_the_readmes_first_example_runs_where_the_wheel_is_installed(environment
     [example] = (block for block in blocks(README) if "Trainer(" in block.code)
     said = run(environment / "bin" / "python", "-c", example.code, cwd=tmp_path, CUDA_VISIBLE_DEVICES="")
     assert "did not move: layer.0 (1 layer)" in said
+
+
+WITHOUT_EXTRAS = """
+import torch
+from torch import nn
+
+import lightning_bn
+from lightning_bn import functional, plotting, report
+
+for name in lightning_bn.__all__:
+    getattr(lightning_bn, name)
+
+net = nn.Sequential(nn.BatchNorm1d(2))
+bank = functional.task_statistics(net, ["a", "b"])
+for task in ("a", "b"):
+    with bank.task(task):
+        net(torch.randn(8, 2))
+report.print_behavior(net)
+header = b"{}"
+open("a.safetensors", "wb").write(len(header).to_bytes(8, "little") + header)
+for action in (
+    lambda: plotting.task_drift_figure(functional.task_drift(bank)),
+    lambda: lightning_bn.BatchNormDrift(net).plot(),
+    lambda: functional.inspect_checkpoint("a.safetensors"),
+):
+    try:
+        action()
+    except ModuleNotFoundError as error:
+        print("asks for:", error)
+"""
+
+
+def test_without_extras_all_can_be_imported_and_who_needs_one_is_told_which(environment: Path, tmp_path: Path) -> None:
+    said = run(environment / "bin" / "python", "-c", WITHOUT_EXTRAS, cwd=tmp_path)
+    asked = [line for line in said.splitlines() if line.startswith("asks for:")]
+    assert [re.findall(r"lightning-bn\[(\w+)\]", line) for line in asked] == [["plot"], ["plot"], ["safetensors"]]
 
 
 def test_the_command_runs_where_the_wheel_is_installed(environment: Path, tmp_path: Path) -> None:

@@ -6,6 +6,7 @@ import copyreg
 import io
 import pickle
 import types
+import warnings
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -109,6 +110,17 @@ class _Itself:
         self.value = value
 
 
+class _Reader(pickle.Unpickler):
+    """What a copier wrote, with the objects that are referred to."""
+
+    def __init__(self, file: io.BytesIO, referred: list[Any]) -> None:
+        super().__init__(file)
+        self._referred = referred
+
+    def persistent_load(self, index: int) -> Any:
+        return self._referred[index]
+
+
 class _Copier(pickle.Pickler):
     """Pickles into memory and back; what cannot be pickled, or must not be copied, is referred to as it is."""
 
@@ -130,11 +142,12 @@ class _Copier(pickle.Pickler):
         self.uncopied: list[Any] = []
 
     def copied(self, value: Any) -> Any:
-        self.dump(value)
+        with warnings.catch_warnings():
+            # Python 3.12 and 3.13 say so of each; where it has gone, they cannot be copied, and are told of as such.
+            warnings.filterwarnings("ignore", ".*support will be removed from itertools", DeprecationWarning)
+            self.dump(value)
         self._file.seek(0)
-        reader = pickle.Unpickler(self._file)
-        reader.persistent_load = self._referred.__getitem__  # type: ignore[method-assign]
-        result = reader.load()
+        result = _Reader(self._file, self._referred).load()
         self._file.close()
         return result
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import deque
 from dataclasses import dataclass, field
-from itertools import count
 from typing import Any
 
 from torch import nn
@@ -22,13 +21,14 @@ class RecentBatches:
 
     most: int
     _of: dict[str | None, deque[tuple[int, int, Any]]] = field(default_factory=dict)
-    _serial: count[int] = field(default_factory=count)
+    _taken: int = 0
 
     def add(self, batch: Any, batch_idx: int, model: nn.Module) -> None:
         """Keep one more batch, in the place of the oldest one of its task; where only contexts tell, of all."""
         tells = next((sets.task_of for module in model.modules() if (sets := sets_of(module)) is not None), None)
         task = None if tells is None else tells(batch, batch_idx)
-        self._of.setdefault(task, deque(maxlen=self.most)).append((next(self._serial), batch_idx, batch))
+        self._taken += 1
+        self._of.setdefault(task, deque(maxlen=self.most)).append((self._taken, batch_idx, batch))
 
     def in_order(self) -> list[tuple[int, Any]]:
         """Return all that are kept, each with the index that it had in its epoch, as training used them."""
