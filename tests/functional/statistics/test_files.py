@@ -42,7 +42,7 @@ def test_file_that_is_no_checkpoint_is_an_error_with_its_name(tmp_path, content)
         read_checkpoint(tmp_path / "old.pt")
 
 
-@pytest.mark.filterwarnings("ignore:torch.distributed is")
+@pytest.mark.filterwarnings("ignore:torch.distributed is", "ignore:TypedStorage is deprecated")
 def test_sharded_folder_is_an_error_with_the_way_to_one_file(tmp_path):
     alone = {"no_dist": True} if knows(save, "no_dist") else {}
     save(nn.BatchNorm1d(2).state_dict(), storage_writer=FileSystemWriter(tmp_path / "sharded"), **alone)
