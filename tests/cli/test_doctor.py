@@ -10,6 +10,7 @@ import pytest
 import yaml
 
 from lightning_bn._cli.main import main
+from tests.averages import EMAWeightAveraging
 
 CODE = """
 import torch, pytorch_lightning as pl
@@ -114,6 +115,7 @@ def test_advice_alone_is_0(folder: Path, capsys: pytest.CaptureFixture[str]) -> 
 
 
 def test_callbacks_of_the_configuration_count(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    EMAWeightAveraging()  # skips the test where there is none
     averaging = {"class_path": "pytorch_lightning.callbacks.EMAWeightAveraging"}
     assert ran("--config", configuration(folder, callbacks=[averaging])) == 1
     assert "averaged-without-recalibration" in capsys.readouterr().out
