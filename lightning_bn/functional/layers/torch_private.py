@@ -65,11 +65,15 @@ def may_run_again() -> bool:
     return not torch.is_grad_enabled() or hooks is None or hooks(True) is not None
 
 
+# torch 2.6 knows only whether anything compiles, and exports too.
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+
+
 def is_transformed() -> bool:
     """Whether what runs now is traced, exported, or transformed by torch.func or forward-mode differentiation."""
     return (
         torch.jit.is_tracing()  # type: ignore[attr-defined,no-untyped-call]
-        or torch.compiler.is_exporting()
+        or _is_exporting()
         or torch._C._are_functorch_transforms_active()
         or forward_ad._current_level >= 0
     )
