@@ -65,8 +65,8 @@ def may_run_again() -> bool:
     return not torch.is_grad_enabled() or hooks is None or hooks(True) is not None
 
 
-# torch 2.6 knows only whether anything compiles, and exports too.
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+# torch 2.6 does not tell (False); what it exports is right all the same.
+_is_exporting = getattr(torch.compiler, "is_exporting", bool)
 
 
 def is_transformed() -> bool:
