@@ -8,11 +8,12 @@ from typing import Any, NamedTuple
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging, ModelCheckpoint
+from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from lightning_bn import BatchNormFreezer, BatchNormMonitor, PreciseBatchNorm, TaskBatchNorm
+from tests.averages import EMAWeightAveraging
 from tests.models import BodyAndHead
 
 FIGURE = Path(__file__).parent.parent / "docs" / "images" / "hook_order.svg"
