@@ -20,7 +20,6 @@ from tests.models import bits
 from tests.ranks import take_part
 
 WORLD = 2
-memory_efficient.LEAST = 0  # the layers here are small
 
 
 class Processes(ClusterEnvironment):
@@ -161,6 +160,7 @@ SCENARIOS: dict[str, tuple[Callable[[], Any], Callable[[], BatchNormFreezer], di
 
 def run(name: str, folder: Path) -> dict[str, Any]:
     """One fit of this rank; what is left, as plain data."""
+    memory_efficient.LEAST = 0  # the layers here are small
     build, build_freezer, options, ddp = SCENARIOS[name]
     module, frozen, noting = build(), build_freezer(), Noting()
     first = values(module)
