@@ -70,7 +70,7 @@ def run(options: argparse.Namespace) -> int:
     with quiet():
         done = _recalibrated(options)
     if options.json:
-        names = ("path", "averaged", "files", "found", "not_in_model", "tasks_left")
+        names = ("path", "averaged", "files", "found", "not_in_model", "tasks_left", "entries_left")
         result = done.recalibration
         of_result = {"layers": result.layers, "frozen": result.frozen, **result.metrics()}
         print(as_json({name: getattr(done, name) for name in names} | of_result))

@@ -22,10 +22,12 @@ from lightning_bn.functional.layers.sets_per_task import sets_of
 from lightning_bn.functional.layers.status import layer_status, update_status
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.result import AllFrozenError, Recalibration
-from lightning_bn.functional.statistics.file_entries import FileEntry, Shapes
+from lightning_bn.functional.statistics.file_entries import FileEntry, Shapes, state_dicts_in
 from lightning_bn.functional.statistics.files import check_out, read_checkpoint
 
 _COUNTER = "num_batches_tracked"
+_KEPT_BESIDE = ("current_model_state", "averaging_state")
+"""What WeightAveraging saves beside the averages."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,8 @@ class RecalibratedCheckpoint:
         averaged: Whether the weights in it are averages, as WeightAveraging saves them.
         recalibration: What was done to the statistics.
         found: Where in the file the model's weights were, if not under the same names; empty otherwise.
+        entries_left: Other state dicts of the same layers in the file, by key, such as averaged weights; left as they
+            were. What a callback keeps, and the weights beside Lightning's averages, are none of them.
         files: Names of the files whose average was recalibrated; empty for a single one.
         not_in_model: BatchNorm layers of the file that the model lacks, by their names in the file; left as they were.
         tasks_left: Tasks whose statistics lie in the file beside the model's own; left as they were.
@@ -49,6 +53,7 @@ class RecalibratedCheckpoint:
     not_in_model: tuple[str, ...] = ()
     tasks_left: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
+    entries_left: tuple[str, ...] = ()
 
     def __str__(self) -> str:
         weights = "averaged weights" if self.averaged else "weights as saved"
@@ -57,6 +62,8 @@ class RecalibratedCheckpoint:
         if self.not_in_model:
             layers = counted(len(self.not_in_model), "BatchNorm layer")
             said += f"; {layers} of the file not in the model and left as they were: {quoted(self.not_in_model)}"
+        if self.entries_left:
+            said += f"; {quoted(self.entries_left)} of the same file left as they were: choose with key"
         return f"{said}; {_left(self.tasks_left)}" if self.tasks_left else said
 
 
@@ -154,7 +161,19 @@ def recalibrate_checkpoint(
     averaged = "averaging_state" in checkpoint.content and entry.key == "state_dict"
     not_in_model = tuple(name.removesuffix("running_mean").rstrip(".") for name in others)
     files = tuple(one.name for one in paths) if len(paths) > 1 else ()
-    return RecalibratedCheckpoint(out, averaged, recalibration, str(entry), not_in_model, tasks_left, files)
+    left = (not_in_model, tasks_left, files, _other_entries_in(checkpoint.content, entry))
+    return RecalibratedCheckpoint(out, averaged, recalibration, str(entry), *left)
+
+
+def _other_entries_in(content: Mapping[str, Any], entry: FileEntry) -> tuple[str, ...]:
+    """Keys of other state dicts that have running statistics of the same names."""
+    own = {name for name in entry.names.values() if name.endswith("running_mean")}
+    others = {key: state for key, state in state_dicts_in(content).items() if key not in (entry.key, *_KEPT_BESIDE)}
+    return tuple(
+        key
+        for key, state in others.items()
+        if not key.startswith("callbacks.") and own & {without_wrappers(name) for name in state} | (own & state.keys())
+    )
 
 
 def _averages(

@@ -275,10 +275,21 @@ def test_which_of_two_entries_is_meant_has_to_be_said(tmp_path):
     with pytest.raises(ValueError, match="no state dict under key='emma'; there is 'model', 'ema'"):
         recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt", key="emma")
     assert list(tmp_path.iterdir()) == [path]
-    recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt", key="ema")
+    done = recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt", key="ema")
+    assert done.entries_left == ("model",)
     new = read(tmp_path / "new.pt")
     assert differences(plain, new["model"]) == []
     assert differences(averaged, new["ema"]) != []
+
+
+def test_other_weights_in_a_checkpoint_of_lightning_are_named_as_left(lightning_checkpoint, tmp_path):
+    content = read(lightning_checkpoint)
+    content["ema_state_dict"] = {f"module.{name}": value for name, value in content["state_dict"].items()}
+    path = saved(content, tmp_path)
+    done = recalibrate_checkpoint(path, Net(), batches(), tmp_path / "new.pt")
+    assert done.entries_left == ("ema_state_dict",)
+    assert "'ema_state_dict' of the same file left as they were: choose with key" in str(done)
+    assert recalibrate_checkpoint(lightning_checkpoint, Net(), batches(), tmp_path / "n.pt").entries_left == ()
 
 
 def test_which_of_two_networks_is_meant_has_to_be_said(tmp_path):
