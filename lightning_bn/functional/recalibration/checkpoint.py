@@ -20,9 +20,10 @@ from lightning_bn.functional.layers.properties import is_lazy
 from lightning_bn.functional.layers.selection import batch_norm_layers
 from lightning_bn.functional.layers.sets_per_task import sets_of
 from lightning_bn.functional.layers.status import layer_status, update_status
+from lightning_bn.functional.recalibration.average_of_files import averages
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.result import AllFrozenError, Recalibration
-from lightning_bn.functional.statistics.file_entries import FileEntry, Shapes, state_dicts_in
+from lightning_bn.functional.statistics.file_entries import FileEntry, state_dicts_in
 from lightning_bn.functional.statistics.files import check_out, read_checkpoint
 
 _COUNTER = "num_batches_tracked"
@@ -131,7 +132,7 @@ def recalibrate_checkpoint(
         if name.rpartition(".")[2] != _COUNTER  # torch too loads what older versions saved without it
     }
     entry = checkpoint.entry(wanted, type(model).__name__, key=key, prefix=prefix)
-    for value, average in _averages(entry, paths[1:], wanted, type(model).__name__, key=key, prefix=prefix).items():
+    for value, average in averages(entry, paths[1:], wanted, type(model).__name__, key=key, prefix=prefix).items():
         entry.state[entry.name_of(value)] = average
     _load(model, entry)
     frozen = set() if recalibrate_frozen else _frozen_in(checkpoint.content)
@@ -174,39 +175,6 @@ def _other_entries_in(content: Mapping[str, Any], entry: FileEntry) -> tuple[str
         for key, state in others.items()
         if not key.startswith("callbacks.") and own & {without_wrappers(name) for name in state} | (own & state.keys())
     )
-
-
-def _averages(
-    first: FileEntry, others: Sequence[Path], wanted: Shapes, of: str, **choice: str | None
-) -> dict[str, Tensor]:
-    """Return by the model's names the averages of what several files hold; one file at a time is in memory.
-
-    Raises:
-        ValueError: If a file does not fit the model, or if whole numbers differ.
-    """
-    tensors = {name: first[name] for name in (first.names if others else ()) if isinstance(first[name], Tensor)}
-    # Of whole numbers there is no average; what is tied stays so.
-    averaged = {name: one for name, one in tensors.items() if one.is_floating_point() or one.is_complex()}
-    ids = {name: (one.data_ptr(), one.shape, one.stride(), one.dtype) for name, one in averaged.items()}
-    alone = {key: name for name, key in reversed(ids.items())}
-    sums = {name: _wide(averaged[name]) for name in alone.values()}
-    for path in others:
-        entry = read_checkpoint(path).entry(wanted, of, **choice)
-        for name in tensors.keys() - averaged.keys():
-            if not torch.equal(tensors[name], entry[name]):
-                raise ValueError(
-                    f"{path.name}: {name!r} holds whole numbers ({tensors[name].dtype}) that are not those of the "
-                    f"first file, and have no average. Are these checkpoints of one model?"
-                )
-        for name, total in sums.items():
-            total.add_(entry[name])
-    averages = {name: (total / (1 + len(others))).to(averaged[name].dtype) for name, total in sums.items()}
-    return {name: averages[alone[key]] for name, key in ids.items()}
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    """A copy in double precision."""
-    return tensor.to(torch.complex128 if tensor.is_complex() else torch.float64, copy=True)
 
 
 def _load(model: nn.Module, entry: FileEntry) -> None:
