@@ -215,8 +215,8 @@ def test_gradients_of_any_layout_give_the_layout_that_torchs_layer_gives(dtype: 
             found = []
             for one in (layer, expected):
                 x = leaf(dtype=dtype).detach().contiguous(memory_format=form).requires_grad_()
-                reduce(one(x).transpose(2, 3) if last else one(x)).backward()
-                found.append([x.grad])
+                y = reduce(one(x).transpose(2, 3) if last else one(x))
+                found.append([*torch.autograd.grad(y, x)])  # as it is: a leaf's own has the layout of the leaf
             assert_same_bits(*found)
 
 
@@ -453,6 +453,26 @@ class Conditional(nn.BatchNorm2d):
     def forward(self, input: Tensor) -> Tensor:
         weight = self.weight + self.embedding(torch.tensor(1))
         return F.batch_norm(input, self.running_mean, self.running_var, weight, self.bias, self.training, 0.1, self.eps)
+
+
+class WithGain(nn.BatchNorm2d):
+    """A parameter under another name in the place of the weight."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels)
+        self.gain = nn.Parameter(2 * torch.ones(channels))
+
+    def forward(self, input: Tensor) -> Tensor:
+        return F.batch_norm(input, self.running_mean, self.running_var, self.gain, None, self.training, 0.1, self.eps)
+
+
+@pytest.mark.parametrize("freeze", [freeze_batch_norm, freeze_for_a_session])
+def test_a_parameter_of_another_name_trains(freeze: Callable[[Any], Any]) -> None:
+    layer = layer_of(WithGain)
+    expected = by_hand(layer)
+    freeze(layer)
+    assert_same_bits(pulled_back(layer, batch()), pulled_back(expected, batch()))
+    assert bits(layer.gain.grad) == bits(expected.gain.grad)
 
 
 @pytest.mark.parametrize("freeze", [freeze_batch_norm, freeze_for_a_session])
