@@ -22,8 +22,9 @@ from lightning_bn.functional.layers.torch_private import TORCHS_FORWARDS, buffer
 
 Forward = Callable[..., Any]
 
-LEAST = 2**14
-"""Values that an input has at least: of fewer there is nothing to save, and the layer's own forward is faster."""
+LEAST, LEAST_ON_ACCELERATORS = 2**14, 2**20
+"""Values that an input has at least, on a CPU and elsewhere: of fewer there is little to save, and the layer's own
+forward is faster. What Python costs here, a GPU waits for where its kernels are short."""
 
 
 def memory_efficient(forward: Forward, constants_of: Callable[[_BatchNorm], Constants]) -> FunctionType:
@@ -74,7 +75,7 @@ def _needed(layer: _BatchNorm, given: tuple[Any, ...]) -> bool:
         return False
     # Plain loops: this runs before every forward of every frozen layer.
     tensors = [one for one in given if isinstance(one, Tensor)]
-    if not tensors or (not torch.compiler.is_compiling() and tensors[0].numel() < LEAST):
+    if not tensors or (not torch.compiler.is_compiling() and _is_small(tensors[0])):
         return False
     for one in (*tensors, getattr(layer, "weight", None), getattr(layer, "bias", None)):
         if one is not None and one.requires_grad:
@@ -84,6 +85,11 @@ def _needed(layer: _BatchNorm, given: tuple[Any, ...]) -> bool:
     buffers = buffers_of(layer)
     tracked = buffers.get("running_mean") is not None and buffers.get("running_var") is not None
     return tracked and not is_transformed()
+
+
+def _is_small(input: Tensor) -> bool:
+    values = input.numel()
+    return values < LEAST or (values < LEAST_ON_ACCELERATORS and not input.is_cpu)
 
 
 def _run_torchs(layer: _BatchNorm, forward: Forward, constants: Constants, /, *args: Any, **kwargs: Any) -> Any:
@@ -202,7 +208,9 @@ def _scaled(gradient: Tensor, weight: Tensor | None, mean: Tensor, variance: Ten
     # which it takes for the gradients of weight and bias, could be anything of that shape.
     anything = gradient.detach() if torch.is_grad_enabled() else gradient
     wanted = [True, False, False]
+    # For statistics of the batch; the kernel for CUDA asserts that they are there, and reads none that are empty.
+    unused = variance.new_empty(0)
     found: tuple[Tensor, ...] = torch.ops.aten.native_batch_norm_backward(
-        gradient, anything, weight, mean, variance, None, None, False, eps, wanted
+        gradient, anything, weight, mean, variance, unused, unused, False, eps, wanted
     )
     return found[0]

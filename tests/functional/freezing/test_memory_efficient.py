@@ -15,6 +15,7 @@ from torch.autograd import forward_ad
 from torch.nn import functional as F
 from torch.nn import functional as of_torch
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bn.functional import (
@@ -26,7 +27,7 @@ from lightning_bn.functional import (
     unfreeze_batch_norm,
 )
 from lightning_bn.functional.freezing.freeze import freeze_layers, unfreeze_layers
-from lightning_bn.functional.freezing.memory_efficient import LEAST
+from lightning_bn.functional.freezing.memory_efficient import LEAST, LEAST_ON_ACCELERATORS
 from tests.models import BatchNormAct2d, SmallResNet, bits, fill_statistics, images, seeded, warmed
 
 
@@ -232,6 +233,29 @@ def test_an_empty_batch_has_an_empty_gradient(dtype: torch.dtype, shape: tuple[i
         assert x.grad.shape == shape
 
 
+class Backwards(TorchDispatchMode):
+    """Keeps what torch's kernel for the backward is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[tuple[Any, ...]] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func is torch.ops.aten.native_batch_norm_backward.default:
+            self.given.append(args)
+        return func(*args, **(kwargs or {}))
+
+
+def test_torchs_kernel_gets_the_tensors_that_the_one_for_cuda_asserts_empty() -> None:
+    layer = layer_of()
+    freeze_batch_norm(layer)
+    output = layer(batch(dtype=torch.bfloat16).requires_grad_())
+    with Backwards() as backwards:
+        output.sum().backward()
+    [(*_, save_mean, save_invstd, training, _, _)] = backwards.given
+    assert (save_mean.numel(), save_invstd.numel(), training) == (0, 0, False)
+
+
 def test_gradients_of_several_outputs_at_once_are_those_of_torchs_layer() -> None:
     for dtype in (torch.float32, torch.bfloat16):
         layer = layer_of()
@@ -378,6 +402,17 @@ def test_inputs_that_are_not_worth_it_are_kept(monkeypatch: pytest.MonkeyPatch) 
     assert kept(partial(layer, small), layer) >= small.untyped_storage().nbytes()
     assert large.numel() == LEAST
     assert kept(partial(layer, large), layer) == 0
+
+
+def test_a_gpu_keeps_larger_inputs_too_since_it_would_wait_for_python(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    layer = layer_of(channels=4)
+    freeze_batch_norm(layer)
+    layer.to("meta")  # as any device that is no CPU
+    small, large = (torch.empty(4, 4, 256, width, device="meta", requires_grad=True) for width in (255, 256))
+    assert large.numel() == LEAST_ON_ACCELERATORS
+    assert "BatchNorm" in type(layer(small).grad_fn).__name__
+    assert "Constant" in type(layer(large).grad_fn).__name__
 
 
 def test_an_evaluation_runs_the_layers_own_forward(monkeypatch: pytest.MonkeyPatch) -> None:
