@@ -2,10 +2,11 @@
 
 import re
 import shlex
+import sys
 from pathlib import Path
 
 from lightning_bn._cli.main import main
-from tests.pages import blocks, lines, run
+from tests.pages import blocks, configurations, lines, run
 
 ROOT = Path(__file__).parent.parent
 PAGE = ROOT / "docs" / "quickstart.md"
@@ -46,14 +47,18 @@ def test_the_twelve_lines_are_those_of_the_readme():
 def test_what_each_row_explains_was_printed():
     explained = re.findall(r'^\| "([^"]+)" \| ', TEXT.split("| what it prints |")[1].split("\n\n")[0], re.M)
     printed = " ".join(lines(FIT.printed))
-    assert len(explained) == 5
+    assert len(explained) == 6
     for part in (part for row in explained for part in row.split(" ... ")):
         [said] = lines(part)
         assert said in printed, part
 
 
+#: What the page has the reader call, and what it says that this prints.
+COMMANDS = re.findall(r"^```sh\n(lightning-bn \w[^\n]*)\n```\n+```text\n(.*?)^```", TEXT, re.M | re.S)
+
+
 def test_the_command_says_of_the_run_what_the_page_says(tmp_path, monkeypatch, capsys):
-    [(command, printed)] = re.findall(r"^```sh\n(lightning-bn [^\n]*)\n```\n+```text\n(.*?)^```", TEXT, re.M | re.S)
+    command, printed = COMMANDS[0]
     monkeypatch.chdir(tmp_path)
     run(FIT, PAGE)
     capsys.readouterr()
@@ -61,6 +66,24 @@ def test_the_command_says_of_the_run_what_the_page_says(tmp_path, monkeypatch, c
     assert main(shlex.split(command)[1:]) == 0
     said = capsys.readouterr().out
     assert not set(lines(printed)) - set(lines(said)), said
+
+
+def test_the_bad_file_is_found_and_corrected_as_the_page_says(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.syspath_prepend(tmp_path)
+    network = next(block for block in blocks(TEXT) if block.code.startswith("# net.py\n"))
+    [configuration] = configurations(TEXT)
+    Path("net.py").write_text(network.code, encoding="utf-8")
+    Path("train.yaml").write_text(configuration, encoding="utf-8")
+    run(network, PAGE)
+    capsys.readouterr()
+    for (command, printed), code in zip(COMMANDS[1:], (1, 0), strict=True):
+        assert main(shlex.split(command)[1:]) == code
+        said = " ".join(lines(capsys.readouterr().out))  # where a line ends depends on how long the seconds are
+        assert " ".join(lines(printed)) in said
+    assert main(["inspect", "good.ckpt"]) == 0
+    sys.modules.pop("net", None)
 
 
 def test_what_the_rows_advise_can_be_done(tmp_path, monkeypatch):

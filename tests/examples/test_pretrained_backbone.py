@@ -1,4 +1,4 @@
-"""The example with a network that has ImageNet weights: short fits of its YAML file show what its README says."""
+"""The example with a network that has ImageNet weights: short fits of its YAML file show what docs/results.md says."""
 
 import importlib
 import io
@@ -17,7 +17,7 @@ from tests.pages import lines
 
 ROOT = Path(__file__).parents[2]
 EXAMPLE = ROOT / "examples" / "pretrained_backbone"
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+RESULTS = (ROOT / "docs" / "results.md").read_text(encoding="utf-8")
 STEPS = 20
 
 # What the monitor says of a backbone that is not frozen is what the example is about.
@@ -146,25 +146,25 @@ def test_memory_efficient_frozen_layers_keep_less(example, monkeypatch):
     assert efficient.kept < 0.8 * frozen.kept
     assert frozen.kept == pytest.approx(free.kept, rel=0.01)
     assert all(len(one.seconds) == 1 for one in costs.values())
-    assert_table_of_readme(cost.table([costs, costs]))
+    assert_table_of_the_page(cost.table([costs, costs]))
 
 
-def test_tables_are_those_of_the_readme(tuning, recalibrating, example, outcomes, free):
+def test_tables_are_those_of_the_page_of_results(tuning, recalibrating, example, outcomes, free):
     full = {row: outcomes.get(row, free) for row in tuning.ROWS}
     accuracies = dict.fromkeys(tuning.TASKS, 12.5)
     old = recalibrating.old_network(recalibrating.CROPS)
     recalibrated = [recalibrating.Recalibrated(old.given, accuracies, old.said)] * len(recalibrating.ROWS)
-    assert_table_of_readme(tuning.table([full, full]))
-    assert_table_of_readme(recalibrating.table([recalibrated, recalibrated]))
-    assert_table_of_readme(example("drifting").table([full, full]))
+    assert_table_of_the_page(tuning.table([full, full]))
+    assert_table_of_the_page(recalibrating.table([recalibrated, recalibrated]))
+    assert_table_of_the_page(example("drifting").table([full, full]))
 
 
-def assert_table_of_readme(table):
-    """The README shows it, with other numbers; nothing of it is cut in 80 columns."""
+def assert_table_of_the_page(table):
+    """The page of results shows it, with other numbers; nothing of it is cut in 80 columns."""
     text = printed(table)
     assert "…" not in text
     shown = [line for line in lines(text) if "#" not in line or any(letter.isalpha() for letter in line)]
-    assert set(shown) <= set(lines(README))
+    assert set(shown) <= set(lines(RESULTS))
 
 
 def test_the_figure_names_all_layers(example, free, tmp_path):
