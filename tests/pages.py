@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
+import pytorch_lightning
 import yaml
 
 FENCE = re.compile(
@@ -18,6 +19,8 @@ FENCE = re.compile(
     re.M | re.S,
 )
 YAML = re.compile(r"^```yaml *\n(?P<text>.*?)^```[ \t]*$", re.M | re.S)
+#: Callbacks of Lightning that the oldest supported version lacks, and the version that brought them.
+SINCE = {"EMAWeightAveraging": "2.6", "WeightAveraging": "2.6"}
 NUMBER = re.compile(r"[-+]?\d[\d,]*(\.\d+)?(e[-+]?\d+)?")
 
 
@@ -47,6 +50,13 @@ def run(block: Block, page: Path | str) -> dict[str, Any]:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     exec(compile("\n" * (block.line - 1) + block.code, str(page), "exec"), namespace)
     return namespace
+
+
+def skip_without_callbacks_of(text: str) -> None:
+    """Skip the test where Lightning lacks a callback that a text uses."""
+    for name, version in SINCE.items():
+        if re.search(rf"\b{name}\b", text) and not hasattr(pytorch_lightning.callbacks, name):
+            pytest.skip(f"{name} needs pytorch-lightning {version} or newer")
 
 
 class Printed(logging.Handler):
@@ -86,6 +96,7 @@ def check(block: Block, page: Path | str) -> dict[str, Any]:
     """Run a block; what the page says that it prints must be among what it printed."""
     if block.reason:
         pytest.skip(block.reason)
+    skip_without_callbacks_of(block.code)
     with recorded() as stream:
         namespace = run(block, page)
     missing = set(lines(block.printed or "")) - set(lines(stream.getvalue()))

@@ -86,3 +86,10 @@ def test_what_a_page_says_and_a_block_does_not_print_is_seen():
 def test_lines_are_compared_without_numbers_and_widths():
     assert lines("a  1,024 rows in 0.5 s\n\n") == lines("a 3 rows   in -2e-5 s")
     assert lines("layer frozen") != lines("layer free")
+
+
+def test_a_block_with_a_callback_that_lightning_lacks_is_skipped(monkeypatch):
+    [block] = blocks("```python\nfrom pytorch_lightning.callbacks import EMAWeightAveraging\n```\n")
+    monkeypatch.delattr(pytorch_lightning.callbacks, "EMAWeightAveraging", raising=False)
+    with pytest.raises(pytest.skip.Exception, match=r"EMAWeightAveraging needs pytorch-lightning 2\.6 or newer"):
+        check(block, "page.md")

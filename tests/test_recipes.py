@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from pytorch_lightning.cli import LightningCLI
 
-from tests.pages import Block, blocks, check, configurations, recorded
+from tests.pages import Block, blocks, check, configurations, recorded, skip_without_callbacks_of
 
 RECIPES = Path(__file__).parent.parent / "docs" / "recipes"
 PAGES = {page.name: page.read_text(encoding="utf-8") for page in sorted(RECIPES.glob("*.md"))}
@@ -28,6 +28,14 @@ def files(text: str) -> dict[str, str]:
 def scripts(text: str) -> dict[str, Block]:
     """What a page has the reader run, by line."""
     return {f"line {block.line}": block for block in blocks(text) if not FILE.match(block.code)}
+
+
+def with_files(page: str, text: str) -> str:
+    """A script or a command, and all files of its page that it uses, also through others."""
+    parts, left = [text], files(PAGES[page])
+    while named := [name for name in left if re.search(rf"\b{Path(name).stem}\b", "\n".join(parts))]:
+        parts += [left.pop(name) for name in named]
+    return "\n".join(parts)
 
 
 def commands(text: str) -> dict[str, str]:
@@ -58,6 +66,7 @@ def folder(page: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterat
 
 @each(scripts)
 def test_script_prints_what_the_page_says(page: str, one: Block) -> None:
+    skip_without_callbacks_of(with_files(page, one.code))
     check(one, RECIPES / page)
 
 
@@ -72,6 +81,7 @@ INIT = LightningCLI.__init__
 
 @each(commands)
 def test_command_ends_well(page: str, one: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    skip_without_callbacks_of(with_files(page, one))
     if len(one.splitlines()) == 1:
         monkeypatch.setattr(LightningCLI, "__init__", fit_only)
         one = one.replace(" fit ", " ")
