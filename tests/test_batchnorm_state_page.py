@@ -24,7 +24,7 @@ PAGE = DOCS / "batchnorm_state.md"
 TEXT = PAGE.read_text(encoding="utf-8")
 TABLES = runpy.run_path(str(DOCS / "behavior_table.py"))
 ROWS = TABLES["rows"]()
-CLAIMS = TEXT.split("## Often read, and wrong")[1]
+CLAIMS = TEXT.split("## Common errors")[1]
 [RANKS] = [block for block in blocks(TEXT) if block.reason == "needs two processes"]
 
 
