@@ -21,6 +21,10 @@ def test_block_runs_and_prints_what_the_page_says(block, tmp_path, monkeypatch):
     check(block, README)
 
 
+def test_what_each_example_prints_is_on_the_page():
+    assert [bool(block.printed) for block in blocks(TEXT)] == [True, True]  # or it would not be compared
+
+
 def test_the_trainer_example_has_twelve_lines():
     example = next(block for block in blocks(TEXT) if "Trainer" in block.code)
     assert len([line for line in example.code.splitlines() if line.strip()]) == 12
