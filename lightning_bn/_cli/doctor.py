@@ -72,7 +72,8 @@ def run(options: argparse.Namespace) -> int:
         layers, found = _of_configuration(options) if options.config else _of_model(options)
     faults = sum(finding.severity == "fault" for finding in found.findings)
     if options.json:
-        print(as_json({"layers": layers, "findings": found.findings, "not_looked_at": found.missing}))
+        told = {"findings": found.findings, "not_looked_at": found.missing, "notes": found.notes}
+        print(as_json({"layers": layers, **told}))
     else:
         print("\n".join(_report(layers, found)))
     return FOUND if faults else NO if found.missing else HEALTHY
@@ -162,3 +163,6 @@ def _report(layers: int, found: Diagnosis) -> Iterator[str]:
     for what, why in found.missing.items():
         yield ""
         yield from textwrap.wrap(f"Not looked at: {what} ({' '.join(why.split())})", width)
+    for note in found.notes:
+        yield ""
+        yield from textwrap.wrap(f"Note: {note}", width)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,10 +25,18 @@ class Diagnosis:
     Attributes:
         findings: Faults first.
         missing: What was not to be had, and why.
+        notes: What else is to be known of how it was looked at, in sentences.
     """
 
     findings: list[Finding]
     missing: dict[str, str] = field(default_factory=dict)
+    notes: tuple[str, ...] = ()
+
+
+_MANUAL = (
+    "training_step was not run, since under manual optimization it would train: the network alone was run, and nothing "
+    "is said of layers that it does not reach."
+)
 
 
 def diagnose(
@@ -43,7 +52,7 @@ def diagnose(
     Without a Trainer the same as :func:`lightning_bn.functional.diagnose`. With one its callbacks, optimizers and
     processes are looked at too, before a fit or in one, and a batch is run through ``training_step``: without
     gradients, with logging silenced, on copies of weights and buffers. Before a fit ``configure_optimizers`` is called
-    once for that.
+    once for that. A warning names what could not be looked at, because code of your own raised an error.
 
     Args:
         model: Any module; with a Trainer the LightningModule that it fits.
@@ -58,7 +67,11 @@ def diagnose(
         ValueError: If a module is lazy and has seen no batch yet.
     """
     batches = [*more_batches] if batch is None else [batch, *more_batches]
-    return diagnosis(model, trainer, batches, forward).findings
+    found = diagnosis(model, trainer, batches, forward)
+    if found.missing:
+        unseen = "; ".join(f"{what} ({' '.join(why.split())})" for what, why in found.missing.items())
+        warnings.warn(f"diagnose: not looked at: {unseen}", UserWarning, stacklevel=2)
+    return found.findings
 
 
 def diagnosis(
@@ -76,12 +89,13 @@ def diagnosis(
     if trainer is None:
         return Diagnosis(findings(RULES, examine(model, batches, forward)))
     module: Any = model
+    notes: tuple[str, ...] = ()
     if forward is None and batches:
         try:
             forward = training_forward(trainer, module)
         except MisconfigurationException:
             # Under manual optimization the step trains; the network alone says most of it, but not what it reaches.
-            known = {"complete": False, **known}
-    fit, missing = examine_fit(trainer, module, batches, forward, known)
+            known, notes = {"complete": False, **known}, (_MANUAL,)
+    fit = examine_fit(trainer, module, batches, forward, known)
     found = findings(RULES, fit.examination) + findings(FIT_RULES, fit)
-    return Diagnosis(sorted(found, key=lambda finding: finding.severity == "advice"), missing)
+    return Diagnosis(sorted(found, key=lambda finding: finding.severity == "advice"), fit.missing, notes)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 from torch import nn
 from torch.optim import Optimizer
@@ -15,9 +16,11 @@ from lightning_bn.callbacks._lightning.optimizers import optimizers_of
 from lightning_bn.callbacks._lightning.state import synchronizes_batch_norm
 from lightning_bn.functional.doctor.examination import Examination
 from lightning_bn.functional.doctor.forwards import Forward, examine
-from lightning_bn.functional.layers.patterns import SelectionError
 from lightning_bn.functional.layers.properties import affine_parameters
 from lightning_bn.functional.layers.selection import batch_norm_layers
+
+_T = TypeVar("_T")
+_PLAN = "what BatchNormFreezer freezes"
 
 
 @dataclass(frozen=True)
@@ -31,6 +34,7 @@ class ExaminedFit:
         optimizers: Of the fit; None where it is not known.
         batches: What was run forward.
         forward: By which function.
+        missing: What could not be looked at, and why; rules add to it.
     """
 
     examination: Examination
@@ -39,10 +43,19 @@ class ExaminedFit:
     optimizers: Sequence[Optimizer] | None = None
     batches: Sequence[Any] = ()
     forward: Forward | None = field(default=None, repr=False)
+    missing: dict[str, str] = field(default_factory=dict)
 
     def callbacks(self, *names: str) -> list[Any]:
         """Return the callbacks of these classes, and of classes derived from them."""
         return callbacks_named(self.trainer, *names)
+
+    def tried(self, what: str, find: Callable[[], _T]) -> _T | None:
+        """Return what the user's own code makes; None where it raises, which is then among what is missing."""
+        return _or_missing(self.missing, what, find)
+
+    def plan(self, freezer: Any) -> Any:
+        """Return what a BatchNormFreezer is going to freeze; None where that cannot be had."""
+        return self.tried(_PLAN, lambda: freezer.plan(self.module))
 
     def optimized(self) -> set[int]:
         """Return which parameters the optimizers have, by identity."""
@@ -66,22 +79,22 @@ def examine_fit(
     batches: Sequence[Any],
     forward: Forward | None,
     known: Mapping[str, Any] | None = None,
-) -> tuple[ExaminedFit, dict[str, str]]:
-    """Return what rules look at, and what could not be had, each with the reason."""
+) -> ExaminedFit:
+    """Return what rules look at."""
     missing: dict[str, str] = {}
     facts = {
-        "frozen_later": frozenset(_frozen_later(trainer, module)),
-        "by_task": frozenset(_by_task(trainer, module)),
+        "frozen_later": _frozen_later(trainer, module, missing),
+        "by_task": _by_task(trainer, module, missing),
         "processes": trainer.world_size,
         "synchronized": synchronizes_batch_norm(trainer),
         **(known or {}),
     }
     optimizers = _or_missing(missing, "the optimizers", lambda: optimizers_of(trainer, module))
     examination = examine(module, batches, forward, **facts)
-    return ExaminedFit(examination, trainer, module, optimizers, batches, forward), missing
+    return ExaminedFit(examination, trainer, module, optimizers, batches, forward, missing)
 
 
-def _or_missing(missing: dict[str, str], what: str, find: Callable[[], Any]) -> Any:
+def _or_missing(missing: dict[str, str], what: str, find: Callable[[], _T]) -> _T | None:
     try:
         return find()
     except Exception as error:
@@ -89,22 +102,19 @@ def _or_missing(missing: dict[str, str], what: str, find: Callable[[], Any]) -> 
         return None
 
 
-def _frozen_later(trainer: Trainer, module: LightningModule) -> Iterable[str]:
+def _frozen_later(trainer: Trainer, module: LightningModule, missing: dict[str, str]) -> frozenset[str]:
     """Layers whose statistics a freezer keeps from the first batch on, whatever its task."""
+    found: set[str] = set()
     for freezer in callbacks_named(trainer, "BatchNormFreezer"):
-        try:
-            plan = freezer.plan(module)
-            starts = plan.schedule.is_on(0, 0, trainer.max_epochs)
-        except ValueError:
-            # The freezer says so itself when the fit starts.
-            continue
-        if starts:
-            yield from (layer.name for layer in plan.frozen if layer.stats and not layer.tasks)
+        plan = _or_missing(missing, _PLAN, partial(freezer.plan, module))
+        if plan is not None and plan.schedule.is_on(0, 0, trainer.max_epochs):
+            found |= {layer.name for layer in plan.frozen if layer.stats and not layer.tasks}
+    return frozenset(found)
 
 
-def _by_task(trainer: Trainer, module: nn.Module) -> Iterable[str]:
-    for callback in callbacks_named(trainer, "TaskBatchNorm"):
-        try:
-            yield from batch_norm_layers(module, callback.modules, exclude=callback.exclude, root=callback.root)
-        except SelectionError:
-            continue
+def _by_task(trainer: Trainer, module: nn.Module, missing: dict[str, str]) -> frozenset[str]:
+    found: set[str] = set()
+    for one in callbacks_named(trainer, "TaskBatchNorm"):
+        select = partial(batch_norm_layers, module, one.modules, exclude=one.exclude, root=one.root)
+        found |= {*(_or_missing(missing, "what TaskBatchNorm gives statistics per task", select) or ())}
+    return frozenset(found)

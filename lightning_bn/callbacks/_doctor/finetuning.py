@@ -71,22 +71,19 @@ def _after_freezing(fit: ExaminedFit, callback: Any) -> tuple[list[str], list[st
     layers = fit.examination.layers
     tracked = {name for name, layer in layers.items() if has_running_statistics(layer) and layer.track_running_stats}
     kept = [(parameter, parameter.requires_grad) for parameter in fit.module.parameters()]
-    try:
+
+    def found() -> tuple[list[str], list[str]]:
         with attributes_on_copies(fit.module):
             callback.freeze_before_training(fit.module)
             off = [name for name in tracked if not layers[name].track_running_stats]
-            frozen = [
-                name
-                for name, layer in layers.items()
-                if (affine := affine_parameters(layer)) and not any(one.requires_grad for one in affine)
-            ]
-    except Exception:
-        # Its own setup says what is the matter.
-        return [], []
+            affine = {name: affine_parameters(layer) for name, layer in layers.items()}
+            return off, [name for name, own in affine.items() if own and not any(one.requires_grad for one in own)]
+
+    try:
+        return fit.tried(f"what {type(callback).__name__} freezes", found) or ([], [])
     finally:
         for parameter, requires_grad in kept:
             parameter.requires_grad_(requires_grad)
-    return off, frozen
 
 
 def _equal(fit: ExaminedFit, name: str, other: str) -> bool:

@@ -36,9 +36,8 @@ def not_in_optimizer(fit: ExaminedFit) -> Iterator[Finding]:
             f"{freeze_line(fit.examination, unseen)}",
         )
     for freezer in fit.callbacks("BatchNormFreezer"):
-        try:
-            plan = freezer.plan(fit.module)
-        except ValueError:
+        plan = fit.plan(freezer)
+        if plan is None:
             continue
         ends = plan.schedule.stop_epoch is not None or plan.schedule.stop_step is not None
         later = fit.unseen(layer.name for layer in plan.frozen if layer.affine and ends)

@@ -27,11 +27,13 @@ def noise_in_recalibration(fit: ExaminedFit) -> Iterator[Finding]:
     layers = fit.examination.tracking_layers()
     if not precise or not fit.batches or not layers:
         return
-    try:
-        noisy, calm = (_traces(fit, containers=containers) for containers in (True, False))
-    except Exception:
-        # A step that asks for what only training has: it can be recalibrated with its containers in train mode only.
+    # A step may ask for what only training has.
+    traces = fit.tried(
+        "noise-in-recalibration", lambda: [_traces(fit, containers=containers) for containers in (True, False)]
+    )
+    if traces is None:
         return
+    noisy, calm = traces
     ratios = {
         name: ratio_of_variances(noisy, calm, name, 0) for name in layers if name in noisy[0].uses and calm[0].uses
     }

@@ -67,21 +67,15 @@ def _traces(examination: Examination, batches: Sequence[Any], forward: Forward) 
         seeds = range(_AGAIN if after_dropout else 0)
         without = [trace(moved[0], seed, without_dropout=True) for seed in seeds]
     missed -= {name for one in again for name in one.uses}
-    in_eval = None
+    in_eval, error = None, ""
     if missed:
         with isolated_forward(model, ()):
-            in_eval = _tried(lambda: trace(moved[0]))
-    return Traces(
-        tuple(watched), tuple(again), tuple(without), in_eval, tuple(map(num_samples, moved)), _parts(moved[0])
-    )
-
-
-def _tried(trace: Callable[[], Trace]) -> Trace | None:
-    """What a forward in eval mode did; None where it asks for what only training has."""
-    try:
-        return trace()
-    except Exception:
-        return None
+            try:
+                in_eval = trace(moved[0])
+            except Exception as raised:  # it may ask for what only training has
+                error = f"{type(raised).__name__}: {raised}"
+    samples = tuple(map(num_samples, moved))
+    return Traces(tuple(watched), tuple(again), tuple(without), in_eval, samples, _parts(moved[0]), error)
 
 
 def _that_train(examination: Examination) -> list[nn.Module]:

@@ -41,7 +41,8 @@ def never_reached(examination: Examination) -> Iterator[Finding]:
             "advice",
             examination.in_order(unused),
             f"{counted(len(unused), 'layer')} {'is' if len(unused) == 1 else 'are'} not reached by the forward of "
-            f"{'this batch' if len(traces.batches) == 1 else 'these batches'}, in train mode or in eval mode.",
+            f"{'this batch' if len(traces.batches) == 1 else 'these batches'}, in train mode or in eval mode"
+            f"{f', which ends with an error ({traces.eval_error})' if traces.eval_error else ''}.",
             "If no other batch reaches it, its statistics stay those of construction, its weights do not train, and "
             "DistributedDataParallel ends with unused parameters.",
             f"model.set_submodule({unused[0]!r}, nn.Identity())  # or call it in the forward",

@@ -105,6 +105,7 @@ class Traces:
         again: Of the first batch in train mode, with other random numbers; empty where one forward tells.
         without_dropout: As ``again``, where dropout does nothing.
         in_eval: Of the first batch in eval mode; None where that is of no interest or fails.
+        eval_error: What that forward raised; empty if nothing.
         samples: In each batch; None where they cannot be counted.
         tasks: Names of the parts of a batch that consists of several batches.
     """
@@ -115,6 +116,7 @@ class Traces:
     in_eval: Trace | None = None
     samples: tuple[int | None, ...] = ()
     tasks: tuple[str, ...] = ()
+    eval_error: str = ""
 
     @property
     def reached(self) -> set[str]:
