@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ast
 import shutil
 import textwrap
 from collections.abc import Iterator
@@ -38,6 +39,10 @@ exit codes:
 What the configuration or the import path names is imported and called, as the
 training itself does.
 """
+_NAMES = (
+    "Names in these lines: callbacks are from lightning_bn, functions from lightning_bn.functional; self is your "
+    "module, model the network in it, loader what it trains on."
+)
 
 
 def add_parser(subparsers: Any) -> None:
@@ -75,7 +80,7 @@ def run(options: argparse.Namespace) -> int:
         told = {"findings": found.findings, "not_looked_at": found.missing, "notes": found.notes}
         print(as_json({"layers": layers, **told}))
     else:
-        print("\n".join(_report(layers, found)))
+        print("\n".join(_report(layers, found, with_yaml=bool(options.config))))
     return FOUND if faults else NO if found.missing else HEALTHY
 
 
@@ -143,8 +148,8 @@ def _model(path: str) -> Any:
     return model
 
 
-def _report(layers: int, found: Diagnosis) -> Iterator[str]:
-    """Lines no wider than the console."""
+def _report(layers: int, found: Diagnosis, *, with_yaml: bool) -> Iterator[str]:
+    """Lines no wider than the console, but for code that cannot be broken."""
     width = max(shutil.get_terminal_size().columns, 40)
     faults = sum(finding.severity == "fault" for finding in found.findings)
     advice = len(found.findings) - faults
@@ -157,12 +162,42 @@ def _report(layers: int, found: Diagnosis) -> Iterator[str]:
         yield f"{finding.severity.upper()} {finding.rule}"
         shown = ", ".join(name or "(the model itself)" for name in finding.layers[:5])
         more = f" and {len(finding.layers) - 5} more" if len(finding.layers) > 5 else ""
-        rows = {"what": finding.what, "layers": shown + more, "why": finding.why, "do": finding.remedy}
-        for title, text in rows.items():
+        for title, text in {"what": finding.what, "layers": shown + more, "why": finding.why}.items():
             yield from textwrap.wrap(text, width, initial_indent=f"  {title + ':':<8}", subsequent_indent=" " * 10)
+        yield from _block("do:", [row for line in finding.remedy.splitlines() for row in _code(line, width - 4)])
+        if with_yaml and finding.yaml:
+            rows = [_comment(row, width - 4) if row.startswith("#") else [row] for row in finding.yaml.splitlines()]
+            yield from _block("do, in a YAML:", [part for row in rows for part in row])
+    if found.findings:
+        yield ""
+        yield from textwrap.wrap(_NAMES, width)
     for what, why in found.missing.items():
         yield ""
         yield from textwrap.wrap(f"Not looked at: {what} ({' '.join(why.split())})", width)
     for note in found.notes:
         yield ""
         yield from textwrap.wrap(f"Note: {note}", width)
+
+
+def _block(title: str, rows: list[str]) -> Iterator[str]:
+    """Rows below their title, all equally far from the left, so that they can be copied together."""
+    yield f"  {title}"
+    yield from (f"    {row}" for row in rows)
+
+
+def _code(line: str, width: int) -> list[str]:
+    """A line of Python in rows of a width, which are still Python; the line itself where it cannot be broken."""
+    if line.startswith("#"):
+        return _comment(line, width)
+    indent = " " * (len(line) - len(line.lstrip()))
+    rows = textwrap.wrap(line, width, subsequent_indent=f"{indent}    ", break_long_words=False, break_on_hyphens=False)
+    try:
+        broken, whole = ("\n".join(row[len(indent) :] for row in given) for given in (rows, [line]))
+        kept = ast.dump(ast.parse(broken)) == ast.dump(ast.parse(whole))
+    except SyntaxError:  # also of the first line of a block, which is none alone
+        kept = False
+    return rows if kept else [line]
+
+
+def _comment(line: str, width: int) -> list[str]:
+    return textwrap.wrap(line, width, subsequent_indent="# ")

@@ -1,7 +1,10 @@
 """`lightning-bn doctor`: exit codes, what is printed, and one line where it cannot be done."""
 
+import ast
+import itertools
 import json
 import sys
+import textwrap
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -100,6 +103,35 @@ def test_a_healthy_configuration_is_0(folder: Path, capsys: pytest.CaptureFixtur
     assert capsys.readouterr().out == "1 BatchNorm layer: 0 faults, 0 pieces of advice.\n"
 
 
+def pasted(out: str, title: str) -> str:
+    """The rows below a title, as somebody copies them."""
+    rows = out.split(f"  {title}\n")[1].splitlines()
+    return textwrap.dedent("\n".join(itertools.takewhile(lambda row: row.startswith("    "), rows)))
+
+
+@pytest.mark.parametrize("columns", ["40", "60", "80"])
+def test_what_is_printed_can_be_copied(
+    columns: str, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", columns)
+    path = Path(configuration(folder, model={"half": True}, data={"batch_size": 4}))
+    assert ran("--config", str(path)) == 1
+    out = capsys.readouterr().out
+    for part in out.split("FAULT ")[1:]:
+        assert "Trainer(" in ast.unparse(ast.parse(pasted(part, "do:")))
+    described = yaml.safe_load(path.read_text())
+    described["trainer"] |= yaml.safe_load(pasted(out, "do, in a YAML:"))["trainer"]
+    path.write_text(yaml.safe_dump(described))
+    # frozen statistics need no larger batch either
+    assert ran("--config", str(path), "--batches", "0") == 1
+    assert "FAULT initial-statistics-frozen" in capsys.readouterr().out
+
+
+def test_a_model_alone_has_no_yaml(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran("--model", "planted_code:build", "--input", "4,4") == 1
+    assert "YAML" not in capsys.readouterr().out
+
+
 def test_a_fault_is_1_and_names_layers_reason_and_remedy(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert ran("--config", configuration(folder, model={"half": True})) == 1
     out = capsys.readouterr().out
@@ -145,7 +177,7 @@ def test_json_is_all_that_is_printed(folder: Path, capsys: pytest.CaptureFixture
     assert told["layers"] == 1
     assert told["not_looked_at"] == {}
     [finding] = told["findings"]
-    assert set(finding) == {"rule", "severity", "layers", "what", "why", "remedy"}
+    assert set(finding) == {"rule", "severity", "layers", "what", "why", "remedy", "yaml"}
     assert (finding["rule"], finding["layers"]) == ("frozen-by-requires-grad", ["net.1"])
 
 

@@ -8,6 +8,7 @@ from lightning_bn.callbacks._doctor.examined_fit import ExaminedFit
 from lightning_bn.callbacks._lightning.averages import averaging_names
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.doctor.finding import Finding
+from lightning_bn.functional.doctor.remedies import callback_yaml, lines
 
 
 def averaged_without_recalibration(fit: ExaminedFit) -> Iterator[Finding]:
@@ -22,5 +23,6 @@ def averaged_without_recalibration(fit: ExaminedFit) -> Iterator[Finding]:
             f"running statistics for the average.",
             "Running statistics are those of the weights that trained, or an average of these: the averaged network "
             "puts out other activations, and validates worse than it is.",
-            "Trainer(callbacks=[averaging, PreciseBatchNorm()])  # YAML: class_path: lightning_bn.PreciseBatchNorm",
+            lines(f"# beside {names[0]}, which stays:", "Trainer(callbacks=[PreciseBatchNorm()])"),
+            callback_yaml("PreciseBatchNorm"),
         )

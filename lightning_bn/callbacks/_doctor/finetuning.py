@@ -11,7 +11,7 @@ from lightning_bn.callbacks._doctor.examined_fit import ExaminedFit
 from lightning_bn.callbacks._second_run.step import attributes_on_copies
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.doctor.finding import Finding
-from lightning_bn.functional.doctor.frozen_by_halves import freeze_line
+from lightning_bn.functional.doctor.remedies import freeze_lines, freeze_yaml, lines
 from lightning_bn.functional.layers.patterns import is_below
 from lightning_bn.functional.layers.properties import affine_parameters, has_running_statistics
 
@@ -30,7 +30,13 @@ def frozen_by_finetuning(fit: ExaminedFit) -> Iterator[Finding]:
                 f"off and keeps train mode.",
                 "Training then normalizes with each batch and evaluation with running statistics that do not follow: "
                 "the two modes are different functions.",
-                f"self.freeze(modules, train_bn=True) in {name}, and {freeze_line(fit.examination, off)}",
+                lines(
+                    f"# in freeze_before_training of {name}, with its modules:",
+                    "self.freeze(modules, train_bn=True)",
+                    "# and beside it:",
+                    freeze_lines(fit.examination, off),
+                ),
+                freeze_yaml(fit.examination, off),
             )
         backbone = getattr(fit.module, "backbone", None)
         if getattr(callback, "train_bn", True) is False and backbone is not None:
@@ -44,7 +50,12 @@ def frozen_by_finetuning(fit: ExaminedFit) -> Iterator[Finding]:
                     f"running statistics move from the first batch on, weight and bias never reach the optimizer.",
                     "The features change from the first epoch on, though nothing in the backbone seems to train, and "
                     "what was trained on them before gets worse.",
-                    f"{name}(train_bn=True), or {freeze_line(fit.examination, layers)}",
+                    lines(
+                        f"Trainer(callbacks=[{name}(train_bn=True)])",
+                        "# or beside it as it is:",
+                        freeze_lines(fit.examination, layers),
+                    ),
+                    freeze_yaml(fit.examination, layers),
                 )
 
 
@@ -62,7 +73,10 @@ def skipped_when_unfrozen(fit: ExaminedFit) -> Iterator[Finding]:
                 f"as fresh layers do.",
                 "unfreeze_and_add_param_group compares parameters by value: of two that are equal and are unfrozen one "
                 "after the other, the optimizer gets the first only, and the second never trains.",
-                "unfreeze them in one call: self.unfreeze_and_add_param_group([module_a, module_b], optimizer)",
+                lines(
+                    "# unfreeze them in one call, in finetune_function:",
+                    "self.unfreeze_and_add_param_group([module_a, module_b], optimizer)",
+                ),
             )
 
 

@@ -9,7 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from lightning_bn.callbacks._doctor.examined_fit import ExaminedFit
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.doctor.finding import Finding
-from lightning_bn.functional.doctor.frozen_by_halves import freeze_line
+from lightning_bn.functional.doctor.remedies import freeze_lines, freeze_yaml, lines
 from lightning_bn.functional.layers.properties import affine_parameters
 
 
@@ -32,8 +32,13 @@ def not_in_optimizer(fit: ExaminedFit) -> Iterator[Finding]:
             f"weight and bias never change, the running statistics do.",
             "What an optimizer is not given is frozen by half: each batch moves the statistics, and with them the "
             "outputs of what was meant to stay.",
-            f"add them to configure_optimizers (self.parameters()), or freeze all of them: "
-            f"{freeze_line(fit.examination, unseen)}",
+            lines(
+                "# in configure_optimizers, give the optimizer all parameters:",
+                _optimizer(fit, "self.parameters()"),
+                "# or freeze the statistics of these layers too:",
+                freeze_lines(fit.examination, unseen),
+            ),
+            freeze_yaml(fit.examination, unseen),
         )
     for freezer in fit.callbacks("BatchNormFreezer"):
         plan = fit.plan(freezer)
@@ -51,8 +56,11 @@ def not_in_optimizer(fit: ExaminedFit) -> Iterator[Finding]:
                 f"{'is' if len(later) == 1 else 'are'} in no optimizer.",
                 "An optimizer that was made without their weight and bias never sees them: they stay as they are after "
                 "the freeze too.",
-                "give the optimizer all parameters, without a filter for requires_grad: "
-                "torch.optim.SGD(self.parameters(), lr=lr)  # the freezer drops the gradients itself",
+                lines(
+                    "# in configure_optimizers, all parameters, also those without requires_grad;",
+                    "# the freezer drops the gradients itself:",
+                    _optimizer(fit, "self.parameters()"),
+                ),
             )
 
 
@@ -73,8 +81,24 @@ def affine_under_weight_decay(fit: ExaminedFit) -> Iterator[Finding]:
             f"weight and bias of {counted(len(found), 'layer')} are under weight decay.",
             "Decay pulls the scale of each channel towards 0; many recipes leave the parameters of normalization "
             "layers out.",
-            "a group of their own: {'params': [p for p in self.parameters() if p.ndim <= 1], 'weight_decay': 0.0}",
+            lines(
+                "# in configure_optimizers:",
+                "matrices = [p for p in self.parameters() if p.ndim > 1]",
+                "others = [p for p in self.parameters() if p.ndim <= 1]",
+                "groups = [{'params': matrices}, {'params': others, 'weight_decay': 0.0}]",
+                _optimizer(fit, "groups"),
+            ),
         )
+
+
+def _optimizer(fit: ExaminedFit, parameters: str) -> str:
+    """The line that makes the first optimizer of the fit, with its learning rate and weight decay."""
+    optimizer = (fit.optimizers or ())[0]
+    kind, defaults = type(optimizer), optimizer.defaults
+    name = f"torch.optim.{kind.__name__}" if kind.__module__.startswith("torch.optim") else kind.__name__
+    given = {key: defaults[key] for key in ("lr", "weight_decay") if isinstance(defaults.get(key), float | int)}
+    settings = "".join(f", {key}={value!r}" for key, value in given.items() if value or key == "lr")
+    return f"{name}({parameters}{settings})"
 
 
 def _needs_gradient(layer: _BatchNorm) -> bool:

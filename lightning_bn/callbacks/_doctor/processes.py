@@ -9,6 +9,7 @@ from torch import nn
 from lightning_bn.callbacks._doctor.examined_fit import ExaminedFit
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.doctor.finding import Finding
+from lightning_bn.functional.doctor.remedies import freeze_lines, lines
 
 FEW_SAMPLES = 4
 """In the batch of one process, up to which normalizing together is worth what it costs."""
@@ -31,7 +32,13 @@ def not_synchronized(fit: ExaminedFit) -> Iterator[Finding]:
             f"{counted(samples, 'sample')} of each of {examination.processes} processes on their own.",
             "Statistics of so few samples are noise in every activation, and evaluation uses the moving average of the "
             "first process alone.",
-            f"Trainer(sync_batchnorm=True)  # normalizes {together} samples together; YAML: sync_batchnorm: true",
+            lines(
+                f"# normalizes {together} samples together:",
+                "Trainer(sync_batchnorm=True)",
+                "# or keep pre-trained statistics:",
+                freeze_lines(examination, found),
+            ),
+            "trainer:\n  sync_batchnorm: true",
         )
 
 
@@ -50,5 +57,10 @@ def synchronized_alone(fit: ExaminedFit) -> Iterator[Finding]:
             f"{counted(len(found), 'layer')} {'is' if len(found) == 1 else 'are'} synchronized in a fit of 1 process.",
             "With one process there is nothing to synchronize: it changes nothing here. A recipe for several GPUs that "
             "is run on one normalizes that much fewer samples.",
-            "Trainer(sync_batchnorm=False); with several GPUs: devices=-1, strategy='ddp'",
+            lines(
+                "Trainer(sync_batchnorm=False)",
+                "# or on several GPUs:",
+                "Trainer(sync_batchnorm=True, devices=-1, strategy='ddp')",
+            ),
+            "trainer:\n  sync_batchnorm: false",
         )

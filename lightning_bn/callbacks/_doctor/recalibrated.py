@@ -15,6 +15,7 @@ from lightning_bn.functional._text import counted
 from lightning_bn.functional.doctor.dropout import NOTICEABLE, ratio_of_variances
 from lightning_bn.functional.doctor.finding import Finding
 from lightning_bn.functional.doctor.isolated_forward import isolated_forward
+from lightning_bn.functional.doctor.remedies import callback_yaml
 from lightning_bn.functional.doctor.traces import Trace
 from lightning_bn.functional.doctor.tracing import traced
 
@@ -48,7 +49,8 @@ def noise_in_recalibration(fit: ExaminedFit) -> Iterator[Finding]:
             f"containers apply by their own flag: the variance in {worst!r} is off by a factor of {ratios[worst]:.2f}.",
             "For the pass, dropout layers are off and containers keep their mode, since some models return losses in "
             "train mode only; what these draw themselves is then part of the statistics, and of no evaluation.",
-            "PreciseBatchNorm(containers_in_eval=True)  # YAML: init_args: {containers_in_eval: true}",
+            "Trainer(callbacks=[PreciseBatchNorm(containers_in_eval=True)])",
+            callback_yaml("PreciseBatchNorm", containers_in_eval=True),
         )
 
 

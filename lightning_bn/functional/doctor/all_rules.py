@@ -88,8 +88,8 @@ RULES: tuple[Rule, ...] = (
     ),
     Rule(
         "few-values",
-        f"fewer than {batch_size.FEWEST_VALUES} values per channel normalize together in training",
-        "fault",
+        f"fewer than {batch_size.FEWEST_VALUES} values per channel, or one sample, normalize together in training",
+        "fault or advice",
         "batch",
         batch_size.few_values,
     ),

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.doctor.examination import Examination
 from lightning_bn.functional.doctor.finding import Finding
+from lightning_bn.functional.doctor.remedies import lines
 from lightning_bn.functional.layers.names import kind_of, lookalikes, named_paths
 
 
@@ -27,7 +28,11 @@ def bias_before_batch_norm(examination: Examination) -> Iterator[Finding]:
             f"before: {quoted([*found.values()])}.",
             "In training the mean of the batch is subtracted, the bias with it: it has no gradient but for rounding, "
             "and costs memory and time.",
-            "construct with bias=False",
+            lines(
+                "# where they are made, bias=False; or after that:",
+                f"for name in {[*dict.fromkeys(found.values())]!r}:",
+                "    model.get_submodule(name).register_parameter('bias', None)",
+            ),
         )
 
 
@@ -45,5 +50,9 @@ def not_torchs(examination: Examination) -> Iterator[Finding]:
             f"{counted(len(found), 'module')} {'has' if len(found) == 1 else 'have'} running statistics and "
             f"{'is' if len(found) == 1 else 'are'} not torch's BatchNorm: {kinds}.",
             "Nothing in this package freezes, recalibrates or measures them, and SyncBatchNorm does not replace them.",
-            "torch.nn.BatchNorm2d in their place, or freeze them by hand: module.eval()",
+            lines(
+                "# torch.nn.BatchNorm2d in their place, or to freeze them, after every model.train():",
+                f"for name in {[*found]!r}:",
+                "    model.get_submodule(name).eval()",
+            ),
         )

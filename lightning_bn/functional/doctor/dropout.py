@@ -11,6 +11,7 @@ import torch
 from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.doctor.examination import Examination
 from lightning_bn.functional.doctor.finding import Finding, Severity
+from lightning_bn.functional.doctor.remedies import lines
 from lightning_bn.functional.doctor.traces import Dropout, Trace
 from lightning_bn.functional.layers.names import named_paths
 from lightning_bn.functional.layers.patterns import is_below
@@ -49,8 +50,11 @@ def _after_dropout(
         "Running statistics are collected with dropout on and used with dropout off: the layer divides by a standard "
         "deviation that evaluation does not have. Li et al. (2019, arXiv 1801.05134) call it variance shift, find that "
         "it makes inference worse, and advise to put dropout after the last BatchNorm.",
-        "move the dropout behind the last BatchNorm, or set p=0 there; as a first aid, statistics without it: "
-        "recalibrate(model, loader, containers_in_eval=True)",
+        lines(
+            "# move the dropout behind the last BatchNorm, or take it out;",
+            "# as a first aid, statistics without it:",
+            "recalibrate(model, loader, containers_in_eval=True)",
+        ),
     )
 
 
@@ -78,7 +82,11 @@ def dropout_in_frozen_container(examination: Examination) -> Iterator[Finding]:
             f"mode, though everything in it is in eval mode.",
             "What was meant to be frozen puts out something else each time, which the statistics that are kept do not "
             "describe.",
-            f"model.get_submodule({name!r}).eval()  # puts the module itself into eval mode, with all in it",
+            lines(
+                "# puts the module itself into eval mode, with all in it:",
+                f"for name in {[*found]!r}:",
+                "    model.get_submodule(name).eval()",
+            ),
         )
 
 

@@ -18,7 +18,8 @@ class Finding:
         layers: Canonical names of the modules that have it, in registration order.
         what: What is so, in one sentence.
         why: What that does to the results.
-        remedy: The line of code or of YAML that mends it.
+        remedy: The lines of Python that mend it; what is to be done by hand is a comment in them.
+        yaml: What to write into the YAML file of a LightningCLI instead; empty where that does not mend it.
     """
 
     rule: str
@@ -27,9 +28,11 @@ class Finding:
     what: str
     why: str
     remedy: str
+    yaml: str = ""
 
     def __str__(self) -> str:
-        return f"{self.severity}: {self.what}\n  why: {self.why}\n  do:  {self.remedy}"
+        do = self.remedy.replace("\n", "\n       ")
+        return f"{self.severity}: {self.what}\n  why: {self.why}\n  do:  {do}"
 
     def as_dict(self) -> dict[str, Any]:
         """Return it as a dict of strings and one list."""

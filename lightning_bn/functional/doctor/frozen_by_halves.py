@@ -9,6 +9,7 @@ from torch import nn
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.doctor.examination import Examination
 from lightning_bn.functional.doctor.finding import Finding
+from lightning_bn.functional.doctor.remedies import IN_CONSTRUCTION, freeze_lines, freeze_yaml, lines, set_attribute
 from lightning_bn.functional.doctor.teachers import layers_of_teachers
 from lightning_bn.functional.layers.properties import affine_parameters, has_running_statistics
 from lightning_bn.functional.layers.status import layer_status
@@ -34,7 +35,8 @@ def frozen_by_requires_grad(examination: Examination) -> Iterator[Finding]:
             f"with every batch in train mode.",
             "Running statistics are buffers, which no optimizer and no requires_grad touches. A backbone that is "
             "thought to be frozen changes its outputs, and what was trained on it before gets worse.",
-            freeze_line(examination, own),
+            freeze_lines(examination, own),
+            freeze_yaml(examination, own),
         )
     copies = [name for name in found if name in teachers]
     if copies:
@@ -46,7 +48,8 @@ def frozen_by_requires_grad(examination: Examination) -> Iterator[Finding]:
             f"move with every batch in train mode.",
             "For a teacher that averages a student's weights this may be meant, and many methods do so. A teacher "
             "that is to stay as it was loaded changes its outputs.",
-            freeze_line(examination, copies),
+            freeze_lines(examination, copies),
+            freeze_yaml(examination, copies),
         )
 
 
@@ -65,7 +68,12 @@ def tracking_switched_off(examination: Examination) -> Iterator[Finding]:
             f"track_running_stats was switched off in {counted(len(found), 'layer')} after construction, which does "
             f"not freeze: in train mode the batch still normalizes, and the running statistics stand still.",
             _TWO_WAYS,
-            f"set track_running_stats = True again; to freeze: {freeze_line(examination, found)}",
+            lines(
+                "# where it was switched off:",
+                set_attribute(found, "track_running_stats", True),
+                "# and, to freeze:",
+                freeze_lines(examination, found),
+            ),
         )
 
 
@@ -84,7 +92,12 @@ def momentum_zero(examination: Examination) -> Iterator[Finding]:
             f"{_who(found)} frozen by momentum=0, which does not freeze: in train mode the batch still normalizes, and "
             f"the running statistics stand still.",
             _TWO_WAYS,
-            f"set momentum = 0.1 again; to freeze: {freeze_line(examination, found)}",
+            lines(
+                IN_CONSTRUCTION,
+                set_attribute(found, "momentum", 0.1),
+                "# and, to freeze:",
+                freeze_lines(examination, found),
+            ),
         )
 
 
@@ -103,14 +116,9 @@ def frozen_2d_only(examination: Examination) -> Iterator[Finding]:
             f"{'trains' if len(found) == 1 else 'train'}.",
             "A loop over nn.BatchNorm2d misses BatchNorm1d and BatchNorm3d: the frozen layers keep statistics of "
             "inputs that go on changing.",
-            freeze_line(examination, [*frozen, *found]),
+            freeze_lines(examination, [*frozen, *found]),
+            freeze_yaml(examination, [*frozen, *found]),
         )
-
-
-def freeze_line(examination: Examination, names: Collection[str]) -> str:
-    """Return the line that freezes layers, with Lightning and without."""
-    paths = examination.paths(names)
-    return f"Trainer(callbacks=[BatchNormFreezer({paths})])  # without Lightning: freeze_batch_norm(model, {paths})"
 
 
 def _who(names: Collection[str]) -> str:

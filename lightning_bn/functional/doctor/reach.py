@@ -10,7 +10,9 @@ from torch import Tensor
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.doctor.examination import Examination
 from lightning_bn.functional.doctor.finding import Finding
+from lightning_bn.functional.doctor.remedies import callback_yaml, lines
 from lightning_bn.functional.doctor.traces import Use
+from lightning_bn.functional.layers.patterns import shortest_paths
 
 UNLIKE = 0.7
 """Distance of the means of two inputs of a layer, in standard deviations, beyond what is chance."""
@@ -33,7 +35,10 @@ def never_reached(examination: Examination) -> Iterator[Finding]:
             f"in eval mode and never by the one in train mode.",
             "Its running statistics never move, and evaluation uses them: those of construction, or of the weights "
             "that were loaded.",
-            "let the training forward run through it, or: recalibrate(model, loader, forward=evaluation_forward)",
+            lines(
+                "# let the training forward run through it, or after training:",
+                "recalibrate(model, loader, containers_in_eval=True)",
+            ),
         )
     if unused:
         yield Finding(
@@ -45,7 +50,11 @@ def never_reached(examination: Examination) -> Iterator[Finding]:
             f"{f', which ends with an error ({traces.eval_error})' if traces.eval_error else ''}.",
             "If no other batch reaches it, its statistics stay those of construction, its weights do not train, and "
             "DistributedDataParallel ends with unused parameters.",
-            f"model.set_submodule({unused[0]!r}, nn.Identity())  # or call it in the forward",
+            lines(
+                "# call it in the forward, or take it out:",
+                f"for name in {unused!r}:",
+                "    model.set_submodule(name, torch.nn.Identity())",
+            ),
         )
 
 
@@ -62,7 +71,7 @@ def reached_twice(examination: Examination) -> Iterator[Finding]:
             f"each time.",
             "The moving average forgets that much faster, and each use is normalized with statistics of its own in "
             "training and with shared ones in evaluation. With two views of the same data that does little.",
-            "for a forward that is not to count: with without_updates(model): model(batch)",
+            lines("# for a forward that is not to count:", "with without_updates(model):", "    model(batch)"),
         )
 
 
@@ -83,8 +92,13 @@ def unlike_inputs(examination: Examination) -> Iterator[Finding]:
         "In training each batch is normalized with its own statistics; evaluation uses one moving average of all, "
         "which describes none of the sources. Tasks that alternate or datasets in sequence train well so and validate "
         "badly.",
-        f"TaskBatchNorm({tasks!r}, {paths})  # without Lightning: task_statistics(model, {tasks!r}); or mix the "
-        f"sources in every batch (shuffle=True)",
+        lines(
+            f"Trainer(callbacks=[TaskBatchNorm({tasks!r}, {paths})])",
+            "# or without Lightning:",
+            f"task_statistics(model, {tasks!r}, {paths})",
+            "# or mix the sources in every batch: DataLoader(..., shuffle=True)",
+        ),
+        callback_yaml("TaskBatchNorm", tasks=tasks, modules=shortest_paths(apart, examination.layers)),
     )
 
 

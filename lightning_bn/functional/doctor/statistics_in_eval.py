@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.doctor.examination import Examination
 from lightning_bn.functional.doctor.finding import Finding
+from lightning_bn.functional.doctor.remedies import IN_CONSTRUCTION, lines
 from lightning_bn.functional.layers.behavior import has_initial_statistics, nonfinite_channels
 from lightning_bn.functional.layers.properties import has_running_statistics
 
@@ -23,8 +24,12 @@ def initial_statistics_frozen(examination: Examination) -> Iterator[Finding]:
             f"construction, mean 0 and variance 1: no batch was ever seen.",
             "Frozen so, a layer normalizes nothing, in training as in evaluation: activations grow or vanish from "
             "layer to layer.",
-            "load the pre-trained weights before freezing: model.load_state_dict(torch.load(path)), or first "
-            "recalibrate(model, loader)",
+            lines(
+                "# load the pre-trained weights before freezing:",
+                "model.load_state_dict(torch.load(path))",
+                "# or take the statistics of the data, also before:",
+                "recalibrate(model, loader)",
+            ),
         )
 
 
@@ -41,7 +46,7 @@ def batch_statistics_in_eval(examination: Examination) -> Iterator[Finding]:
             f"too normalizes with the batch.",
             "The output for a sample depends on what else is in its batch, and on how many: metrics change with the "
             "batch size, and a batch of one sample may fail.",
-            f"{type(layer).__name__}({layer.num_features}, track_running_stats=True)",
+            lines(IN_CONSTRUCTION, f"{type(layer).__name__}({layer.num_features}, track_running_stats=True)"),
         )
 
 
@@ -58,5 +63,5 @@ def statistics_not_finite(examination: Examination) -> Iterator[Finding]:
             f"finite.",
             "A moving average never recovers from an inf or a NaN: training goes on as if nothing were wrong, and "
             "every evaluation is NaN.",
-            "find the batch that had it, then: recalibrate(model, loader)  # or reset_running_stats() and train on",
+            lines("# find the batch that had it; then statistics anew:", "recalibrate(model, loader)"),
         )

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from lightning_bn.functional import freeze_batch_norm
-from tests.models import FrozenBatchNorm2d, SharedNorm, SmallResNet, fill_statistics, images, seeded
+from tests.models import SMALL_RESNET_NAMES, FrozenBatchNorm2d, SharedNorm, SmallResNet, fill_statistics, images, seeded
 
 
 @dataclass(frozen=True)
@@ -269,8 +269,15 @@ CASES = [
         "few-values",
         "fault",
         lambda: changed(lambda net: None, batch=images(1), layers=("head.bn",)),
-        lambda: changed(lambda net: net.head.bn.eval(), batch=images(1)),
+        lambda: changed(freeze_batch_norm, batch=images(1)),
         "a single one",
+    ),
+    Case(
+        "few-values",
+        "advice",
+        lambda: changed(lambda net: net.head.bn.eval(), batch=images(1), layers=tuple(SMALL_RESNET_NAMES[:-1])),
+        lambda: changed(lambda net: net.head.bn.eval(), batch=images(2)),
+        "of one sample",
     ),
     Case(
         "batch-norm-after-dropout",

@@ -3,6 +3,7 @@
 import pytest
 from torch import nn
 
+from lightning_bn import functional
 from lightning_bn.functional import Finding, diagnose
 from lightning_bn.functional.doctor.all_rules import RULES
 from tests.functional.doctor.cases import CASES, Case, Patient, values
@@ -73,15 +74,12 @@ def test_a_remedy_freezes_what_it_names() -> None:
     case = next(case for case in CASES if case.rule == "frozen-by-requires-grad")
     patient = case.ill()
     [finding] = found(patient, case.rule)
-    line = finding.remedy.split("# without Lightning: ")[1]
-    from lightning_bn.functional import freeze_batch_norm
-
-    exec(line, {"freeze_batch_norm": freeze_batch_norm, "model": patient.model})
+    exec(finding.remedy.split("# or without Lightning:\n")[1], {**vars(functional), "model": patient.model})
     assert found(patient, case.rule) == []
 
 
 def test_another_remedy_makes_the_fault_go() -> None:
     patient = Patient(nn.Sequential(nn.BatchNorm1d(4, track_running_stats=False)))
     [finding] = found(patient)
-    patient.model[0] = eval(finding.remedy, {"BatchNorm1d": nn.BatchNorm1d})
+    patient.model[0] = eval(finding.remedy.splitlines()[-1], {"BatchNorm1d": nn.BatchNorm1d})
     assert found(patient) == []
