@@ -9,7 +9,8 @@ from typing import Any, Optional, Union
 from lightning_bn.callbacks._lightning.namespaces import Callback, LightningModule, MisconfigurationException, Trainer
 from lightning_bn.callbacks._second_run.sources import batches_for
 from lightning_bn.callbacks._second_run.step import check_step, isolated_step
-from lightning_bn.functional.recalibration.checkpoint import RecalibratedCheckpoint, recalibrate_checkpoint
+from lightning_bn.functional.recalibration.checkpoint import recalibrate_checkpoint
+from lightning_bn.functional.recalibration.recalibrated_checkpoint import RecalibratedCheckpoint
 from lightning_bn.functional.recalibration.stopping import StoppingRule
 from lightning_bn.functional.statistics.files import check_out
 

@@ -4,8 +4,9 @@ Batches are run forward, what the layers compute anyway is collected and pooled 
 running statistics is afterwards as it was.
 """
 
-from lightning_bn.functional.recalibration.checkpoint import RecalibratedCheckpoint, recalibrate_checkpoint
+from lightning_bn.functional.recalibration.checkpoint import recalibrate_checkpoint
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
+from lightning_bn.functional.recalibration.recalibrated_checkpoint import RecalibratedCheckpoint
 from lightning_bn.functional.recalibration.result import (
     AllFrozenError,
     FailedAloneError,

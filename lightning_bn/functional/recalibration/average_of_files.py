@@ -2,42 +2,51 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lightning_bn.functional.statistics.file_entries import FileEntry, Shapes
-from lightning_bn.functional.statistics.files import read_checkpoint
+from lightning_bn.functional.recalibration.lacking_statistics import FoundEntry
+from lightning_bn.functional.statistics.files import CheckpointFile, read_checkpoint
 
 
-def averages(
-    first: FileEntry, others: Sequence[Path], wanted: Shapes, of: str, **choice: str | None
-) -> dict[str, Tensor]:
-    """Return by the model's names the averages of what several files hold; one file at a time is in memory.
+def average(first: FoundEntry, others: Sequence[Path], find: Callable[[CheckpointFile], FoundEntry]) -> FoundEntry:
+    """Return the entry with averages of what several files hold; one file at a time is in memory.
+
+    Args:
+        first: The entry that they are written into; running statistics that any file lacks are then lacking.
+        others: Further files.
+        find: Finds the entry of each.
 
     Raises:
         ValueError: If a file does not fit the model, or if whole numbers differ.
     """
-    tensors = {name: first[name] for name in (first.names if others else ()) if isinstance(first[name], Tensor)}
+    entry, lacking = first.entry, set(first.lacking)
+    tensors = {name: one for name in (entry.names if others else ()) if isinstance(one := entry.get(name), Tensor)}
     # Of whole numbers there is no average; what is tied stays so.
     averaged = {name: one for name, one in tensors.items() if one.is_floating_point() or one.is_complex()}
     ids = {name: (one.data_ptr(), one.shape, one.stride(), one.dtype) for name, one in averaged.items()}
     alone = {key: name for name, key in reversed(ids.items())}
     sums = {name: _wide(averaged[name]) for name in alone.values()}
     for path in others:
-        entry = read_checkpoint(path).entry(wanted, of, **choice)
+        other = find(read_checkpoint(path))
+        lacking |= other.lacking
         for name in tensors.keys() - averaged.keys():
-            if not torch.equal(tensors[name], entry[name]):
+            if not torch.equal(tensors[name], other.entry[name]):
                 raise ValueError(
                     f"{path.name}: {name!r} holds whole numbers ({tensors[name].dtype}) that are not those of the "
                     f"first file, and have no average. Are these checkpoints of one model?"
                 )
-        for name, total in sums.items():
-            total.add_(entry[name])
+        for name in sums.keys() - lacking:
+            sums[name].add_(other.entry[name])
     means = {name: (total / (1 + len(others))).to(averaged[name].dtype) for name, total in sums.items()}
-    return {name: means[alone[key]] for name, key in ids.items()}
+    for name, key in ids.items():
+        entry.state[entry.name_of(name)] = means[alone[key]]
+    for name in lacking:
+        entry.state.pop(entry.name_of(name), None)
+    return FoundEntry(entry, frozenset(lacking))
 
 
 def _wide(tensor: Tensor) -> Tensor:

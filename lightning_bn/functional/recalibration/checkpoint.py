@@ -6,7 +6,6 @@ import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,58 +13,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bn.functional._text import counted, named, quoted
+from lightning_bn.functional._text import named, quoted
 from lightning_bn.functional.layers.names import without_wrappers
 from lightning_bn.functional.layers.properties import is_lazy
 from lightning_bn.functional.layers.selection import batch_norm_layers
 from lightning_bn.functional.layers.sets_per_task import sets_of
 from lightning_bn.functional.layers.status import layer_status, update_status
-from lightning_bn.functional.recalibration.average_of_files import averages
+from lightning_bn.functional.recalibration.average_of_files import average
+from lightning_bn.functional.recalibration.lacking_statistics import (
+    FoundEntry,
+    found_entry,
+    layers_of,
+    refuse_lacking,
+    refuse_prior,
+)
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
-from lightning_bn.functional.recalibration.result import AllFrozenError, Recalibration
+from lightning_bn.functional.recalibration.recalibrated_checkpoint import RecalibratedCheckpoint, tasks_in_words
+from lightning_bn.functional.recalibration.result import AllFrozenError
 from lightning_bn.functional.statistics.file_entries import FileEntry, state_dicts_in
-from lightning_bn.functional.statistics.files import check_out, read_checkpoint
+from lightning_bn.functional.statistics.files import CheckpointFile, check_out, read_checkpoint
 
 _COUNTER = "num_batches_tracked"
 _KEPT_BESIDE = ("current_model_state", "averaging_state")
 """What WeightAveraging saves beside the averages."""
-
-
-@dataclass(frozen=True)
-class RecalibratedCheckpoint:
-    """What became of a checkpoint.
-
-    Attributes:
-        path: Where the new one is.
-        averaged: Whether the weights in it are averages, as WeightAveraging saves them.
-        recalibration: What was done to the statistics.
-        found: Where in the file the model's weights were, if not under the same names; empty otherwise.
-        entries_left: Other state dicts of the same layers in the file, by key, such as averaged weights; left as they
-            were. What a callback keeps, and the weights beside Lightning's averages, are none of them.
-        files: Names of the files whose average was recalibrated; empty for a single one.
-        not_in_model: BatchNorm layers of the file that the model lacks, by their names in the file; left as they were.
-        tasks_left: Tasks whose statistics lie in the file beside the model's own; left as they were.
-    """
-
-    path: Path
-    averaged: bool
-    recalibration: Recalibration
-    found: str = ""
-    not_in_model: tuple[str, ...] = ()
-    tasks_left: tuple[str, ...] = ()
-    files: tuple[str, ...] = ()
-    entries_left: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        weights = "averaged weights" if self.averaged else "weights as saved"
-        weights = f"average of {counted(len(self.files), 'file')}, {weights}" if self.files else weights
-        said = f"{self.path.name}: {weights}{f' ({self.found})' if self.found else ''}, {self.recalibration}"
-        if self.not_in_model:
-            layers = counted(len(self.not_in_model), "BatchNorm layer")
-            said += f"; {layers} of the file not in the model and left as they were: {quoted(self.not_in_model)}"
-        if self.entries_left:
-            said += f"; {quoted(self.entries_left)} of the same file left as they were: choose with key"
-        return f"{said}; {_left(self.tasks_left)}" if self.tasks_left else said
 
 
 def recalibrate_checkpoint(
@@ -88,15 +58,19 @@ def recalibrate_checkpoint(
     left out. Of statistics per task, as TaskBatchNorm saves them, the default task's are recalibrated, since they are
     the model's own; a warning names the others, which stay as they are.
 
+    Running statistics that the file lacks are added. Where it lacks anything else of the model, it is refused.
+
     Of several files the weights are averaged first (a "model soup"): no file's statistics are those of the average. All
     else in the new file is the first one's.
 
     Args:
-        path: A checkpoint of Lightning, a state dict, one nested in other things, or a ``.safetensors`` file; or a list
-            of those of one model.
+        path: A checkpoint of Lightning, a state dict, one nested in other things, or a ``.safetensors`` file; the index
+            of a checkpoint in several files (``model.safetensors.index.json``), or a folder that holds one of these; or
+            a list of those of one model.
         model: Takes the weights, which it holds afterwards: the LightningModule itself, or the network in it.
         batches: As for :func:`~lightning_bn.functional.recalibrate`.
-        out: Where to write, in the format of its suffix. The file appears when it is complete.
+        out: Where to write, in the format of its suffix, also what came in several files. The file appears when it is
+            complete.
         key: Of the state dict in the file, outer keys first with dots between, for instance ``"ema"``; None takes the
             one that fits, and of Lightning's checkpoints ``"state_dict"``.
         prefix: What the names in the file have before those of ``model``, for instance ``"model."``; None takes the one
@@ -108,7 +82,8 @@ def recalibrate_checkpoint(
     Raises:
         FileExistsError: If ``out`` exists and ``overwrite`` is not given; nothing is read then.
         IsADirectoryError: If ``out`` is a folder; nothing is read then.
-        IsADirectoryError: If ``path`` is a folder, as sharded checkpoints are, and not a list of files.
+        IsADirectoryError: If ``path`` is a folder that has to be put together first, as those of FSDP and DeepSpeed.
+        FileNotFoundError: If there is no such file, or a shard is missing.
         ModuleNotFoundError: If the format needs a package that is not installed.
         ValueError: If the file cannot be read or holds no state dict, if none or more than one place in it fits
             ``model``, if ``out`` cannot hold what it holds, or if its dtype cannot hold a population statistic; if
@@ -131,9 +106,12 @@ def recalibrate_checkpoint(
         for name, value in model.state_dict().items()
         if name.rpartition(".")[2] != _COUNTER  # torch too loads what older versions saved without it
     }
-    entry = checkpoint.entry(wanted, type(model).__name__, key=key, prefix=prefix)
-    for value, average in averages(entry, paths[1:], wanted, type(model).__name__, key=key, prefix=prefix).items():
-        entry.state[entry.name_of(value)] = average
+
+    def find(file: CheckpointFile) -> FoundEntry:
+        return found_entry(file, model, wanted, key, prefix)
+
+    entry, lacking = average(find(checkpoint), paths[1:], find)
+    refuse_prior(checkpoint.path.name, lacking, options.get("prior"))
     _load(model, entry)
     frozen = set() if recalibrate_frozen else _frozen_in(checkpoint.content)
     layers = batch_norm_layers(model)
@@ -145,25 +123,38 @@ def recalibrate_checkpoint(
             raise
         records = f"{checkpoint.path.name} records them as frozen"
         raise AllFrozenError(f"{error} {records}: see recalibrate_frozen=.") from error
-    rewritten = {id(layers[name]): name for name in recalibration.layers}
+    rewritten, unfilled = {id(layers[name]): name for name in recalibration.layers}, set(lacking)
     for place, layer in model.named_modules(remove_duplicate=False):  # by all names, wrappers' components included
         if id(layer) in rewritten:
             for value in ("running_mean", "running_var"):
                 own = f"{place}.{value}" if place else value
                 if own in entry.names:
                     there, statistics = entry.names[own], getattr(layer, value)
-                    entry.state[there] = _narrowed(statistics, entry.state[there].dtype, rewritten[id(layer)], value)
+                    dtype = statistics.dtype if own in lacking else entry.state[there].dtype
+                    entry.state[there] = _narrowed(statistics, dtype, rewritten[id(layer)], value)
+                    if own in lacking:
+                        _add_counter(entry, place, layer)
+                        unfilled.discard(own)
+    refuse_lacking(checkpoint.path.name, unfilled)
     checkpoint.write(out)
     tasks_left = _other_tasks_in(checkpoint.content)
     if tasks_left:
-        warnings.warn(f"recalibrate_checkpoint: {_left(tasks_left)}", UserWarning, stacklevel=2)
+        warnings.warn(f"recalibrate_checkpoint: {tasks_in_words(tasks_left)}", UserWarning, stacklevel=2)
     known = set(entry.names.values())
     others = [name for name in entry.state if name.endswith("running_mean") and name not in known]
     averaged = "averaging_state" in checkpoint.content and entry.key == "state_dict"
     not_in_model = tuple(name.removesuffix("running_mean").rstrip(".") for name in others)
     files = tuple(one.name for one in paths) if len(paths) > 1 else ()
     left = (not_in_model, tasks_left, files, _other_entries_in(checkpoint.content, entry))
-    return RecalibratedCheckpoint(out, averaged, recalibration, str(entry), *left)
+    added, shards = tuple(layers_of(lacking)), len(checkpoint.shards)
+    return RecalibratedCheckpoint(out, averaged, recalibration, str(entry), *left, added=added, shards=shards)
+
+
+def _add_counter(entry: FileEntry, place: str, layer: _BatchNorm) -> None:
+    """Of a layer whose statistics are added: torch expects all three, or none."""
+    there = entry.name_of(f"{place}.{_COUNTER}" if place else _COUNTER)
+    if there not in entry.state and layer.num_batches_tracked is not None:
+        entry.state[there] = layer.num_batches_tracked.detach().to("cpu", copy=True)
 
 
 def _other_entries_in(content: Mapping[str, Any], entry: FileEntry) -> tuple[str, ...]:
@@ -221,13 +212,6 @@ def _other_tasks_in(content: Mapping[str, Any]) -> tuple[str, ...]:
         if str(key).startswith("TaskBatchNorm"):
             found |= dict.fromkeys(task for task in state.get("tasks", ()) if task != state.get("default"))
     return tuple(found)
-
-
-def _left(tasks: Sequence[str]) -> str:
-    return (
-        f"the file has statistics of the task{'s' * (len(tasks) > 1)} {quoted(tasks, len(tasks))} too, which were left "
-        f"as they were"
-    )
 
 
 def _of_file(model: nn.Module, entry: FileEntry, frozen: set[str]) -> list[_BatchNorm]:

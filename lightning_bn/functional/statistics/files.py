@@ -18,6 +18,7 @@ from torch import Tensor
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.statistics.claimed_values import check_claim
 from lightning_bn.functional.statistics.file_entries import FileEntry, Shapes, find_entry, state_dicts_in
+from lightning_bn.functional.statistics.shards import SUFFIXES, Shards, checkpoint_in, in_folder
 from lightning_bn.functional.statistics.snapshots import Snapshot
 
 
@@ -26,14 +27,16 @@ class CheckpointFile:
     """What a file holds, on the CPU.
 
     Attributes:
-        path: Where it was read from.
+        path: Where it was read from; of a checkpoint in several files, their index.
         content: All of it, as saved; what is written into it is written by :meth:`write`.
         metadata: The strings that a safetensors file has beside its tensors.
+        shards: The files of a checkpoint in several; empty for one.
     """
 
     path: Path
     content: dict[str, Any]
     metadata: dict[str, str] | None = None
+    shards: tuple[Path, ...] = ()
 
     def entry(self, wanted: Shapes, of: str, **choice: str | None) -> FileEntry:
         """As :func:`~lightning_bn.functional.statistics.file_entries.find_entry`."""
@@ -43,9 +46,12 @@ class CheckpointFile:
         """Raise where ``out`` has a format that cannot hold the content.
 
         Raises:
-            ValueError: If it has not.
+            ValueError: If it has not, if what comes in several files has no suffix of a checkpoint to be written to, or
+                if ``out`` is one of these files.
             ModuleNotFoundError: If the library of that format is not installed.
         """
+        if self.shards:
+            self._refuse_beside_shards(out)
         if not _is_safetensors(out):
             return
         _safetensors(out)
@@ -53,8 +59,18 @@ class CheckpointFile:
         if others:
             raise ValueError(
                 f"{out.name}: a safetensors file holds tensors only, and {self.path.name} has more ({quoted(others)}). "
-                f"Choose an out= with another suffix, such as {self.path.suffix or '.pt'!r}."
+                f"Choose an out= with another suffix, such as {'.pt' if self.shards else self.path.suffix or '.pt'!r}."
             )
+
+    def _refuse_beside_shards(self, out: Path) -> None:
+        if out.suffix.lower() not in SUFFIXES:
+            whole = self.path.name.split(".")[0] + self.shards[0].suffix
+            raise ValueError(
+                f"{out}: the {len(self.shards)} shards of {self.path.name} are written as one file: choose an out= "
+                f"that ends with {', '.join(SUFFIXES)}, such as {str(out.with_name(whole))!r}."
+            )
+        if out.resolve() in {file.resolve() for file in (self.path, *self.shards)}:
+            raise ValueError(f"{out} is one of the shards of {self.path.name} themselves: choose another out=.")
 
     def write(self, out: Path) -> None:
         """Write all of it to ``out``, which appears when it is complete; its folder is made.
@@ -81,25 +97,35 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
     """Return what a checkpoint holds, on the CPU; nothing in the file is executed.
 
     Args:
-        path: A file of torch, or of safetensors if that is its suffix.
+        path: A file of torch, or of safetensors if that is its suffix; the index of a checkpoint in several of these
+            (``model.safetensors.index.json``); or a folder that holds one of all these.
 
     Raises:
         ValueError: If it is no checkpoint, is cut off, or holds no state dict.
-        IsADirectoryError: If it is a folder, as sharded checkpoints are.
+        IsADirectoryError: If it is a folder that is itself a checkpoint in many parts, to be put together first.
         ModuleNotFoundError: If the library of its format is not installed.
         pickle.UnpicklingError: If it holds more than tensors and plain values.
     """
     path = Path(path)
-    if path.is_dir():
-        raise IsADirectoryError(
-            f"{path} is a folder, not a file. A sharded checkpoint is put into one file with `python -m "
-            f"torch.distributed.checkpoint.format_utils dcp_to_torch {path} OUT.pt`, one of Lightning with `python -m "
-            f"pytorch_lightning.utilities.consolidate_checkpoint {path}`."
-        )
-    read = read_safetensors(path) if _is_safetensors(path) else _read_dictionary(path)
+    found = in_folder(path) if path.is_dir() else checkpoint_in(path)
+    read = _read_shards(found) if isinstance(found, Shards) else _read_file(found)
     if not state_dicts_in(read.content):
-        raise ValueError(f"{path.name} holds no state dict: neither the file itself nor an entry of it is one.")
+        raise ValueError(f"{read.path.name} holds no state dict: neither the file itself nor an entry of it is one.")
     return read
+
+
+def _read_file(path: Path) -> CheckpointFile:
+    return read_safetensors(path) if _is_safetensors(path) else _read_dictionary(path)
+
+
+def _read_shards(shards: Shards) -> CheckpointFile:
+    content: dict[str, Any] = {}
+    metadata: dict[str, str] | None = None
+    for file in shards.files:
+        read = _read_file(file)
+        metadata = metadata or read.metadata
+        content |= shards.taken(shards.places, file, read.content)
+    return CheckpointFile(shards.index, {name: content[name] for name in shards.places}, metadata, tuple(shards.files))
 
 
 def check_out(out: Path, overwrite: bool) -> None:

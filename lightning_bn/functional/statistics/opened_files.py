@@ -164,14 +164,8 @@ def _open_shards(path: Path, shards: Shards) -> OpenedFile:
             held: dict[Any, Any] = read_safetensors(file, {*there}.intersection).content
         else:
             held = _dictionary(file, read_torch(file, mmap=kind != _OLD))
-        missing = [name for name in there if name not in held]
-        if missing:
-            raise ValueError(
-                f"{shards.index.name} says that {shown(missing[0])!r} is in {file.name}, and it is not: one of the two "
-                f"files is of another checkpoint."
-            )
-        content |= {name: held[name] for name in there}
-    kind = f"checkpoint of {counted(len({*shards.places.values()}), 'shard')}"
+        content |= shards.taken(there, file, held)
+    kind = f"checkpoint of {counted(len(shards.files), 'shard')}"
     return OpenedFile(path, (shards.index, *files), kind, content, size)
 
 

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from lightning_bn.functional._text import quoted
 
-_SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
+SUFFIXES = (".ckpt", ".pt", ".pth", ".bin", ".safetensors")
 _INDEX = ".index.json"
 _MOST_INDEX = 16 << 20
 
@@ -25,6 +26,26 @@ class Shards:
 
     index: Path
     places: dict[str, Path]
+
+    @property
+    def files(self) -> list[Path]:
+        """Those that hold the tensors."""
+        return sorted({*self.places.values()})
+
+    def taken(self, names: Collection[str], file: Path, held: Mapping[str, Any]) -> dict[str, Any]:
+        """Return those of the names that the index says to be in a file, with what it holds.
+
+        Raises:
+            ValueError: If it lacks one.
+        """
+        there = [name for name in names if self.places[name] == file]
+        missing = [name for name in there if name not in held]
+        if missing:
+            raise ValueError(
+                f"{self.index.name} says that {missing[0][-160:]!r} is in {file.name}, and it is not: one of the two "
+                f"files is of another checkpoint."
+            )
+        return {name: held[name] for name in there}
 
 
 def checkpoint_in(path: Path) -> Path | Shards:
@@ -51,14 +72,14 @@ def in_folder(folder: Path) -> Path | Shards:
             continue
         files = sorted(file for file in below.iterdir() if not file.is_dir())
         indices = [file for file in files if file.name.endswith(_INDEX)]
-        found = indices or [file for file in files if file.suffix.lower() in _SUFFIXES]
+        found = indices or [file for file in files if file.suffix.lower() in SUFFIXES]
         if len(found) == 1:
             return checkpoint_in(found[0])
         if found:
             raise ValueError(
                 f"{folder} holds {len(found)} checkpoints ({quoted([file.name for file in found])}): name one of them."
             )
-    raise ValueError(f"{folder} holds no checkpoint: no file that ends with {', '.join(_SUFFIXES)} or {_INDEX}.")
+    raise ValueError(f"{folder} holds no checkpoint: no file that ends with {', '.join(SUFFIXES)} or {_INDEX}.")
 
 
 def _refuse_parts(folder: Path, names: set[str]) -> None:

@@ -46,9 +46,9 @@ def test_file_that_is_no_checkpoint_is_an_error_with_its_name(tmp_path, content)
 def test_sharded_folder_is_an_error_with_the_way_to_one_file(tmp_path):
     alone = {"no_dist": True} if knows(save, "no_dist") else {}
     save(nn.BatchNorm1d(2).state_dict(), storage_writer=FileSystemWriter(tmp_path / "sharded"), **alone)
-    with pytest.raises(IsADirectoryError, match=r"sharded is a folder.*dcp_to_torch"):
+    with pytest.raises(IsADirectoryError, match=r"sharded is a checkpoint in many parts.*dcp_to_torch"):
         read_checkpoint(tmp_path / "sharded")
-    with pytest.raises(IsADirectoryError, match="sharded is a folder"):
+    with pytest.raises(IsADirectoryError, match="sharded is a checkpoint in many parts"):
         recalibrate_checkpoint(tmp_path / "sharded", nn.BatchNorm1d(2), [torch.ones(2, 2)], tmp_path / "new.pt")
 
 
