@@ -1,4 +1,4 @@
-"""``lightning-bn doctor``: the mistakes that a model or a training configuration shows before it is run."""
+"""``lightning-bn doctor``: mistakes with BatchNorm in a model or a training configuration, before it is run."""
 
 from __future__ import annotations
 
@@ -10,18 +10,19 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from lightning_bn._cli.common import FOUND, HEALTHY, NO, add_json, add_parser_to, as_json
-from lightning_bn._cli.users_code import UsersCodeError, imported, quiet, see_working_folder
+from lightning_bn._cli.users_code import UsersCodeError, configured, imported, in_words, quiet
 
 if TYPE_CHECKING:
     from lightning_bn.callbacks.diagnosis import Diagnosis
 
 _ABOUT = """\
-Looks for mistakes around BatchNorm in a model and in the training that a YAML
-of LightningCLI describes: layers frozen by half, too few values per channel,
-layers that no forward reaches or that unlike tasks share, averages without
-recalibration, and more. A few batches are run forward, nothing is trained.
+Checks a model, and the training that a YAML of LightningCLI describes, for
+mistakes with BatchNorm before you train: layers that are only partly frozen,
+batches too small for BatchNorm, layers that the forward never uses or that
+different tasks share, averaged weights without recalibration, and more.
 
-Each finding says which layers, why it hurts and the line that mends it.
+A few batches are run forward; nothing is trained. Each finding says which
+layers it is about, why it hurts, and gives lines to paste that fix it.
 """
 _MORE = """\
 examples:
@@ -31,13 +32,16 @@ examples:
   lightning-bn doctor --model mypackage.models:build --input 8,3,64,64
   lightning-bn doctor --model torchvision.models:resnet50
 
+A fault makes results worse. Advice is true and mostly harmless.
+
 exit codes:
   0  no fault (advice alone is 0)
   1  a fault was found
-  2  it could not be done: the model cannot be made, or no batch can be run
+  2  no fault was found, but something could not be checked: the model cannot be
+     made, no batch can be run, or your code raised an error
 
-What the configuration or the import path names is imported and called, as the
-training itself does.
+Run it where you start the training. The code that the configuration or the
+import path names is imported and run, as training does.
 """
 _NAMES = (
     "Names in these lines: callbacks are from lightning_bn, functions from lightning_bn.functional; self is your "
@@ -85,19 +89,14 @@ def run(options: argparse.Namespace) -> int:
 
 
 def _of_configuration(options: argparse.Namespace) -> tuple[int, Diagnosis]:
-    from lightning_bn.callbacks._lightning.configured_fit import configured_fit
-
-    see_working_folder()
-    given = {"model": options.model, "data": options.data}
-    classes = {key: imported(f"--{key}", path) for key, path in given.items() if path is not None}
-    fit = configured_fit(options.config, **classes)
+    fit = configured(options)
     batches: list[Any] = []
     missing = {}
     if options.batches > 0:
         try:
             batches = fit.batches(options.batches)
         except (Exception, SystemExit) as error:  # whatever the user's own data raise
-            missing["a batch"] = f"{type(error).__name__}: {error}"
+            missing["a batch"] = in_words(error)
     known: dict[str, Any] = {} if fit.processes is None else {"processes": fit.processes}
     return _diagnosed(fit.module, fit.trainer, batches, {**known, "synchronized": fit.synchronized}, missing)
 
@@ -128,8 +127,8 @@ def _diagnosed(
         found = diagnosis(model, trainer, batches, **known)
     except (Exception, SystemExit) as error:  # whatever the user's own step raises
         if not batches:
-            raise UsersCodeError(f"{type(error).__name__}: {error}") from error
-        missing["a forward"] = f"{type(error).__name__}: {error}"
+            raise UsersCodeError(in_words(error)) from error
+        missing["a forward"] = in_words(error)
         found = diagnosis(model, trainer, **known)
     return len(named_batch_norm(model)), replace(found, missing={**missing, **found.missing})
 
@@ -142,7 +141,7 @@ def _model(path: str) -> Any:
     try:
         model = found if isinstance(found, nn.Module) else found()
     except (Exception, SystemExit) as error:  # whatever the user's own code raises
-        raise UsersCodeError(f"--model {path}: {type(error).__name__}: {error}") from error
+        raise UsersCodeError(f"--model {path}: {in_words(error)}") from error
     if not isinstance(model, nn.Module):
         raise UsersCodeError(f"--model {path} makes a {type(model).__name__}, which is not a torch.nn.Module.")
     return model

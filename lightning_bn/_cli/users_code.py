@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import argparse
 import importlib
 import logging
 import os
+import re
 import sys
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager, redirect_stdout
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_bn.callbacks._lightning.configured_fit import ConfiguredFit
 
 
 class UsersCodeError(ValueError):
@@ -27,8 +32,54 @@ def imported(option: str, path: str) -> Any:
         for part in name.split("."):
             found = getattr(found, part)
     except (Exception, SystemExit) as error:  # whatever the user's own code raises
-        raise UsersCodeError(f"{option} {path}: {type(error).__name__}: {error}") from error
+        raise UsersCodeError(with_hint(f"{option} {path}: {in_words(error)}")) from error
     return found
+
+
+def configured(options: argparse.Namespace, *, one_process: bool = False) -> ConfiguredFit:
+    """The fit that ``--config`` describes, with the classes that ``--model`` and ``--data`` name.
+
+    Raises:
+        UsersCodeError: If it cannot be made.
+    """
+    from lightning_bn.callbacks._lightning.configured_fit import ConfigurationError, configured_fit
+
+    see_working_folder()
+    given = {"model": options.model, "data": options.data}
+    classes = {key: imported(f"--{key}", path) for key, path in given.items() if path is not None}
+    try:
+        return configured_fit(options.config, **classes, one_process=one_process)
+    except ConfigurationError as error:
+        cause = error.__cause__
+        why = f"{options.config}: {in_words(cause)}" if isinstance(cause, SystemExit) else _first_cause(str(error))
+        raise UsersCodeError(with_hint(why)) from error
+
+
+def in_words(error: BaseException) -> str:
+    """What the user's own code raised."""
+    from lightning_bn.functional._text import raised
+
+    return raised(error)
+
+
+def with_hint(text: str) -> str:
+    """A text with what to do where it says that there is no such module."""
+    missing = re.search(r"No module named '([^']+)'", text)
+    if not missing:
+        return text
+    return (
+        f"{text.rstrip('.')}. If {missing[1]!r} is code of your own: run this in the folder where training is "
+        f"started, or set PYTHONPATH to that folder."
+    )
+
+
+def _first_cause(text: str) -> str:
+    """Of what jsonargparse says of a value the key and the first of the reasons; all where it is of another form."""
+    reason = re.search(r"Errors:\s*\n\s*- (.+?)\n\s*- ", text, re.DOTALL)
+    if not reason:
+        return text
+    key = re.search(r'Parser key "([^"]+)"', text)
+    return f"{text.partition(': ')[0]}{f', {key[1]}' if key else ''}: {' '.join(reason[1].split())}"
 
 
 def see_working_folder() -> None:

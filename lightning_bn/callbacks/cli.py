@@ -141,6 +141,8 @@ def recalibrated(
     # Whatever the file says of how long to train: it ends before the first batch.
     trainer.fit_loop.max_epochs, trainer.fit_loop.epoch_loop.max_steps = 1, -1
     trainer.fit(model, datamodule=datamodule)
+    if once.done is None and trainer.interrupted:
+        raise KeyboardInterrupt
     if once.done is None:
         raise MisconfigurationException(
             "recalibrate: the Trainer has no batch to train on: look at limit_train_batches, overfit_batches and "

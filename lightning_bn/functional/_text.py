@@ -16,6 +16,16 @@ def quoted(names: Sequence[str], most: int = 5) -> str:
     return shown if len(names) <= most else f"{shown} and {len(names) - most} more"
 
 
+def raised(error: BaseException) -> str:
+    """What code of the user's own raised.
+
+    Example:
+        >>> raised(KeyError("loss")), raised(SystemExit(3))
+        ("KeyError: 'loss'", 'it ends the process: SystemExit(3)')
+    """
+    return f"it ends the process: {error!r}" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+
+
 def counted(count: int, thing: str, things: str = "") -> str:
     """A number of things, in the singular where there is one.
 

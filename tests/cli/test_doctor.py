@@ -225,7 +225,7 @@ def test_a_model_is_run_on_an_input_of_a_shape(folder: Path, capsys: pytest.Capt
         ((), "give --config FILE or --model"),
         (("--config", "wrong.yaml", "--input", "4,4"), "--input goes with --model alone"),
         (("--model", "planted_code:build", "--data", "planted_code:Data"), "--data goes with --config"),
-        (("--config", "wrong.yaml"), "wrong.yaml: "),
+        (("--config", "wrong.yaml"), "wrong.yaml, model: Import path"),
     ],
 )
 def test_what_cannot_be_done_is_one_error_that_says_why(

@@ -1,14 +1,17 @@
 """`lightning-bn recalibrate`: what is written, what is printed, and one line where it cannot be done."""
 
 import json
+import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
+from lightning_bn.functional import recalibrate
 from tests.callbacks.cli_fits import DataFromYaml, FromYaml
 from tests.checkpoints import differences, read
 from tests.oracle import assert_all_statistics, layer_inputs
@@ -81,13 +84,23 @@ def test_several_files_are_averaged(command: Any, config: str, tmp_path: Path) -
 @pytest.mark.parametrize(
     ("arguments", "why"),
     [
-        (("--ckpt_path", "in.ckpt", "--out", "in.ckpt"), "in.ckpt exists: choose another --out, or add --overwrite"),
+        (("--ckpt_path", "in.ckpt", "--out", "in.ckpt"), "in.ckpt is the checkpoint itself: choose another --out"),
+        (("--ckpt_path", "in.ckpt", "--out", "sub/../in.ckpt"), "in.ckpt is the checkpoint itself: choose another"),
+        (
+            ("--ckpt_path", "none.ckpt", "--out", "train.yaml"),
+            "train.yaml exists: choose another --out, or pass --over",
+        ),
+        (("--ckpt_path", "in.ckpt", "--out", "sub"), "sub is a folder: name the file that is to be written, for"),
+        (("--ckpt_path", "in.ckpt", "--out", "in.ckpt/out.ckpt"), "in.ckpt is not a folder: choose another --out"),
+        (("--ckpt_path", "in.ckpt", "--out", "/proc/none/out.ckpt"), "nothing can be written to /proc ("),
+        (("--ckpt_path", "in.ckpt", "--out", "pipe", "--overwrite"), "pipe is no regular file but a device"),
+        (("--ckpt_path", "in.ckpt", "--out", "out.ckpt", "--key", "ema"), "no state dict under --key 'ema'"),
         (("--ckpt_path", "train.yaml", "--out", "out.ckpt"), "cannot be read as a file of torch.save"),
         (("--ckpt_path", "none.ckpt", "--out", "out.ckpt"), "none.ckpt"),
         (("--ckpt_path", "in.ckpt", "--out", "out.ckpt", "--step", "nope"), "FromYaml has no method of that name"),
         (("--ckpt_path", "in.ckpt", "--out", "out.ckpt", "--step", "fails"), "ZeroDivisionError"),
         (("--ckpt_path", "in.ckpt", "--out", "out.ckpt", "--modules", "head"), "head"),
-        (("--ckpt_path", "in.ckpt", "--out", "out.ckpt", "--num_batches", "0"), "num_batches=0"),
+        (("--ckpt_path", "in.ckpt", "--out", "out.ckpt", "--num_batches", "0"), "--num_batches 0"),
         (("--ckpt_path", "in.ckpt", "--out", "out.ckpt", "--model", "no.such:Thing"), "--model no.such:Thing"),
     ],
 )
@@ -95,6 +108,8 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written(
     command: Any, config: str, tmp_path: Path, arguments: tuple[str, ...], why: str
 ) -> None:
     before = (tmp_path / "in.ckpt").read_bytes()
+    (tmp_path / "sub").mkdir()
+    os.mkfifo(tmp_path / "pipe")
     code, said = command("recalibrate", "--config", config, *arguments)
     assert code == 2
     assert why in said
@@ -102,4 +117,79 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written(
     assert len(said.splitlines()) == 1
     assert "Traceback" not in said
     assert (tmp_path / "in.ckpt").read_bytes() == before
+    assert {path.name for path in tmp_path.iterdir()} == {"in.ckpt", "train.yaml", "sub", "pipe"}
+    assert list((tmp_path / "sub").iterdir()) == []
     assert not (tmp_path / "out.ckpt").exists()
+
+
+def test_a_place_that_cannot_be_written_to_is_said_before_the_users_code_runs(
+    command: Any, config: str, tmp_path: Path
+) -> None:
+    (tmp_path / "train.yaml").write_text("model: {class_path: no_such.Net}")
+    for out in ("in.ckpt/out.ckpt", "/proc/out.ckpt", "in.ckpt"):
+        _, said = command("recalibrate", "--config", config, "--ckpt_path", "in.ckpt", "--out", out)
+        assert "no_such" not in said
+
+
+def test_folders_that_are_not_there_are_made(command: Any, config: str, tmp_path: Path) -> None:
+    code, _ = command("recalibrate", "--config", config, "--ckpt_path", "in.ckpt", "--out", "new/folder/out.ckpt")
+    assert code == 0
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["out.ckpt"]
+
+
+def test_the_checkpoint_itself_is_replaced_where_that_is_asked_for(command: Any, config: str, tmp_path: Path) -> None:
+    code, _ = command("recalibrate", "--config", config, "--ckpt_path", "in.ckpt", "--out", "in.ckpt", "--overwrite")
+    assert code == 0
+    assert_precise(read(tmp_path / "in.ckpt")["state_dict"])
+    assert {path.name for path in tmp_path.iterdir()} == {"in.ckpt", "train.yaml"}
+
+
+def test_what_the_standard_error_means_is_said(command: Any, config: str) -> None:
+    named = ("recalibrate", "--config", config, "--ckpt_path", "in.ckpt", "--overwrite", "--out", "out.ckpt")
+    _, said = command(*named)
+    number = said.split("standard error ")[1].split(";")[0]
+    sentence = f"Standard error {number}: by chance, the worst channel may be off by {number} standard deviations."
+    assert sentence in " ".join(said.split())
+    assert max(map(len, said.splitlines())) <= 80
+    # of one batch nobody knows it
+    _, said = command(*named, "--num_batches", "1")
+    assert "tandard error" not in said
+
+
+def test_a_trainer_without_batches_is_said_without_the_name_of_an_exception(
+    command: Any, config: str, tmp_path: Path
+) -> None:
+    described = yaml.safe_load((tmp_path / config).read_text())
+    described["trainer"]["limit_train_batches"] = 0
+    (tmp_path / config).write_text(yaml.safe_dump(described))
+    code, said = command("recalibrate", "--config", config, "--ckpt_path", "in.ckpt", "--out", "out.ckpt")
+    assert code == 2
+    assert said.startswith("lightning-bn recalibrate: recalibrate: the Trainer has no batch to train on")
+
+
+def test_shards_are_read_by_their_folder(command: Any, config: str, tmp_path: Path) -> None:
+    state = read(tmp_path / "in.ckpt")["state_dict"]
+    (tmp_path / "saved").mkdir()
+    for index, name in enumerate(state):
+        torch.save({name: state[name]}, tmp_path / "saved" / f"{index}.bin")
+    places = {name: f"{index}.bin" for index, name in enumerate(state)}
+    (tmp_path / "saved" / "pytorch_model.bin.index.json").write_text(json.dumps({"weight_map": places}))
+    named = ("recalibrate", "--config", config, "--ckpt_path", "saved", "--out")
+    code, said = command(*named, "out")
+    assert code == 2
+    assert "written as one file: choose an --out that ends with .ckpt" in said
+    code, said = command(*named, "out.safetensors", "--json")
+    assert code == 0
+    assert json.loads(said)["shards"] == len(state)
+
+
+def test_one_sample_is_one_sample() -> None:
+    result = recalibrate(nn.Sequential(nn.BatchNorm2d(2)), [torch.randn(1, 2, 4, 4)])
+    assert "recalibrated from 1 sample in" in str(result)
+    counted = replace(result, num_samples=None, skipped_batches=1, before=replace(result.before, mean=NAN, var=NAN))
+    assert "recalibrated from 1 batch in" in str(counted)
+    assert "; 1 batch skipped, one value per channel" in str(counted)
+    assert "not finite in 1 channel, 0 first" in str(counted)
+
+
+NAN = torch.tensor([torch.nan, 1.0])

@@ -14,6 +14,7 @@ from lightning_bn.callbacks._lightning.callback_list import callbacks_named
 from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer
 from lightning_bn.callbacks._lightning.optimizers import optimizers_of
 from lightning_bn.callbacks._lightning.state import synchronizes_batch_norm
+from lightning_bn.functional._text import raised
 from lightning_bn.functional.doctor.examination import Examination
 from lightning_bn.functional.doctor.forwards import Forward, examine
 from lightning_bn.functional.layers.properties import affine_parameters
@@ -97,8 +98,8 @@ def examine_fit(
 def _or_missing(missing: dict[str, str], what: str, find: Callable[[], _T]) -> _T | None:
     try:
         return find()
-    except Exception as error:
-        missing[what] = f"{type(error).__name__}: {error}"
+    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+        missing[what] = raised(error)
         return None
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from lightning_bn.functional._batches import default_forward, model_device, num_samples, to_device
+from lightning_bn.functional._text import raised
 from lightning_bn.functional.doctor.examination import Examination
 from lightning_bn.functional.doctor.isolated_forward import isolated_forward
 from lightning_bn.functional.doctor.traces import Trace, Traces
@@ -72,8 +73,8 @@ def _traces(examination: Examination, batches: Sequence[Any], forward: Forward) 
         with isolated_forward(model, ()):
             try:
                 in_eval = trace(moved[0])
-            except Exception as raised:  # it may ask for what only training has
-                error = f"{type(raised).__name__}: {raised}"
+            except Exception as why:  # it may ask for what only training has
+                error = raised(why)
     samples = tuple(map(num_samples, moved))
     return Traces(tuple(watched), tuple(again), tuple(without), in_eval, samples, _parts(moved[0]), error)
 

@@ -132,7 +132,7 @@ class Recalibration:
             done = "" if said else f" recalibrated in {self.seconds:.2g} s"
             said.append(f"{layers} with statistics per task{done}: {', '.join(map(self._of_task, self.tasks))}")
         if self.untold_batches:
-            said.append(f"{self.untold_batches} batches ran a part outside of any task, taken as the default's")
+            said.append(f"{_batches(self.untold_batches)} ran a part outside of any task, taken as the default's")
         if self.frozen:
             said.append(f"{len(self.frozen)} frozen untouched")
         if self.drew_random_numbers:
@@ -150,7 +150,7 @@ class Recalibration:
         return said[0] if len(said) == 1 else f"{said[0]} ({', '.join(said[1:])})"
 
     def _amount(self) -> str:
-        amount = f"{self.num_batches:,} batches" if self.num_samples is None else f"{self.num_samples:,} samples"
+        amount = _batches(self.num_batches) if self.num_samples is None else counted(self.num_samples, "sample")
         return f"{amount} on {self.processes} ranks" if self.processes > 1 else amount
 
     def _error(self) -> str:
@@ -161,15 +161,16 @@ class Recalibration:
         said = []
         if self.ended_early and self.requested_batches is not None:
             asked = self.requested_batches * self.processes
-            said.append(f"the data ended after {self.num_batches + self.skipped_batches:,} of {asked:,} batches")
+            said.append(f"the data ended after {self.num_batches + self.skipped_batches:,} of {_batches(asked)}")
         worst = summarize(reference=self.after, current=self.before) if self.layers else None
         if worst is not None and not math.isfinite(worst.max):
             bad = int((~(self.before.mean + self.before.var).isfinite()).sum())
-            said.append(f"replaced statistics that were not finite in {bad} channels, {worst.worst_layer} first")
+            channels = counted(bad, "channel")
+            said.append(f"replaced statistics that were not finite in {channels}, {worst.worst_layer} first")
         elif worst is not None and worst.max > _WORTH_SAYING:
             said.append(f"replaced statistics that were off most at {worst.in_words()}")
         if self.skipped_batches:
-            said.append(f"{self.skipped_batches} batches skipped, one value per channel")
+            said.append(f"{_batches(self.skipped_batches)} skipped, one value per channel")
         if self.nonfinite:
             said.append(f"non-finite batches left out at {quoted(list(self.nonfinite))}")
         if self.unreached:
@@ -185,6 +186,10 @@ class Recalibration:
                 f"sigma apart, which one set of statistics does not describe: {quoted(list(self.uses_apart))}"
             )
         return said
+
+
+def _batches(count: int) -> str:
+    return counted(count, "batch", "batches")
 
 
 def unheld_in_words(unheld: Mapping[str, str]) -> str:

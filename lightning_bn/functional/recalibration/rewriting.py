@@ -111,8 +111,9 @@ class Rewriting:
                 f"{nothing}: those given to {quoted(empty)} were empty. Nothing was changed; feed batches with samples."
             )
         return (
-            f"none of the {len(gathered.layout)} selected BatchNorm layers was reached by the forward in {batches} "
-            f"batches: {quoted(gathered.layout.names)}. Nothing was changed; pass a forward= that runs them."
+            f"none of the {len(gathered.layout)} selected BatchNorm layers was reached by the forward in "
+            f"{counted(batches, 'batch', 'batches')}: {quoted(gathered.layout.names)}. Nothing was changed; pass a "
+            f"forward= that runs them."
         )
 
 

@@ -6,6 +6,7 @@ import math
 import os
 import pickle
 import re
+import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -129,16 +130,32 @@ def _read_shards(shards: Shards) -> CheckpointFile:
 
 
 def check_out(out: Path, overwrite: bool) -> None:
-    """Raise where nothing may be written.
+    """Raise where nothing may or can be written.
 
     Raises:
         IsADirectoryError: If ``out`` is a folder.
-        FileExistsError: If it exists and ``overwrite`` is not given.
+        FileExistsError: If it exists and ``overwrite`` is not given, or is a device, a pipe or the like.
+        NotADirectoryError: If it is below a file.
+        PermissionError: If nothing can be written to its folder, or to the one in which that would be made.
     """
     if out.is_dir():
-        raise IsADirectoryError(f"out={str(out)!r} is a folder: name the file that is to be written.")
+        raise IsADirectoryError(
+            f"{out} is a folder: name the file that is to be written, for instance {out / 'new.ckpt'}."
+        )
+    if out.exists() and not out.is_file():
+        raise FileExistsError(f"{out} is no regular file but a device, a pipe or a socket: choose another out=.")
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists: choose another out=, or pass overwrite=True to replace it.")
+    folder = next(one for one in out.absolute().parents if os.path.lexists(one))
+    if not folder.is_dir():
+        raise NotADirectoryError(f"{out}: {folder} is not a folder: choose another out=.")
+    try:
+        # Permissions say less than an attempt: a disk may be read-only.
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    except OSError as error:
+        why = error.strerror or type(error).__name__
+        raise PermissionError(f"{out}: nothing can be written to {folder} ({why}): choose another out=.") from error
 
 
 def read_torch(path: Path, mmap: bool = False) -> Any:

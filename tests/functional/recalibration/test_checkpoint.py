@@ -539,7 +539,7 @@ def test_folder_of_the_new_file_is_made(tmp_path):
 @pytest.mark.parametrize("overwrite", [True, False])
 def test_folder_as_out_is_refused_by_name_before_anything_is_read(tmp_path, overwrite):
     before = sorted(tmp_path.parent.iterdir())
-    with pytest.raises(IsADirectoryError, match=r"out=.* is a folder: name the file"):
+    with pytest.raises(IsADirectoryError, match="is a folder: name the file"):
         recalibrate_checkpoint(tmp_path / "none.pt", nn.BatchNorm1d(2), [], out=tmp_path, overwrite=overwrite)
     assert sorted(tmp_path.parent.iterdir()) == before
 
