@@ -54,7 +54,7 @@ called, as the training itself does.
 """
 
 _VALUED = ("out", "num_batches", "num_samples", "max_standard_error", "step", "modules", "exclude", "key", "prefix")
-_FLAGS = ("recalibrate_frozen", "overwrite")
+_FLAGS = ("recalibrate_frozen", "containers_in_eval", "overwrite")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -82,7 +82,13 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--exclude", nargs="+", metavar="PATH", help="not these layers")
     parser.add_argument("--key", metavar="KEY", help="which state dict of the file, where several fit")
     parser.add_argument("--prefix", metavar="TEXT", help="what the names in the file begin with, as in 'model.'")
-    parser.add_argument("--recalibrate_frozen", action="store_true", help="layers too that the file records as frozen")
+    parser.add_argument("--recalibrate_frozen", action="store_true", help="also layers that the file records as frozen")
+    parser.add_argument(
+        "--containers_in_eval",
+        action=argparse.BooleanOptionalAction,
+        help="turn off dropout and stochastic depth that modules with others inside apply themselves; "
+        "--no-containers_in_eval leaves them on, without saying so",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace the file that is to be written")
     add_json(parser)
 
@@ -97,7 +103,7 @@ def run(options: argparse.Namespace) -> int:
         if error.args[1:] and isinstance(error, OSError):  # of the system, with the file's name
             raise
         raise UsersCodeError(_as_options(str(error))) from error
-    from lightning_bn.functional.recalibration.standard_error import error_in_words
+    from lightning_bn.functional.recalibration.result import error_in_words
 
     if options.json:
         names = ("path", "averaged", "files", "found", "not_in_model", "tasks_left", "entries_left", "added", "shards")
@@ -106,8 +112,7 @@ def run(options: argparse.Namespace) -> int:
         print(as_json({name: getattr(done, name) for name in names} | of_result))
     else:
         width = max(shutil.get_terminal_size().columns, 40)
-        known = not done.recalibration.nonfinite
-        for text in (str(done), error_in_words(done.recalibration.standard_error) if known else ""):
+        for text in (_as_options(str(done)), error_in_words(done.recalibration)):
             print("\n".join(textwrap.wrap(text, width)))
     return HEALTHY
 
@@ -132,6 +137,7 @@ def _as_options(text: str) -> str:
         "choose another --out, or pass --overwrite, or --key 'ema' with --prefix 'model.'"
     """
     names = "|".join((*_VALUED, *_FLAGS))
+    text = re.sub(r"\b(containers_in_eval)=False\b", r"--no-\1", text)
     text = re.sub(rf"\b({names})=(True\b|(?=[\s,.;:)]|$))", r"--\1", text)
     return re.sub(rf"\b({names})=", r"--\1 ", text)
 

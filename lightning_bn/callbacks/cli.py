@@ -11,6 +11,7 @@ from lightning_bn.callbacks._second_run.sources import batches_for
 from lightning_bn.callbacks._second_run.step import check_step, isolated_step
 from lightning_bn.functional.recalibration.checkpoint import recalibrate_checkpoint
 from lightning_bn.functional.recalibration.recalibrated_checkpoint import RecalibratedCheckpoint
+from lightning_bn.functional.recalibration.result import error_in_words
 from lightning_bn.functional.recalibration.stopping import StoppingRule
 from lightning_bn.functional.statistics.files import check_out
 
@@ -73,6 +74,7 @@ class _Recalibrating:
         key: Optional[str] = None,  # noqa: UP045
         prefix: Optional[str] = None,  # noqa: UP045
         recalibrate_frozen: bool = False,
+        containers_in_eval: Optional[bool] = None,  # noqa: UP045
         overwrite: bool = False,
         weights_only: Optional[bool] = None,  # noqa: UP045
         datamodule: Any = None,
@@ -94,6 +96,8 @@ class _Recalibrating:
             key: Of the state dict in the file; null takes the one that fits.
             prefix: What the names in the file have before those of the model; null takes the one that fits.
             recalibrate_frozen: Whether to recalibrate layers too that the file records as frozen.
+            containers_in_eval: Whether modules with others inside are in eval mode too, which ends dropout that they
+                apply themselves; null leaves them in train mode, and says so if random numbers are drawn.
             overwrite: Whether the file to write may exist already.
             weights_only: Not used: nothing in a file is executed. It stands in YAML files that fit has saved.
             datamodule: Of the YAML file.
@@ -105,7 +109,7 @@ class _Recalibrating:
         """
         given = {name: value for name, value in locals().items() if name not in ("self", "weights_only")}
         done = recalibrated(self, **given)  # type: ignore[arg-type]
-        print(done)
+        print(done, error_in_words(done.recalibration), sep="\n")
         return done
 
 

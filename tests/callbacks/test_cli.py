@@ -79,7 +79,9 @@ def test_the_statistics_are_those_of_the_training_data_and_nothing_else_differs(
     changed = {f"/state_dict/net.{layer}.{value}" for layer in (1, 4) for value in STATISTICS}
     assert set(differences(old, new)) == changed
     assert_precise(new["state_dict"])
-    assert "out.ckpt: weights as saved, 2 BatchNorm layers recalibrated from 96 samples" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "out.ckpt: weights as saved, 2 BatchNorm layers recalibrated from 96 samples" in said
+    assert "\nStandard error 0." in said
     # No log, no checkpoint, no configuration: nothing was trained.
     assert {path: path.stat().st_mtime_ns for path in trained.rglob("*")} == before
     assert cli.model.steps == 0

@@ -81,6 +81,16 @@ def test_that_a_step_under_manual_optimization_is_not_run_is_said() -> None:
     assert note.startswith("training_step was not run")
 
 
+def test_one_image_of_each_process_is_a_matter_of_synchronization() -> None:
+    def said(**settings: Any) -> set[tuple[str, str]]:
+        module = Patient(lambda: nn.Sequential(nn.BatchNorm2d(3), nn.Conv2d(3, 3, 1)))
+        return {(one.rule, one.severity) for one in diagnose(module, quiet(**settings), batch(1))}
+
+    assert said() == {("few-values", "advice")}
+    assert said(devices=2, strategy="ddp") == {("not-synchronized", "fault")}
+    assert said(devices=2, strategy="ddp", sync_batchnorm=True) == set()
+
+
 class OnlyTrains(nn.Module):
     """Skips its branch, and cannot be evaluated."""
 

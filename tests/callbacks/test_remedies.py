@@ -110,3 +110,28 @@ def test_the_yaml_of_the_freezer_cures_in_a_lightning_cli(tmp_path: Path) -> Non
     path.write_text(yaml.safe_dump(described))
     cli = LightningCLI(Cured, args=["--config", str(path)], run=False, save_config_callback=None)
     assert {one.severity for one in diagnose(cli.model, cli.trainer, batch(16))} <= {"advice"}
+
+
+class OwnSGD(torch.optim.SGD):
+    """An optimizer that is not torch's."""
+
+
+@pytest.mark.parametrize("kind", [torch.optim.SGD, OwnSGD])
+@pytest.mark.parametrize("rule", ["affine-under-weight-decay", "not-in-optimizer"])
+def test_the_optimizer_of_a_remedy_has_the_settings_of_the_one_that_is_there(rule: str, kind: type) -> None:
+    module: Any = Patient()
+    given = module.head.parameters() if rule == "not-in-optimizer" else module.parameters()
+    module.configure_optimizers = lambda: kind(given, lr=0.3, weight_decay=0.2)
+    [finding] = [one for one in diagnose(module, quiet()) if one.rule == rule]
+    names = {"torch": torch, "OwnSGD": OwnSGD, "self": module}
+    optimizer = None
+    for statement in ast.parse(finding.remedy.split("# or freeze")[0]).body:
+        if isinstance(statement, ast.Expr):
+            optimizer = eval(ast.unparse(statement), names)
+        else:
+            exec(ast.unparse(statement), names)
+    assert type(optimizer) is kind
+    assert (optimizer.defaults["lr"], optimizer.defaults["weight_decay"]) == (0.3, 0.2)
+    module.configure_optimizers = lambda: optimizer
+    assert [one for one in diagnose(module, quiet()) if one.rule == rule] == []
+    assert sum(len(group["params"]) for group in optimizer.param_groups) == len([*module.parameters()])

@@ -183,6 +183,17 @@ def test_shards_are_read_by_their_folder(command: Any, config: str, tmp_path: Pa
     assert json.loads(said)["shards"] == len(state)
 
 
+def test_noise_of_containers_is_named_with_the_option_that_turns_it_off(command: Any, config: str) -> None:
+    named = ("recalibrate", "--config", config, "--ckpt_path", "in.ckpt", "--overwrite", "--out", "out.ckpt")
+    _, said = command(*named)
+    # the step itself draws random numbers
+    assert "--containers_in_eval turns them off" in " ".join(said.split())
+    assert "--no-containers_in_eval says that all is well" in " ".join(said.split())
+    for option in ("--containers_in_eval", "--no-containers_in_eval"):
+        code, said = command(*named, option)
+        assert (code, "random" in said) == (0, False)
+
+
 def test_one_sample_is_one_sample() -> None:
     result = recalibrate(nn.Sequential(nn.BatchNorm2d(2)), [torch.randn(1, 2, 4, 4)])
     assert "recalibrated from 1 sample in" in str(result)

@@ -32,6 +32,8 @@ class WeightsMovedError(RecalibrationError):
 
 
 _MOST_NAMED = 3
+_GOOD = 0.05
+"""A standard error that changes nobody's results."""
 _DREW = (
     "the forward drew random numbers although dropout layers were in eval: where a module calls dropout or stochastic "
     "depth as a function, these are in the statistics and not in evaluation, and containers_in_eval=True turns them "
@@ -186,6 +188,15 @@ class Recalibration:
                 f"sigma apart, which one set of statistics does not describe: {quoted(list(self.uses_apart))}"
             )
         return said
+
+
+def error_in_words(done: Recalibration) -> str:
+    """Say what the standard error means, and whether that is good; empty where nobody knows it."""
+    error = done.standard_error
+    if not math.isfinite(error) or done.nonfinite:
+        return ""
+    said = f"Standard error {error:.2g}: by chance, the worst channel may be off by {error:.2g} standard deviations."
+    return f"{said} That is good." if error <= _GOOD else f"{said} {_GOOD} is good; with more data it is smaller."
 
 
 def _batches(count: int) -> str:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from lightning_bn.functional.statistics.sample_moments import Moments, variance
-
-GOOD = 0.05
-"""A standard error of the worst channel, in standard deviations, that changes nobody's results."""
 
 
 @dataclass(frozen=True)
@@ -67,19 +63,6 @@ class ErrorSums:
         correction = self.batches / (self.batches - 1).clamp(min=1)
         # Rounding may leave a little below zero.
         return torch.where(self.batches > 1, torch.stack((mean, var)).clamp(min=0) * correction, torch.inf)
-
-
-def error_in_words(error: float) -> str:
-    """Say what a standard error means and, where it is large, what to do; empty where nobody knows it.
-
-    Example:
-        >>> error_in_words(0.04)
-        'Standard error 0.04: by chance, the worst channel may be off by 0.04 standard deviations. That is good.'
-    """
-    if not math.isfinite(error):
-        return ""
-    said = f"Standard error {error:.2g}: by chance, the worst channel may be off by {error:.2g} standard deviations."
-    return f"{said} That is good." if error <= GOOD else f"{said} {GOOD} is good; with more data it is smaller."
 
 
 def relative_errors(pooled: Moments, squared: Tensor, eps: Tensor) -> Tensor:
