@@ -152,9 +152,10 @@ def _report(layers: int, found: Diagnosis, *, with_yaml: bool) -> Iterator[str]:
     width = max(shutil.get_terminal_size().columns, 40)
     faults = sum(finding.severity == "fault" for finding in found.findings)
     advice = len(found.findings) - faults
+    unseen = f", {len(found.missing)} not looked at" if found.missing else ""
     yield (
         f"{layers} BatchNorm layer{'s' * (layers != 1)}: {faults} fault{'s' * (faults != 1)}, "
-        f"{advice} piece{'s' * (advice != 1)} of advice."
+        f"{advice} piece{'s' * (advice != 1)} of advice{unseen}."
     )
     for finding in found.findings:
         yield ""

@@ -118,13 +118,13 @@ class OwnSGD(torch.optim.SGD):
 
 @pytest.mark.parametrize("kind", [torch.optim.SGD, OwnSGD])
 @pytest.mark.parametrize("rule", ["affine-under-weight-decay", "not-in-optimizer"])
-def test_the_optimizer_of_a_remedy_has_the_settings_of_the_one_that_is_there(rule: str, kind: type) -> None:
+def test_the_optimizer_of_a_remedy_has_the_settings_of_the_one_that_is_there(rule: str, kind: Any) -> None:
     module: Any = Patient()
     given = module.head.parameters() if rule == "not-in-optimizer" else module.parameters()
     module.configure_optimizers = lambda: kind(given, lr=0.3, weight_decay=0.2)
     [finding] = [one for one in diagnose(module, quiet()) if one.rule == rule]
     names = {"torch": torch, "OwnSGD": OwnSGD, "self": module}
-    optimizer = None
+    optimizer: Any = None
     for statement in ast.parse(finding.remedy.split("# or freeze")[0]).body:
         if isinstance(statement, ast.Expr):
             optimizer = eval(ast.unparse(statement), names)

@@ -41,11 +41,14 @@ def callback_yaml(name: str, **arguments: object) -> str:
     """Return a callback of this package as a YAML file has it.
 
     Example:
-        >>> print(callback_yaml("PreciseBatchNorm", containers_in_eval=True))
+        >>> print(callback_yaml("PreciseBatchNorm", modules=["net", "head.bn"], containers_in_eval=True))
         trainer:
           callbacks:
             - class_path: lightning_bn.PreciseBatchNorm
               init_args:
+                modules:
+                  - "net"
+                  - "head.bn"
                 containers_in_eval: true
     """
     above = ["trainer:", "  callbacks:", f"    - class_path: lightning_bn.{name}"]
