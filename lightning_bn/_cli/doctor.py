@@ -192,11 +192,10 @@ def _code(line: str, width: int) -> list[str]:
     indent = " " * (len(line) - len(line.lstrip()))
     rows = textwrap.wrap(line, width, subsequent_indent=f"{indent}    ", break_long_words=False, break_on_hyphens=False)
     try:
-        broken, whole = ("\n".join(row[len(indent) :] for row in given) for given in (rows, [line]))
-        kept = ast.dump(ast.parse(broken)) == ast.dump(ast.parse(whole))
+        ast.parse("\n".join(row[len(indent) :] for row in rows))
     except SyntaxError:  # also of the first line of a block, which is none alone
-        kept = False
-    return rows if kept else [line]
+        return [line]
+    return rows
 
 
 def _comment(line: str, width: int) -> list[str]:
