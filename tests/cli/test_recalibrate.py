@@ -12,6 +12,7 @@ import yaml
 from torch import Tensor, nn
 
 from lightning_bn.functional import recalibrate
+from lightning_bn.functional.recalibration.result import error_in_words
 from tests.callbacks.cli_fits import DataFromYaml, FromYaml
 from tests.checkpoints import differences, read
 from tests.oracle import assert_all_statistics, layer_inputs
@@ -92,11 +93,12 @@ def test_several_files_are_averaged(command: Any, config: str, tmp_path: Path) -
         ),
         (("--ckpt_path", "in.ckpt", "--out", "sub"), "sub is a folder: name the file that is to be written, for"),
         (("--ckpt_path", "in.ckpt", "--out", "in.ckpt/out.ckpt"), "in.ckpt is not a folder: choose another --out"),
+        (("--ckpt_path", "in.ckpt", "--out", "dangling/out.ckpt"), "dangling is not a folder: choose another --out"),
         (("--ckpt_path", "in.ckpt", "--out", "/proc/none/out.ckpt"), "nothing can be written to /proc ("),
         (("--ckpt_path", "in.ckpt", "--out", "pipe", "--overwrite"), "pipe is no regular file but a device"),
         (("--ckpt_path", "in.ckpt", "--out", "out.ckpt", "--key", "ema"), "no state dict under --key 'ema'"),
         (("--ckpt_path", "train.yaml", "--out", "out.ckpt"), "cannot be read as a file of torch.save"),
-        (("--ckpt_path", "none.ckpt", "--out", "out.ckpt"), "none.ckpt"),
+        (("--ckpt_path", "none.ckpt", "--out", "out.ckpt"), ": none.ckpt: no such file or directory."),
         (("--ckpt_path", "in.ckpt", "--out", "out.ckpt", "--step", "nope"), "FromYaml has no method of that name"),
         (("--ckpt_path", "in.ckpt", "--out", "out.ckpt", "--step", "fails"), "ZeroDivisionError"),
         (("--ckpt_path", "in.ckpt", "--out", "out.ckpt", "--modules", "head"), "head"),
@@ -110,6 +112,7 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written(
     before = (tmp_path / "in.ckpt").read_bytes()
     (tmp_path / "sub").mkdir()
     os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "dangling").symlink_to("nowhere")
     code, said = command("recalibrate", "--config", config, *arguments)
     assert code == 2
     assert why in said
@@ -117,7 +120,7 @@ def test_what_cannot_be_done_is_one_line_and_nothing_is_written(
     assert len(said.splitlines()) == 1
     assert "Traceback" not in said
     assert (tmp_path / "in.ckpt").read_bytes() == before
-    assert {path.name for path in tmp_path.iterdir()} == {"in.ckpt", "train.yaml", "sub", "pipe"}
+    assert {path.name for path in tmp_path.iterdir()} == {"in.ckpt", "train.yaml", "sub", "pipe", "dangling"}
     assert list((tmp_path / "sub").iterdir()) == []
     assert not (tmp_path / "out.ckpt").exists()
 
@@ -192,6 +195,15 @@ def test_noise_of_containers_is_named_with_the_option_that_turns_it_off(command:
     for option in ("--containers_in_eval", "--no-containers_in_eval"):
         code, said = command(*named, option)
         assert (code, "random" in said) == (0, False)
+
+
+def test_a_standard_error_is_good_or_not_or_unknown() -> None:
+    result = recalibrate(nn.Sequential(nn.BatchNorm1d(2)), [torch.randn(8, 2), torch.randn(8, 2)])
+    assert error_in_words(replace(result, standard_error=0.05)).endswith("0.05 standard deviations. That is good.")
+    assert error_in_words(replace(result, standard_error=0.051)).endswith("0.05 is good; with more data it is smaller.")
+    assert error_in_words(replace(result, standard_error=float("inf"))) == ""
+    # as the sentence of the result itself
+    assert error_in_words(replace(result, nonfinite={"0": 1})) == ""
 
 
 def test_one_sample_is_one_sample() -> None:

@@ -16,7 +16,7 @@ def average(first: FoundEntry, others: Sequence[Path], find: Callable[[Checkpoin
     """Return the entry with averages of what several files hold; one file at a time is in memory.
 
     Args:
-        first: The entry that they are written into; running statistics that any file lacks are then lacking.
+        first: The entry that they are written into. What any file lacks of the running statistics counts as lacking.
         others: Further files.
         find: Finds the entry of each.
 
@@ -44,8 +44,6 @@ def average(first: FoundEntry, others: Sequence[Path], find: Callable[[Checkpoin
     means = {name: (total / (1 + len(others))).to(averaged[name].dtype) for name, total in sums.items()}
     for name, key in ids.items():
         entry.state[entry.name_of(name)] = means[alone[key]]
-    for name in lacking:
-        entry.state.pop(entry.name_of(name), None)
     return FoundEntry(entry, frozenset(lacking))
 
 

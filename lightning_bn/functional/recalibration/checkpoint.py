@@ -130,7 +130,7 @@ def recalibrate_checkpoint(
                 own = f"{place}.{value}" if place else value
                 if own in entry.names:
                     there, statistics = entry.names[own], getattr(layer, value)
-                    dtype = statistics.dtype if own in lacking else entry.state[there].dtype
+                    dtype = entry.state.get(there, statistics).dtype
                     entry.state[there] = _narrowed(statistics, dtype, rewritten[id(layer)], value)
                     if own in lacking:
                         _add_counter(entry, place, layer)

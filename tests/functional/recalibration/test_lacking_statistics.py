@@ -18,7 +18,8 @@ ALL = [f"{norm}.{value}" for norm in NORMS for value in ("running_mean", "runnin
 
 def saved(path: Path, without: list[str], prefix: str = "", **more: Tensor) -> dict[str, Tensor]:
     """A state dict that lacks what is named."""
-    state = {prefix + name: value for name, value in seeded(Net).state_dict().items() if name not in without} | more
+    whole = {name: value + 7 if "num_batches" in name else value for name, value in seeded(Net).state_dict().items()}
+    state = {prefix + name: value for name, value in whole.items() if name not in without} | more
     torch.save(state, path)
     return state
 
@@ -96,6 +97,9 @@ def test_there_is_nothing_to_blend_with(tmp_path: Path) -> None:
         ValueError, match=r"prior=0\.5 blends with the running statistics of old\.pt, and it has none of"
     ):
         recalibrate_checkpoint(tmp_path / "old.pt", Net(), batches(), tmp_path / "new.pt", prior=0.5)
+    saved(tmp_path / "old.pt", [])
+    done = recalibrate_checkpoint(tmp_path / "old.pt", Net(), batches(), tmp_path / "new.pt", prior=0.5)
+    assert done.recalibration.layers
 
 
 @pytest.mark.parametrize("order", [("old.pt", "other.pt"), ("other.pt", "old.pt")])

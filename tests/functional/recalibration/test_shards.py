@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -25,7 +26,7 @@ def sharded(folder: Path, suffix: str, prefix: str = "") -> dict[str, Tensor]:
     for file in {*places.values()}:
         part = {name: value.clone() for name, value in state.items() if places[name] == file}
         if suffix == "safetensors":
-            save_file(part, folder / file, metadata={"format": "pt"})
+            save_file(part, folder / file, metadata={"format": "pt", "author": "nobody"})
         else:
             torch.save(part, folder / file)
     (folder / INDEX[suffix]).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": places}))
@@ -53,6 +54,12 @@ def test_shards_become_one_file(suffix: str, named: str, out: str, tmp_path: Pat
     new = load_file(tmp_path / "new" / out) if out.endswith("s") else torch.load(tmp_path / "new" / out)
     assert_precise({name: new[name] for name in old}, old)
     assert new.keys() == old.keys()
+    if out.endswith("s"):
+        with safe_open(tmp_path / "new" / out, "pt") as file:
+            said = {"format": "pt", **({"author": "nobody"} if suffix == "safetensors" else {})}
+            assert said.items() <= file.metadata().items()
+    else:
+        assert list(new) == list(old)
     assert (done.shards, done.path) == (3, tmp_path / "new" / out)
     assert "; 3 shards written as one file" in str(done)
     assert {path: path.read_bytes() for path in (tmp_path / "saved").iterdir()} == before
@@ -98,8 +105,10 @@ def test_a_shard_is_not_overwritten(tmp_path: Path) -> None:
     sharded(tmp_path / "saved", "safetensors")
     part = tmp_path / "saved" / "model-00002-of-00003.safetensors"
     before = part.read_bytes()
-    with pytest.raises(ValueError, match="is one of the shards of"):
-        recalibrate_checkpoint(tmp_path / "saved", Net(), batches(), part, overwrite=True)
+    (tmp_path / "link").symlink_to("saved")
+    for out in (part, tmp_path / "link" / part.name, tmp_path / "saved" / ".." / "saved" / part.name):
+        with pytest.raises(ValueError, match="is one of the shards of"):
+            recalibrate_checkpoint(tmp_path / "saved", Net(), batches(), out, overwrite=True)
     assert part.read_bytes() == before
 
 
