@@ -119,7 +119,7 @@ def run(options: argparse.Namespace) -> int:
 
 def _check_out(options: argparse.Namespace) -> None:
     """Raise before anything is made where nothing can be written."""
-    from lightning_bn.functional.statistics.files import check_out
+    from lightning_bn.functional.statistics.writable import check_out
 
     out = Path(options.out)
     if not options.overwrite and out.is_file() and os.path.realpath(out) == os.path.realpath(options.ckpt_path):

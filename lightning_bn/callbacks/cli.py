@@ -13,7 +13,7 @@ from lightning_bn.functional.recalibration.checkpoint import recalibrate_checkpo
 from lightning_bn.functional.recalibration.recalibrated_checkpoint import RecalibratedCheckpoint
 from lightning_bn.functional.recalibration.result import error_in_words
 from lightning_bn.functional.recalibration.stopping import StoppingRule
-from lightning_bn.functional.statistics.files import check_out
+from lightning_bn.functional.statistics.writable import check_out
 
 
 class RecalibrateCommand:

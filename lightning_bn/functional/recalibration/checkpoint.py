@@ -31,7 +31,8 @@ from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.recalibrated_checkpoint import RecalibratedCheckpoint, tasks_in_words
 from lightning_bn.functional.recalibration.result import AllFrozenError
 from lightning_bn.functional.statistics.file_entries import FileEntry, state_dicts_in
-from lightning_bn.functional.statistics.files import CheckpointFile, check_out, read_checkpoint
+from lightning_bn.functional.statistics.files import CheckpointFile, read_checkpoint
+from lightning_bn.functional.statistics.writable import check_out
 
 _COUNTER = "num_batches_tracked"
 _KEPT_BESIDE = ("current_model_state", "averaging_state")
@@ -146,7 +147,7 @@ def recalibrate_checkpoint(
     not_in_model = tuple(name.removesuffix("running_mean").rstrip(".") for name in others)
     files = tuple(one.name for one in paths) if len(paths) > 1 else ()
     left = (not_in_model, tasks_left, files, _other_entries_in(checkpoint.content, entry))
-    added, shards = tuple(layers_of(lacking)), len(checkpoint.shards)
+    added, shards = tuple(layers_of(lacking)), len(checkpoint.shards.files) if checkpoint.shards else 0
     return RecalibratedCheckpoint(out, averaged, recalibration, str(entry), *left, added=added, shards=shards)
 
 

@@ -6,7 +6,6 @@ import math
 import os
 import pickle
 import re
-import tempfile
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -19,7 +18,7 @@ from torch import Tensor
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.statistics.claimed_values import check_claim
 from lightning_bn.functional.statistics.file_entries import FileEntry, Shapes, find_entry, state_dicts_in
-from lightning_bn.functional.statistics.shards import SUFFIXES, Shards, checkpoint_in, in_folder
+from lightning_bn.functional.statistics.shards import Shards, checkpoint_in, in_folder
 from lightning_bn.functional.statistics.snapshots import Snapshot
 
 
@@ -31,13 +30,13 @@ class CheckpointFile:
         path: Where it was read from; of a checkpoint in several files, their index.
         content: All of it, as saved; what is written into it is written by :meth:`write`.
         metadata: The strings that a safetensors file has beside its tensors.
-        shards: The files of a checkpoint in several; empty for one.
+        shards: Of a checkpoint in several files; None for one.
     """
 
     path: Path
     content: dict[str, Any]
     metadata: dict[str, str] | None = None
-    shards: tuple[Path, ...] = ()
+    shards: Shards | None = None
 
     def entry(self, wanted: Shapes, of: str, **choice: str | None) -> FileEntry:
         """As :func:`~lightning_bn.functional.statistics.file_entries.find_entry`."""
@@ -51,8 +50,8 @@ class CheckpointFile:
                 if ``out`` is one of these files.
             ModuleNotFoundError: If the library of that format is not installed.
         """
-        if self.shards:
-            self._refuse_beside_shards(out)
+        if self.shards is not None:
+            self.shards.refuse_out(out)
         if not _is_safetensors(out):
             return
         _safetensors(out)
@@ -62,16 +61,6 @@ class CheckpointFile:
                 f"{out.name}: a safetensors file holds tensors only, and {self.path.name} has more ({quoted(others)}). "
                 f"Choose an out= with another suffix, such as {'.pt' if self.shards else self.path.suffix or '.pt'!r}."
             )
-
-    def _refuse_beside_shards(self, out: Path) -> None:
-        if out.suffix.lower() not in SUFFIXES:
-            whole = self.path.name.split(".")[0] + self.shards[0].suffix
-            raise ValueError(
-                f"{out}: the {len(self.shards)} shards of {self.path.name} are written as one file: choose an out= "
-                f"that ends with {', '.join(SUFFIXES)}, such as {str(out.with_name(whole))!r}."
-            )
-        if out.resolve() in {file.resolve() for file in (self.path, *self.shards)}:
-            raise ValueError(f"{out} is one of the shards of {self.path.name} themselves: choose another out=.")
 
     def write(self, out: Path) -> None:
         """Write all of it to ``out``, which appears when it is complete; its folder is made.
@@ -126,36 +115,7 @@ def _read_shards(shards: Shards) -> CheckpointFile:
         read = _read_file(file)
         metadata = metadata or read.metadata
         content |= shards.taken(shards.places, file, read.content)
-    return CheckpointFile(shards.index, {name: content[name] for name in shards.places}, metadata, tuple(shards.files))
-
-
-def check_out(out: Path, overwrite: bool) -> None:
-    """Raise where nothing may or can be written.
-
-    Raises:
-        IsADirectoryError: If ``out`` is a folder.
-        FileExistsError: If it exists and ``overwrite`` is not given, or is a device, a pipe or the like.
-        NotADirectoryError: If it is below a file.
-        PermissionError: If nothing can be written to its folder, or to the one in which that would be made.
-    """
-    if out.is_dir():
-        raise IsADirectoryError(
-            f"{out} is a folder: name the file that is to be written, for instance {out / 'new.ckpt'}."
-        )
-    if out.exists() and not out.is_file():
-        raise FileExistsError(f"{out} is no regular file but a device, a pipe or a socket: choose another out=.")
-    if out.exists() and not overwrite:
-        raise FileExistsError(f"{out} exists: choose another out=, or pass overwrite=True to replace it.")
-    folder = next(one for one in out.absolute().parents if os.path.lexists(one))
-    if not folder.is_dir():
-        raise NotADirectoryError(f"{out}: {folder} is not a folder: choose another out=.")
-    try:
-        # Permissions say less than an attempt: a disk may be read-only.
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-    except OSError as error:
-        why = error.strerror or type(error).__name__
-        raise PermissionError(f"{out}: nothing can be written to {folder} ({why}): choose another out=.") from error
+    return CheckpointFile(shards.index, {name: content[name] for name in shards.places}, metadata, shards)
 
 
 def read_torch(path: Path, mmap: bool = False) -> Any:

@@ -32,6 +32,21 @@ class Shards:
         """Those that hold the tensors."""
         return sorted({*self.places.values()})
 
+    def refuse_out(self, out: Path) -> None:
+        """Raise where the one file that is to be written of all cannot be told, or is one of them.
+
+        Raises:
+            ValueError: Then.
+        """
+        if out.suffix.lower() not in SUFFIXES:
+            whole = self.index.name.split(".")[0] + self.files[0].suffix
+            raise ValueError(
+                f"{out}: the {len(self.files)} shards of {self.index.name} are written as one file: choose an out= "
+                f"that ends with {', '.join(SUFFIXES)}, such as {str(out.with_name(whole))!r}."
+            )
+        if out.resolve() in {file.resolve() for file in (self.index, *self.files)}:
+            raise ValueError(f"{out} is one of the shards of {self.index.name} themselves: choose another out=.")
+
     def taken(self, names: Collection[str], file: Path, held: Mapping[str, Any]) -> dict[str, Any]:
         """Return those of the names that the index says to be in a file, with what it holds.
 

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from lightning_bn.functional._text import named, quoted
 from lightning_bn.functional.layers.names import without_wrappers
-from lightning_bn.functional.statistics.files import CheckpointFile, check_out, read_checkpoint
+from lightning_bn.functional.statistics.files import CheckpointFile, read_checkpoint
+from lightning_bn.functional.statistics.writable import check_out
 from lightning_bn.functional.tasks.task_sets import check_known
 
 CALLBACK = "TaskBatchNorm"
