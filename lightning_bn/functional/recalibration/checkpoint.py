@@ -25,6 +25,7 @@ from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.result import AllFrozenError, Recalibration
 from lightning_bn.functional.statistics.file_entries import FileEntry, state_dicts_in
 from lightning_bn.functional.statistics.files import check_out, read_checkpoint
+from lightning_bn.functional.statistics.recalibration_record import RecalibratedLayer, total_of
 
 _COUNTER = "num_batches_tracked"
 _KEPT_BESIDE = ("current_model_state", "averaging_state")
@@ -88,6 +89,10 @@ def recalibrate_checkpoint(
     left out. Of statistics per task, as TaskBatchNorm saves them, the default task's are recalibrated, since they are
     the model's own; a warning names the others, which stay as they are.
 
+    A record says which layers were recalibrated, from how much, for ``lightning-bn inspect``: under ``"lightning_bn"``
+    among the outermost keys of a checkpoint, or in the metadata of a safetensors file. A state dict, and a file of
+    nothing but state dicts, get none. Counters of updates stay as they were.
+
     Of several files the weights are averaged first (a "model soup"): no file's statistics are those of the average. All
     else in the new file is the first one's.
 
@@ -146,14 +151,20 @@ def recalibrate_checkpoint(
         records = f"{checkpoint.path.name} records them as frozen"
         raise AllFrozenError(f"{error} {records}: see recalibrate_frozen=.") from error
     rewritten = {id(layers[name]): name for name in recalibration.layers}
+    recorded: dict[str, RecalibratedLayer] = {}
+    counts = (recalibration.num_batches, recalibration.num_samples)
     for place, layer in model.named_modules(remove_duplicate=False):  # by all names, wrappers' components included
         if id(layer) in rewritten:
+            written = []
             for value in ("running_mean", "running_var"):
                 own = f"{place}.{value}" if place else value
                 if own in entry.names:
                     there, statistics = entry.names[own], getattr(layer, value)
                     entry.state[there] = _narrowed(statistics, entry.state[there].dtype, rewritten[id(layer)], value)
-    checkpoint.write(out)
+                    written.append(entry.state[there])
+            if len(written) == 2:
+                recorded[there.rpartition(".")[0]] = RecalibratedLayer(total_of(*written), *counts)
+    checkpoint.recalibrated(entry.key, recorded, out).write(out)
     tasks_left = _other_tasks_in(checkpoint.content)
     if tasks_left:
         warnings.warn(f"recalibrate_checkpoint: {_left(tasks_left)}", UserWarning, stacklevel=2)
