@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -56,6 +57,7 @@ class LayerTable(JupyterMixin):
         columns: Beside the names.
         above: Sentences between title and table; one that begins with a dash is an item of a list.
         below: Sentences below the table.
+        commands: Of a shell, at the very end; broken between words only, so that they can be copied.
         otherwise: Printed in the place of this one where not all of its columns fit.
     """
 
@@ -63,6 +65,7 @@ class LayerTable(JupyterMixin):
     columns: Sequence[Column]
     above: Sequence[str] = ()
     below: Sequence[str] = ()
+    commands: Sequence[str] = ()
     otherwise: LayerTable | None = None
     rows: list[_Row] = field(default_factory=list)
 
@@ -97,6 +100,9 @@ class LayerTable(JupyterMixin):
             yield Text()
             yield from self._laid_out(shown, width, options.ascii_only)
         yield from _paragraphs([*self.below, *self._left_out(shown)], width)
+        for command in self.commands:
+            yield Text()
+            yield from (_line(line, whole=True) for line in _of_shell(command, width))
 
     def _shown(self, width: int) -> list[int]:
         """The columns for which there is room, in their order."""
@@ -181,8 +187,21 @@ def _lines(sentence: str, width: int, style: str = "") -> Iterator[Text]:
         yield _line(line, style)
 
 
-def _line(line: str, style: str = "") -> Text:
-    return Text(line, style, no_wrap=True, end="\n")
+def _line(line: str, style: str = "", whole: bool = False) -> Text:
+    return Text(line, style, no_wrap=True, overflow="ignore" if whole else None, end="\n")
+
+
+def _of_shell(command: str, width: int) -> list[str]:
+    """Lines that a shell reads as one; a word that is too long for the width stays whole."""
+    words = [shlex.quote(word) for word in shlex.split(command)]
+    lines = ["  " + words[0]]
+    for word in words[1:]:
+        if cell_len(f"{lines[-1]} {word} \\") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines[-1] += " \\"
+            lines.append(f"      {word}")
+    return lines
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int], justify: Sequence[str]) -> str:

@@ -162,7 +162,7 @@ def recalibrate_checkpoint(
                     there, statistics = entry.names[own], getattr(layer, value)
                     entry.state[there] = _narrowed(statistics, entry.state[there].dtype, rewritten[id(layer)], value)
                     written.append(entry.state[there])
-            if len(written) == 2:
+            if len(written) == 2 and options.get("prior") is None:  # with it, part of the old ones is in the new ones
                 recorded[there.rpartition(".")[0]] = RecalibratedLayer(total_of(*written), *counts)
     checkpoint.recalibrated(entry.key, recorded, out).write(out)
     tasks_left = _other_tasks_in(checkpoint.content)

@@ -34,7 +34,7 @@ RecalibratedLayers: TypeAlias = dict[str, dict[str, RecalibratedLayer]]
 
 
 def total_of(mean: Tensor, var: Tensor) -> float:
-    """Return one number that other statistics have otherwise: the sum of all values, rounded once; NaN beyond floats."""
+    """Return one number that other statistics have otherwise: the sum of all values, rounded once; or NaN."""
     values = [value for one in (mean, var) for value in one.detach().double().flatten().tolist()]
     try:
         return math.fsum(values)
