@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 
 from lightning_bn._tables import Column, LayerTable
@@ -32,17 +33,25 @@ def comparison_report(found: Comparison, above: float | None = None, most: int |
     faults = [f"- {fault}" for fault in faults_of(found, above)]
     counters = _counters(found)
     order = [one for one in found.worst_first() if not one.identical]
-    still = len(found.layers) - len(order)
     yield LayerTable(verdict(found), [], above=[*faults, *found.assumed, *counters])
-    if not order:
-        return
+    if order:
+        yield _table(found, order, above, most)
+    yield LayerTable(next_step(found), [], commands=commands_of(found))
+
+
+def _table(found: Comparison, order: list[ComparedLayer], above: float | None, most: int | None) -> LayerTable:
+    """The layers that differ."""
+    still = len(found.layers) - len(order)
     rest = [f"... {len(order) - most:,} more that moved less; --all lists them."] if most and len(order) > most else []
     same = (
         [f"{counted(still, 'layer')} {'is' if still == 1 else 'are'} the same in both, value by value."]
         if still
         else []
     )
-    units = f"Sigma: the standard deviation in the first file. {found.measure}: {UNITS[found.measure]}."
+    units = (
+        f"Sigma: the standard deviation in the first file. Variances: with torch's eps of 1e-5. {found.measure}: "
+        f"{UNITS[found.measure]}."
+    )
     columns = [
         Column(found.measure, 2, "right"),
         Column("worst channel", 1),
@@ -63,7 +72,26 @@ def comparison_report(found: Comparison, above: float | None = None, most: int |
             updates[0] if updates[0] == updates[1] else " -> ".join(updates),
             style="red" if above is not None and not one.drift <= above else "",
         )
-    yield table
+    return table
+
+
+def next_step(found: Comparison) -> str:
+    """What to do with what was found, with the colon before the commands."""
+    if found.broken_first or found.broken_second or not found.command:
+        return "What is wrong in a file, and what to do about it:"
+    ask = "To ask them about the second file, with the YAML file that trained it:"
+    if all(one.identical for one in found.layers):
+        return f"If the two files have other weights, the statistics fit one of them at most: only data tell. {ask}"
+    return f"Which statistics fit the weights beside them, only data tell. {ask}"
+
+
+def commands_of(found: Comparison) -> list[str]:
+    """The command that asks the data; where a layer is not whole, those that look at the files."""
+    broken = [path for path, there in ((found.first, found.broken_first), (found.second, found.broken_second)) if there]
+    if found.command and not broken:
+        return [found.command]
+    paths = [str(path) for path in broken or [found.second]]
+    return [shlex.join(["lightning-bn", "inspect", path if path.isprintable() else "FILE"]) for path in paths]
 
 
 def verdict(found: Comparison) -> str:
@@ -73,8 +101,11 @@ def verdict(found: Comparison) -> str:
         return f"{both}: no layer can be compared"
     worst = found.worst_first()[0]
     layers = counted(len(found.layers), "BatchNorm layer")
+    apart = len(found.only_first) + len(found.only_second) + len(found.other_channels)
+    apart += len({*found.broken_first, *found.broken_second})
     if all(one.identical for one in found.layers):
-        return f"{both}: the running statistics of {layers} are the same"
+        others = f", and {apart} cannot be compared" if apart else ""
+        return f"{both}: the running statistics of {layers} are the same{others}"
     return f"{both}: running statistics of {layers} moved most at {shown(worst.name)}, {worst.in_words()}"
 
 
@@ -86,10 +117,22 @@ def faults_of(found: Comparison, above: float | None) -> list[str]:
     for names, which in ((found.only_first, found.first), (found.only_second, found.second)):
         if names:
             said.append(f"{counted(len(names), 'layer')} in {shown(which.name)} only: {listed(names)}.")
+    said += broken_of(found)
     if found.other_channels:
         sizes = ", ".join(f"{shown(name)} ({one:,} and {two:,})" for name, (one, two) in found.other_channels.items())
         said.append(f"Other numbers of channels: {sizes[:400]}.")
     return said
+
+
+def broken_of(found: Comparison) -> list[str]:
+    """Layers that are none, one sentence for each file: wrong in any case."""
+    return [
+        f"{counted(len(broken), 'layer')} of {shown(path.name)} {'is' if len(broken) == 1 else 'are'} not whole: "
+        + "; ".join(f"{listed([name])} {why}" for name, why in [*broken.items()][:4])
+        + (f"; and {len(broken) - 4} more." if len(broken) > 4 else ".")
+        for path, broken in ((found.first, found.broken_first), (found.second, found.broken_second))
+        if broken
+    ]
 
 
 def _named(layers: list[ComparedLayer]) -> str:
@@ -108,13 +151,24 @@ def _counters(found: Comparison) -> list[str]:
     if back:
         layers = counted(len(back), "layer")
         said.append(f"Fewer updates than in the first file: {layers} ({listed(back)}), reset or of another run.")
-    if steps == {0}:
-        said.append("No layer was updated in between, as its counter says.")
-    elif steps:
+    others = [layer.name for layer in found.layers if not layer.identical and _is_still(layer)]
+    if steps == {0} and not others:
+        said.append(f"{'Its' if len(known) == 1 else 'Their'} counters of updates are equal too.")
+    elif steps and steps != {0}:
         who = "The others were" if back else "Each layer was" if len(steps) == 1 else "Layers were"
         times = f"{max(steps):,}" if len(steps) == 1 else f"{min(steps):,} to {max(steps):,}"
-        said.append(f"{who} updated {times} times more in the second file.")
+        said.append(f"{who} updated {times} {'time' if times == '1' else 'times'} more in the second file.")
+    if others:
+        which = "" if len(others) == len(found.layers) else f" in {counted(len(others), 'layer')} ({listed(others)})"
+        said.append(
+            f"Counters of updates are equal but statistics differ{which}: they are of another run, averaged, "
+            f"recalibrated or edited."
+        )
     return said
+
+
+def _is_still(layer: ComparedLayer) -> bool:
+    return None not in layer.updates and _step(layer) == 0
 
 
 def _step(layer: ComparedLayer) -> int:

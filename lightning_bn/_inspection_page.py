@@ -57,7 +57,7 @@ def _page(found: Inspection, callbacks: Mapping[str, str]) -> Iterator[str]:
     yield from _list("What callbacks left in the file", [f"{key}: {said}" for key, said in callbacks.items()])
     yield from _list("What to do", remedies(found))
     if commands := commands_of(found):
-        yield f"<p>{escape(next_step(found))}:</p>\n"
+        yield f"<p>{escape(next_step(found))}</p>\n"
         yield "".join(f"<pre>{escape(command)}</pre>\n" for command in commands)
     yield f"<p>{escape(source(found))}.</p>\n</body></html>\n"
 

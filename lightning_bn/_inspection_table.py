@@ -70,10 +70,10 @@ def commands_of(found: Inspection) -> list[str]:
 
 
 def next_step(found: Inspection) -> str:
-    """What the commands do, in one sentence without a full stop."""
+    """What the commands do, with the colon before them."""
     if any(one.command for one in found.findings):
-        return "To recalibrate, with the YAML file that trained it (in Python: recalibrate_checkpoint)"
-    return "Whether the statistics fit the weights, only data tell. To ask them, with the YAML file that trained it"
+        return "To recalibrate, with the YAML file that trained it (in Python: recalibrate_checkpoint):"
+    return "Whether the statistics fit the weights, only data tell. To ask them, with the YAML file that trained it:"
 
 
 def verdict(found: Inspection) -> str:

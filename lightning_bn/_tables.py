@@ -193,8 +193,13 @@ def _line(line: str, style: str = "", whole: bool = False) -> Text:
 
 def _of_shell(command: str, width: int) -> list[str]:
     """Lines that a shell reads as one; a word that is too long for the width stays whole."""
-    words = [shlex.quote(word) for word in shlex.split(command)]
-    lines = ["  " + words[0]]
+    words: list[str] = []
+    for word in map(shlex.quote, shlex.split(command)):
+        if words and words[-1].startswith("--") and " " not in words[-1] and not word.startswith("--"):
+            words[-1] += f" {word}"  # an option and its value
+        else:
+            words.append(word)
+    lines = [f"  {words[0]}"]
     for word in words[1:]:
         if cell_len(f"{lines[-1]} {word} \\") <= width:
             lines[-1] += f" {word}"

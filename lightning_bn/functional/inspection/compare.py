@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,6 +15,7 @@ from lightning_bn.functional._text import quoted
 from lightning_bn.functional.inspection.entries import Entry, entries_in
 from lightning_bn.functional.inspection.layer_facts import EPS
 from lightning_bn.functional.inspection.matching import match
+from lightning_bn.functional.inspection.remedies import recalibrating
 from lightning_bn.functional.layers.names import without_wrappers
 from lightning_bn.functional.layers.patterns import Patterns, SelectionError, as_patterns
 from lightning_bn.functional.statistics.channels import ChannelLayout
@@ -32,10 +33,10 @@ class ComparedLayer:
     Attributes:
         name: What both share of its name.
         channels: How many.
-        drift: The largest of any channel, absolute; NaN where a value is not finite.
+        drift: The largest of any channel, absolute; NaN where a value is not finite, or one variance is negative.
         mean_drift: Mean over its channels, absolute.
         channel: The channel with the largest.
-        variance_ratio: Second over first variance of that channel.
+        variance_ratio: Second over first variance of that channel, each with torch's own eps of 1e-5.
         mean_shift: Of that channel's mean, in standard deviations of the first file.
         updates: Of the running statistics in the first file and in the second; None without a counter.
         identical: Whether mean and variance are the same in all channels.
@@ -53,6 +54,8 @@ class ComparedLayer:
 
     def in_words(self) -> str:
         """The worst channel in plain units."""
+        if self.variance_ratio < 0:
+            return "negative variance"
         return "not finite" if math.isnan(self.drift) else in_words(self.variance_ratio, self.mean_shift)
 
 
@@ -68,6 +71,9 @@ class Comparison:
         only_first: Names of layers that the first file alone has.
         only_second: Names of layers that the second file alone has.
         other_channels: Layers with other numbers of channels: in the first file and in the second, by name.
+        broken_first: Why tensors of the first file that look like a layer's are none, by the name that both share.
+        broken_second: The same of the second file.
+        command: Of a shell, that recalibrates the second file; empty where none does.
         assumed: What was assumed, one sentence each.
     """
 
@@ -78,7 +84,10 @@ class Comparison:
     only_first: tuple[str, ...]
     only_second: tuple[str, ...]
     other_channels: Mapping[str, tuple[int, int]]
+    broken_first: Mapping[str, str]
+    broken_second: Mapping[str, str]
     assumed: tuple[str, ...]
+    command: str
 
     def worst_first(self) -> list[ComparedLayer]:
         """The layers, those that moved furthest first; what is not a number is furthest."""
@@ -129,7 +138,7 @@ def compare_checkpoints(
     """
     check_choice("measure", measure, MEASURES)
     sides = [_side(path, key) for path, key in zip((first, second), keys, strict=True)]
-    (one, said_one), (other, said_other) = sides
+    (one, said_one, _), (other, said_other, command) = sides
     matched = match(list(one.layers), list(other.layers))
     if not matched.pairs:
         raise ValueError(
@@ -137,6 +146,12 @@ def compare_checkpoints(
             f"{Path(second).name} ({quoted(list(other.layers), 3)}): they are of different models."
         )
     pairs = _chosen(matched.pairs, modules)
+    broken = [_broken(side, matched.prefixes[place], modules) for place, side in enumerate((one, other))]
+    only = (matched.only_first, matched.only_second)
+    alone = [
+        tuple(names[short] for short in names if short not in broken[1 - place])
+        for place, names in enumerate(_meant(only[place], matched.prefixes[place], modules) for place in (0, 1))
+    ]
     sizes = {name: tuple(map(_channels, _of(one, other, *names))) for name, names in pairs.items()}
     same = {name: _of(one, other, *names) for name, names in pairs.items() if len({*sizes[name]}) == 1}
     return Comparison(
@@ -144,15 +159,18 @@ def compare_checkpoints(
         second=Path(second),
         measure=measure,
         layers=tuple(_compared(same, measure)) if same else (),
-        only_first=_meant(matched.only_first, matched.prefixes[0], modules),
-        only_second=_meant(matched.only_second, matched.prefixes[1], modules),
+        only_first=alone[0],
+        only_second=alone[1],
         other_channels={name: (here, there) for name, (here, there) in sizes.items() if here != there},
+        broken_first=broken[0],
+        broken_second=broken[1],
         assumed=(*said_one, *said_other, *matched.assumed),
+        command=command,
     )
 
 
-def _side(path: str | Path, key: str | None) -> tuple[Entry, list[str]]:
-    """The layers of one file that are compared, and what was assumed."""
+def _side(path: str | Path, key: str | None) -> tuple[Entry, list[str], str]:
+    """The layers of one file that are compared, what was assumed, and the command that recalibrates them."""
     file = open_checkpoint(path)
     entries = [entry for entry in entries_in(file.content) if entry.layers]
     if not entries:
@@ -166,9 +184,8 @@ def _side(path: str | Path, key: str | None) -> tuple[Entry, list[str]]:
         found = entries[0]
     distinct(found.layers, file.size)
     others = [entry.key for entry in entries if entry is not found and entry.role != "task"]
-    if key is not None or not others:
-        return found, []
-    return found, [f"Of {file.path.name} {found.key or 'the file itself'!r} was taken; there is {quoted(others)} too."]
+    said = f"Of {file.path.name} {found.key or 'the file itself'!r} was taken; there is {quoted(others)} too."
+    return found, [said] if key is None and others else [], recalibrating(found, entries, file).command
 
 
 def _chosen(pairs: Mapping[str, tuple[str, str]], modules: Patterns) -> dict[str, tuple[str, str]]:
@@ -179,11 +196,15 @@ def _chosen(pairs: Mapping[str, tuple[str, str]], modules: Patterns) -> dict[str
     return found
 
 
-def _meant(names: Sequence[str], prefix: str, modules: Patterns) -> tuple[str, ...]:
-    """Those of the names that the patterns mean, as they are in the file."""
+def _meant(names: Iterable[str], prefix: str, modules: Patterns) -> dict[str, str]:
+    """Those of the names that the patterns mean, as they are in the file, by what both files would share of them."""
     patterns = as_patterns(modules, "modules")
-    short = {name: without_wrappers(name).removeprefix(prefix) for name in names}
-    return tuple(name for name in names if any(pattern.matches(short[name]) for pattern in patterns))
+    short = {without_wrappers(name).removeprefix(prefix): name for name in names}
+    return {one: name for one, name in short.items() if any(pattern.matches(one) for pattern in patterns)}
+
+
+def _broken(side: Entry, prefix: str, modules: Patterns) -> dict[str, str]:
+    return {short: side.broken[name] for short, name in _meant(side.broken, prefix, modules).items()}
 
 
 def _of(one: Entry, other: Entry, here: str, there: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -200,7 +221,8 @@ def _compared(
 ) -> list[ComparedLayer]:
     reference, current = (_snapshot(layers, [pair[side] for pair in layers.values()]) for side in (0, 1))
     shift, ratio = standardized(reference, current)
-    values = of_standardized(measure, shift, ratio, current.weight).abs()
+    # Of a negative variance some measures make a number, which means nothing.
+    values = of_standardized(measure, shift, ratio, current.weight).abs().masked_fill(ratio < 0, torch.nan)
     differs = (reference.mean != current.mean) | (reference.var != current.var)
     moved = reference.layout.sum(differs.double()).tolist()
     parts = zip(*(one.split(reference.layout.sizes) for one in (values, shift, ratio)), strict=True)
