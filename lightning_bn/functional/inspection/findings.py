@@ -211,7 +211,11 @@ def findings_of(
             elif rule.recalibrates and way.instead:
                 remedy = f"{remedy} {way.instead}"
             found.append(FileFinding(rule.kind, rule.is_fault, entry, names, what, remedy, command))
-    counted_in = [one for one in layers if one.name not in recalibrated and not one.lost_counter]
+    told = {
+        *recalibrated,
+        *(name for one in found if one.kind in ("never updated", "counters lost") for name in one.layers),
+    }
+    counted_in = [one for one in layers if one.name not in told]
     return found + ([] if role == "averaged" else [*_counters(entry, counted_in)])
 
 
