@@ -117,7 +117,8 @@ class LayerTable(JupyterMixin):
 
     def _least(self, width: int) -> int:
         """As narrow as names may become before a column goes."""
-        return min(max(least_width(self._names()), cell_len("layer")), max(ENOUGH, width // 2))
+        most = max(ENOUGH, width // 2)
+        return min(max(least_width(self._names(), most), cell_len("layer")), most)
 
     def _width(self, index: int) -> int:
         """As narrow as a column can be."""
@@ -130,8 +131,10 @@ class LayerTable(JupyterMixin):
 
     def _needed(self) -> int:
         """The narrowest console that all columns fit on."""
-        shown = range(len(self.columns))
-        return next(width for width in count(1) if self._room(shown, width) >= self._least(width))
+        columns = -self._room(range(len(self.columns)), 0)
+        # On a console twice as wide as the columns they leave half of it, which is enough for any names.
+        names = max(least_width(self._names(), max(ENOUGH, columns + 1)), cell_len("layer"))
+        return next(width for width in count(columns) if width - columns >= min(names, max(ENOUGH, width // 2)))
 
     def _laid_out(self, shown: Sequence[int], width: int, ascii_only: bool) -> Iterator[Text]:
         room = max(self._room(shown, width), 1)
