@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
 import sys
 import warnings
@@ -26,6 +27,9 @@ SUBCOMMANDS = {
     "tasks": ("lightning_bn._cli.tasks_of_file", "compare the statistics of the tasks in a checkpoint"),
 }
 """Their names, the file of each and one line on it; a file has ``add_parser`` and ``run`` and is imported if named."""
+
+_READ_FILES = ("inspect", "diff", "tasks")
+"""Those that end within seconds."""
 
 _ABOUT = """\
 Find out what is wrong with the BatchNorm layers of a model, from checkpoints or
@@ -64,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Its arguments; None for those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and arguments[:1] and arguments[0] in _READ_FILES:
+        # Of a process that ends this soon, a fifth would go into cycles of garbage, looked for while torch is imported.
+        gc.disable()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # a name from a file may have what a console cannot show
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]

@@ -1,5 +1,6 @@
 """The command itself: help, subcommands, exit codes, and what it imports."""
 
+import gc
 import os
 import re
 import subprocess
@@ -120,8 +121,17 @@ def test_what_was_read_before_it_stopped_is_the_beginning(files):
     assert done.stderr == ""
 
 
-def test_the_number_of_threads_is_as_before(tmp_path, capsys):
+def test_threads_and_garbage_collection_are_as_before(tmp_path, capsys):
     torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / "file.pt")
     before = torch.get_num_threads()
     assert main(["inspect", str(tmp_path / "file.pt")]) == 1
     assert torch.get_num_threads() == before
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("arguments", "collects"), [(["inspect", "no.pt"], False), (["doctor"], True)])
+def test_a_short_run_in_a_process_of_its_own_collects_no_garbage(arguments, collects):
+    code = "import gc\nfrom lightning_bn._cli.main import main\nmain()\nprint(gc.isenabled())"
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{collects}\n"
