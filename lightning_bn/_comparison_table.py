@@ -7,7 +7,7 @@ from collections.abc import Iterator
 
 from lightning_bn._tables import Column, LayerTable
 from lightning_bn.functional._text import counted
-from lightning_bn.functional.inspection.compare import ComparedLayer, Comparison
+from lightning_bn.functional.inspection.comparison import ComparedLayer, Comparison
 from lightning_bn.functional.inspection.findings import listed
 from lightning_bn.functional.statistics.opened_files import shown
 
@@ -76,7 +76,9 @@ def _table(found: Comparison, order: list[ComparedLayer], above: float | None, m
 
 
 def next_step(found: Comparison) -> str:
-    """What to do with what was found, with the colon before the commands."""
+    """What to do with what was found, with the colon before the commands; a sentence without them has no full stop."""
+    if _is_mended(found):
+        return "If both have the same weights, the drift is how far off the statistics of the first file were"
     if found.broken_first or found.broken_second or not found.command:
         return "What is wrong in a file, and what to do about it:"
     ask = "To ask them about the second file, with the YAML file that trained it:"
@@ -87,11 +89,19 @@ def next_step(found: Comparison) -> str:
 
 def commands_of(found: Comparison) -> list[str]:
     """The command that asks the data; where a layer is not whole, those that look at the files."""
+    if _is_mended(found):
+        return []
     broken = [path for path, there in ((found.first, found.broken_first), (found.second, found.broken_second)) if there]
     if found.command and not broken:
         return [found.command]
     paths = [str(path) for path in broken or [found.second]]
     return [shlex.join(["lightning-bn", "inspect", path if path.isprintable() else "FILE"]) for path in paths]
+
+
+def _is_mended(found: Comparison) -> bool:
+    """Whether all that can be compared was recalibrated in the second file, and nothing else is wrong."""
+    broken = found.broken_first or found.broken_second
+    return bool(found.layers) and not broken and {one.name for one in found.layers} <= {*found.recalibrated}
 
 
 def verdict(found: Comparison) -> str:
@@ -140,21 +150,27 @@ def _named(layers: list[ComparedLayer]) -> str:
 
 
 def _counters(found: Comparison) -> list[str]:
-    """How the counters moved on."""
+    """How the counters moved on, and why statistics may differ where they did not."""
+    known_to_be = {*found.recalibrated}
+    said = []
+    if known_to_be:
+        which = "all layers were" if len(known_to_be) == len(found.layers) else f"{len(known_to_be):,} layers were"
+        which = "1 layer was" if len(known_to_be) == 1 else which
+        said.append(f"In the second file {which} recalibrated, as it records.")
     updates = [layer.updates for layer in found.layers]
     known = [(one, two) for one, two in updates if one is not None and two is not None]
     if not known:
-        return []
+        return said
     back = [layer.name for layer in found.layers if None not in layer.updates and _step(layer) < 0]
     steps = {two - one for one, two in known if two >= one}
-    said = []
     if back:
         layers = counted(len(back), "layer")
         said.append(f"Fewer updates than in the first file: {layers} ({listed(back)}), reset or of another run.")
     others = [layer.name for layer in found.layers if not layer.identical and _is_still(layer)]
-    if steps == {0} and not others:
+    others = [name for name in others if name not in known_to_be]
+    if steps == {0} and not others and not known_to_be:
         said.append(f"{'Its' if len(known) == 1 else 'Their'} counters of updates are equal too.")
-    elif steps and steps != {0}:
+    if steps and steps != {0}:
         who = "The others were" if back else "Each layer was" if len(steps) == 1 else "Layers were"
         times = f"{max(steps):,}" if len(steps) == 1 else f"{min(steps):,} to {max(steps):,}"
         said.append(f"{who} updated {times} {'time' if times == '1' else 'times'} more in the second file.")

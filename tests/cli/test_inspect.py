@@ -11,7 +11,7 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim.swa_utils import AveragedModel
 
-from lightning_bn.functional.inspection.findings import FileFault, FileNote
+from lightning_bn.functional.inspection.rules import FileFault, FileNote
 from tests.cli.planting import fill
 from tests.models import SmallResNet, images, seeded
 

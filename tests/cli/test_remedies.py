@@ -172,6 +172,20 @@ def test_recalibrated_layers_are_told_as_such_and_not_as_warming_up(form, state,
     assert "Recalibrated: all layers from 2 batches with 12 samples." in command("inspect", out)[1]
 
 
+def test_a_comparison_knows_a_recalibration(state, tmp_path, save, command):
+    path = save({"state_dict": state}, "in.pt")
+    recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "all.pt")
+    recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "one.pt", modules="head")
+    said = " ".join(command("diff", path, "all.pt")[1].split())
+    assert "In the second file all layers were recalibrated, as it records." in said
+    assert said.endswith("the drift is how far off the statistics of the first file were")
+    said = " ".join(command("diff", path, "one.pt")[1].split())
+    assert "In the second file 1 layer was recalibrated, as it records." in said
+    for name in (said, " ".join(command("diff", path, "all.pt")[1].split())):
+        assert "another run" not in name
+    assert "another run" in command("diff", "all.pt", path)[1].replace("\n", " ")
+
+
 def test_layers_that_were_left_out_are_warming_up_still(state, tmp_path, save, found, command):
     path = save({"state_dict": with_few_updates(state)}, "in.pt")
     recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "out.pt", exclude="head")

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -12,9 +10,11 @@ from torch import Tensor
 
 from lightning_bn.functional._checks import check_choice
 from lightning_bn.functional._text import quoted
+from lightning_bn.functional.inspection.comparison import ComparedLayer, Comparison
 from lightning_bn.functional.inspection.entries import Entry, entries_in
 from lightning_bn.functional.inspection.layer_facts import EPS
 from lightning_bn.functional.inspection.matching import match
+from lightning_bn.functional.inspection.recalibrated_layers import recalibrated_layers
 from lightning_bn.functional.inspection.remedies import recalibrating
 from lightning_bn.functional.layers.names import without_wrappers
 from lightning_bn.functional.layers.patterns import Patterns, SelectionError, as_patterns
@@ -23,79 +23,6 @@ from lightning_bn.functional.statistics.claimed_values import distinct
 from lightning_bn.functional.statistics.drift_measures import MEASURES, Measure, of_standardized, standardized
 from lightning_bn.functional.statistics.opened_files import open_checkpoint
 from lightning_bn.functional.statistics.snapshots import Snapshot
-from lightning_bn.functional.statistics.summary import in_words
-
-
-@dataclass(frozen=True)
-class ComparedLayer:
-    """One layer of two files.
-
-    Attributes:
-        name: What both share of its name.
-        channels: How many.
-        drift: The largest of any channel, absolute; NaN where a value is not finite, or one variance is negative.
-        mean_drift: Mean over its channels, absolute.
-        channel: The channel with the largest.
-        variance_ratio: Second over first variance of that channel, each with torch's own eps of 1e-5.
-        mean_shift: Of that channel's mean, in standard deviations of the first file.
-        updates: Of the running statistics in the first file and in the second; None without a counter.
-        identical: Whether mean and variance are the same in all channels.
-    """
-
-    name: str
-    channels: int
-    drift: float
-    mean_drift: float
-    channel: int
-    variance_ratio: float
-    mean_shift: float
-    updates: tuple[int | None, int | None]
-    identical: bool
-
-    def in_words(self) -> str:
-        """The worst channel in plain units."""
-        if self.variance_ratio < 0:
-            return "negative variance"
-        return "not finite" if math.isnan(self.drift) else in_words(self.variance_ratio, self.mean_shift)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How far the running statistics of two checkpoints lie apart.
-
-    Attributes:
-        first: One file.
-        second: The other.
-        measure: Of drift, from the first to the second.
-        layers: In the order of the first file.
-        only_first: Names of layers that the first file alone has.
-        only_second: Names of layers that the second file alone has.
-        other_channels: Layers with other numbers of channels: in the first file and in the second, by name.
-        broken_first: Why tensors of the first file that look like a layer's are none, by the name that both share.
-        broken_second: The same of the second file.
-        command: Of a shell, that recalibrates the second file; empty where none does.
-        assumed: What was assumed, one sentence each.
-    """
-
-    first: Path
-    second: Path
-    measure: Measure
-    layers: tuple[ComparedLayer, ...]
-    only_first: tuple[str, ...]
-    only_second: tuple[str, ...]
-    other_channels: Mapping[str, tuple[int, int]]
-    broken_first: Mapping[str, str]
-    broken_second: Mapping[str, str]
-    assumed: tuple[str, ...]
-    command: str
-
-    def worst_first(self) -> list[ComparedLayer]:
-        """The layers, those that moved furthest first; what is not a number is furthest."""
-        return sorted(self.layers, key=lambda one: -_or_most(one.drift))
-
-    def above(self, threshold: float) -> list[ComparedLayer]:
-        """Layers with a channel beyond a threshold, or not finite, the furthest first."""
-        return [one for one in self.worst_first() if not one.drift <= threshold]
 
 
 def compare_checkpoints(
@@ -138,7 +65,7 @@ def compare_checkpoints(
     """
     check_choice("measure", measure, MEASURES)
     sides = [_side(path, key) for path, key in zip((first, second), keys, strict=True)]
-    (one, said_one, _), (other, said_other, command) = sides
+    (one, said_one, *_), (other, said_other, recalibrated, command) = sides
     matched = match(list(one.layers), list(other.layers))
     if not matched.pairs:
         raise ValueError(
@@ -165,12 +92,13 @@ def compare_checkpoints(
         broken_first=broken[0],
         broken_second=broken[1],
         assumed=(*said_one, *said_other, *matched.assumed),
+        recalibrated=tuple(name for name, (_, there) in pairs.items() if there in recalibrated),
         command=command,
     )
 
 
-def _side(path: str | Path, key: str | None) -> tuple[Entry, list[str], str]:
-    """The layers of one file that are compared, what was assumed, and the command that recalibrates them."""
+def _side(path: str | Path, key: str | None) -> tuple[Entry, list[str], Collection[str], str]:
+    """The layers of one file that are compared, what was assumed, which were recalibrated, and the command for that."""
     file = open_checkpoint(path)
     entries = [entry for entry in entries_in(file.content) if entry.layers]
     if not entries:
@@ -185,7 +113,8 @@ def _side(path: str | Path, key: str | None) -> tuple[Entry, list[str], str]:
     distinct(found.layers, file.size)
     others = [entry.key for entry in entries if entry is not found and entry.role != "task"]
     said = f"Of {file.path.name} {found.key or 'the file itself'!r} was taken; there is {quoted(others)} too."
-    return found, [said] if key is None and others else [], recalibrating(found, entries, file).command
+    assumed = [said] if key is None and others else []
+    return found, assumed, recalibrated_layers(found, file), recalibrating(found, entries, file).command
 
 
 def _chosen(pairs: Mapping[str, tuple[str, str]], modules: Patterns) -> dict[str, tuple[str, str]]:
@@ -252,7 +181,3 @@ def _snapshot(names: Mapping[str, object], layers: Sequence[Mapping[str, Tensor]
 def _counter(snapshot: Snapshot, index: int) -> int | None:
     count = int(snapshot.num_batches_tracked[index])
     return None if count < 0 else count
-
-
-def _or_most(drift: float) -> float:
-    return math.inf if math.isnan(drift) else drift

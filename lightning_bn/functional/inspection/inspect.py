@@ -12,10 +12,10 @@ from lightning_bn.functional.inspection.averages import of_averages
 from lightning_bn.functional.inspection.entries import Entry, Role, bare, entries_in
 from lightning_bn.functional.inspection.findings import FileFinding, findings_of, listed
 from lightning_bn.functional.inspection.layer_facts import LayerFacts, layer_facts
+from lightning_bn.functional.inspection.recalibrated_layers import callbacks_of, recalibrated_layers
 from lightning_bn.functional.inspection.remedies import recalibrating
 from lightning_bn.functional.layers.patterns import Patterns, SelectionError, as_patterns
 from lightning_bn.functional.statistics.opened_files import OpenedFile, open_checkpoint, shown
-from lightning_bn.functional.statistics.recalibration_record import RecalibratedLayer, recalibrated_in, total_of
 
 
 @dataclass(frozen=True)
@@ -104,10 +104,9 @@ def inspect_checkpoint(path: str | Path, modules: Patterns = None) -> Inspection
     entries = [one for one in _selected(entries_in(file.content), modules) if one.layers or one.broken or one.foreign]
     if not any(one.layers or one.broken for one in entries):
         raise ValueError(_nothing(file, entries))
-    records = recalibrated_in(file.content, file.metadata)
     inspected, findings = [], []
     for entry in entries:
-        recalibrated = _recalibrated(entry, records.get(".".join(entry.path), {}), file.content)
+        recalibrated = recalibrated_layers(entry, file)
         counters_tell = {*entry.layers} - {*recalibrated} if entry.role != "averaged" else ()
         facts = [
             one if one.name in counters_tell else one.without_counter()
@@ -128,7 +127,7 @@ def inspect_checkpoint(path: str | Path, modules: Patterns = None) -> Inspection
         about=_about(file.content),
         entries=tuple(inspected),
         findings=tuple(findings),
-        callbacks=_callbacks(file.content),
+        callbacks=callbacks_of(file.content),
     )
 
 
@@ -196,33 +195,7 @@ def _broken(entry: Entry) -> list[FileFinding]:
     return found
 
 
-def _recalibrated(
-    entry: Entry, record: Mapping[str, RecalibratedLayer], content: Mapping[Any, Any]
-) -> dict[str, tuple[int | None, int | None]]:
-    """Layers of the set that have the statistics of a recalibration, with its batches and samples."""
-    is_models = entry.role == "task" or (entry.path == ("state_dict",) and not entry.prefix)
-    if is_models and _is_recalibrated(content):
-        return dict.fromkeys(entry.layers, (None, None))
-    return {
-        name: (record[name].batches, record[name].samples)
-        for name, parts in entry.layers.items()
-        if name in record and record[name].total == total_of(parts["running_mean"], parts["running_var"])
-    }
-
-
 def _about(content: Mapping[Any, Any]) -> dict[str, str | int]:
     known = ("epoch", "global_step", "pytorch-lightning_version")
     found = {key: content[key] for key in known if isinstance(content.get(key), str | int)}
     return {key: shown(value, 40) if isinstance(value, str) else value for key, value in found.items()}
-
-
-def _is_recalibrated(content: Mapping[Any, Any]) -> bool:
-    """Whether PreciseBatchNorm replaced the running statistics at the step that the checkpoint is of."""
-    step = content.get("global_step")
-    states = [one for key, one in _callbacks(content).items() if key.startswith("PreciseBatchNorm")]
-    return any(isinstance(one, dict) and step is not None and one.get("done_at_step") == step for one in states)
-
-
-def _callbacks(content: Mapping[Any, Any]) -> dict[str, Any]:
-    found = content.get("callbacks")
-    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}
