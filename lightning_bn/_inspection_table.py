@@ -198,8 +198,8 @@ def _left_in_words(layers: Sequence[LayerFacts]) -> str:
 
 
 def _span(values: tuple[float, float, float]) -> str:
-    low, _, high = values
-    return f"{_number(low)}..{_number(high)}"
+    low, high = _number(values[0]), _number(values[2])
+    return low if low == high else f"{low}..{high}"
 
 
 def _number(value: float) -> str:

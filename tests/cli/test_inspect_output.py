@@ -31,7 +31,7 @@ def test_the_mean_is_shown_on_80_columns_beside_names_of_20_characters(state, sa
     _, said = command("inspect", save(long).name)
     heading = next(line for line in said.splitlines() if line.startswith("layer "))
     assert {"mean", "variance", "found"} <= set(heading.split())
-    assert re.search(r"^encoder.layer1.0.bn1 +0 +0\.\.0 +1\.\.1 +never updated", said, re.M)
+    assert re.search(r"^encoder.layer1.0.bn1 +0 +0 +1 +never updated", said, re.M)
 
 
 def test_columns_that_say_nothing_are_not_there(trained, save, command):

@@ -108,12 +108,14 @@ def test_the_command_has_the_key_that_it_needs_and_mends_the_fault(form, trained
             recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "n.pt")
 
 
-def test_where_no_command_helps_what_does_is_said(trained, save, command):
+def test_where_no_command_helps_what_does_is_said(trained, save, command, tmp_path):
     inside = {**trained, **{f"ema_model.{name}": value for name, value in planted(trained).items()}}
     code, said = command("inspect", save(inside))
     assert code == 1
     assert commands(said) == []
     assert "prefix='ema_model.'" in said
+    recalibrate_checkpoint(tmp_path / "file.ckpt", SmallResNet(), [images(8)], tmp_path / "out.pt", prefix="ema_model.")
+    assert command("inspect", "out.pt")[0] == 0
     code, said = command("inspect", save([planted(trained)]))
     assert code == 1
     assert commands(said) == []

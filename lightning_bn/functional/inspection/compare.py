@@ -15,7 +15,7 @@ from lightning_bn.functional.inspection.entries import Entry, entries_in
 from lightning_bn.functional.inspection.layer_facts import EPS
 from lightning_bn.functional.inspection.matching import match
 from lightning_bn.functional.inspection.recalibrated_layers import recalibrated_layers
-from lightning_bn.functional.inspection.remedies import recalibrating
+from lightning_bn.functional.inspection.remedies import keys_of, recalibrating
 from lightning_bn.functional.layers.names import without_wrappers
 from lightning_bn.functional.layers.patterns import Patterns, SelectionError, as_patterns
 from lightning_bn.functional.statistics.channels import ChannelLayout
@@ -114,7 +114,7 @@ def _side(path: str | Path, key: str | None) -> tuple[Entry, list[str], Collecti
     others = [entry.key for entry in entries if entry is not found and entry.role != "task"]
     said = f"Of {file.path.name} {found.key or 'the file itself'!r} was taken; there is {quoted(others)} too."
     assumed = [said] if key is None and others else []
-    return found, assumed, recalibrated_layers(found, file), recalibrating(found, entries, file).command
+    return found, assumed, recalibrated_layers(found, file), recalibrating(found, keys_of(entries), file).command
 
 
 def _chosen(pairs: Mapping[str, tuple[str, str]], modules: Patterns) -> dict[str, tuple[str, str]]:

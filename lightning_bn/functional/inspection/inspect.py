@@ -13,7 +13,7 @@ from lightning_bn.functional.inspection.entries import Entry, Role, bare, entrie
 from lightning_bn.functional.inspection.findings import FileFinding, findings_of, listed
 from lightning_bn.functional.inspection.layer_facts import LayerFacts, layer_facts
 from lightning_bn.functional.inspection.recalibrated_layers import callbacks_of, recalibrated_layers
-from lightning_bn.functional.inspection.remedies import recalibrating
+from lightning_bn.functional.inspection.remedies import keys_of, recalibrating
 from lightning_bn.functional.layers.patterns import Patterns, SelectionError, as_patterns
 from lightning_bn.functional.statistics.opened_files import OpenedFile, open_checkpoint, shown
 
@@ -104,7 +104,7 @@ def inspect_checkpoint(path: str | Path, modules: Patterns = None) -> Inspection
     entries = [one for one in _selected(entries_in(file.content), modules) if one.layers or one.broken or one.foreign]
     if not any(one.layers or one.broken for one in entries):
         raise ValueError(_nothing(file, entries))
-    inspected, findings = [], []
+    inspected, findings, keys = [], [], keys_of(entries)
     for entry in entries:
         recalibrated = recalibrated_layers(entry, file)
         counters_tell = {*entry.layers} - {*recalibrated} if entry.role != "averaged" else ()
@@ -112,7 +112,7 @@ def inspect_checkpoint(path: str | Path, modules: Patterns = None) -> Inspection
             one if one.name in counters_tell else one.without_counter()
             for one in layer_facts(_with_affine(entry, entries[0]), file.size)
         ]
-        way = recalibrating(entry, entries, file)
+        way = recalibrating(entry, keys, file)
         others = {**entry.broken, **entry.foreign}
         inspected.append(InspectedEntry(entry.key, entry.role, tuple(facts), others, recalibrated, way.command))
         findings += [*_broken(entry), *findings_of(entry.key, facts, entry.role, way, recalibrated)]

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_bn.functional.inspection.entries import Entry
+from lightning_bn.functional.statistics.claimed_values import distinct
 from lightning_bn.functional.statistics.opened_files import OpenedFile
 from lightning_bn.functional.statistics.recalibration_record import recalibrated_in, total_of
 
@@ -19,15 +20,19 @@ def recalibrated_layers(entry: Entry, file: OpenedFile) -> dict[str, tuple[int |
     Args:
         entry: The set.
         file: That it is in.
+
+    Raises:
+        ValueError: If the tensors claim more values than the file can hold.
     """
     is_models = entry.role == "task" or (entry.path == ("state_dict",) and not entry.prefix)
     if is_models and _is_precise(file.content):
         return dict.fromkeys(entry.layers, (None, None))
     record = recalibrated_in(file.content, file.metadata).get(".".join(entry.path), {})
+    named = {name: parts for name, parts in entry.layers.items() if name in record}
+    same = distinct(named, file.size)  # those of one layer under several names are added up once
+    totals = {name: total_of(named[name]["running_mean"], named[name]["running_var"]) for name in {*same.values()}}
     return {
-        name: (record[name].batches, record[name].samples)
-        for name, parts in entry.layers.items()
-        if name in record and record[name].total == total_of(parts["running_mean"], parts["running_var"])
+        name: (record[name].batches, record[name].samples) for name in named if record[name].total == totals[same[name]]
     }
 
 

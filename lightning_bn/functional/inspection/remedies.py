@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from lightning_bn.functional.inspection.entries import Entry
-from lightning_bn.functional.statistics.file_entries import state_dicts_in
+from lightning_bn.functional.statistics.file_entries import DEEPEST
 from lightning_bn.functional.statistics.opened_files import OpenedFile, shown
 
 
@@ -25,12 +27,17 @@ class Recalibrating:
     instead: str
 
 
-def recalibrating(entry: Entry, entries: Sequence[Entry], file: OpenedFile) -> Recalibrating:
+def keys_of(entries: Sequence[Entry]) -> Counter[str]:
+    """Return the keys under which a recalibration finds sets of a file, and how many sets have each."""
+    return Counter(_key(one) for one in entries if one.role != "task" and not one.prefix)
+
+
+def recalibrating(entry: Entry, keys: Mapping[str, int], file: OpenedFile) -> Recalibrating:
     """Return how a set of layers is recalibrated.
 
     Args:
         entry: The set.
-        entries: All of the file.
+        keys: :func:`keys_of` all sets of the file.
         file: The file.
     """
     if entry.role == "task":
@@ -42,15 +49,28 @@ def recalibrating(entry: Entry, entries: Sequence[Entry], file: OpenedFile) -> R
         )
     if len(file.files) > 1:
         return _without("Put the shards into one file first.")
-    keys = [".".join(one.path) for one in entries if one.role != "task" and not one.prefix]
-    key, states = ".".join(entry.path), state_dicts_in(file.content)
-    if key not in states or keys.count(key) > 1:
+    key = _key(entry)
+    if keys[key] > 1 or not _is_found(entry, file.content):
         return _without("Save the state dict in a file of its own first.")
     words = ["lightning-bn", "recalibrate", "--config", "train.yaml", "--ckpt_path", _name(file)]
-    by_default = "state_dict" if "pytorch-lightning_version" in file.content and "state_dict" in states else None
-    if key != by_default if by_default is not None else len(keys) > 1:
-        words += ["--key", key]
+    if "pytorch-lightning_version" in file.content and isinstance(file.content.get("state_dict"), dict):
+        is_default = key == "state_dict"
+    else:
+        is_default = len(keys) == 1
+    words += [] if is_default else ["--key", key]
     return Recalibrating(shlex.join([*words, "--out", _out(file)]), "")
+
+
+def _key(entry: Entry) -> str:
+    return ".".join(entry.path)
+
+
+def _is_found(entry: Entry, content: Mapping[Any, Any]) -> bool:
+    """Whether a recalibration looks for a state dict there: in dictionaries, and not too deep."""
+    inner: Any = content
+    for name in entry.path:
+        inner = inner.get(name) if isinstance(inner, dict) else None
+    return len(entry.path) <= DEEPEST and isinstance(inner, dict) and all(isinstance(name, str) for name in inner)
 
 
 def _without(instead: str) -> Recalibrating:

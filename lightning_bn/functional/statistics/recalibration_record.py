@@ -6,6 +6,7 @@ import json
 import math
 from collections.abc import Mapping
 from contextlib import suppress
+from itertools import chain
 from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
@@ -35,9 +36,9 @@ RecalibratedLayers: TypeAlias = dict[str, dict[str, RecalibratedLayer]]
 
 def total_of(mean: Tensor, var: Tensor) -> float:
     """Return one number that other statistics have otherwise: the sum of all values, rounded once; or NaN."""
-    values = [value for one in (mean, var) for value in one.detach().double().flatten().tolist()]
+    values = (one.detach().double().flatten().tolist() for one in (mean, var))
     try:
-        return math.fsum(values)
+        return math.fsum(chain.from_iterable(values))
     except (OverflowError, ValueError):  # infinities of both signs, or too large a sum
         return math.nan
 
