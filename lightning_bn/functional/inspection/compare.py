@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -65,7 +67,7 @@ def compare_checkpoints(
     """
     check_choice("measure", measure, MEASURES)
     sides = [_side(path, key) for path, key in zip((first, second), keys, strict=True)]
-    (one, said_one, *_), (other, said_other, recalibrated, command) = sides
+    one, other = (side.entry for side in sides)
     matched = match(list(one.layers), list(other.layers))
     if not matched.pairs:
         raise ValueError(
@@ -80,25 +82,42 @@ def compare_checkpoints(
         for place, names in enumerate(_meant(only[place], matched.prefixes[place], modules) for place in (0, 1))
     ]
     sizes = {name: tuple(map(_channels, _of(one, other, *names))) for name, names in pairs.items()}
-    same = {name: _of(one, other, *names) for name, names in pairs.items() if len({*sizes[name]}) == 1}
+    comparable = {name: names for name, names in pairs.items() if len({*sizes[name]}) == 1}
     return Comparison(
         first=Path(first),
         second=Path(second),
         measure=measure,
-        layers=tuple(_compared(same, measure)) if same else (),
+        layers=tuple(_compared_once(sides, comparable, measure)),
         only_first=alone[0],
         only_second=alone[1],
         other_channels={name: (here, there) for name, (here, there) in sizes.items() if here != there},
         broken_first=broken[0],
         broken_second=broken[1],
-        assumed=(*said_one, *said_other, *matched.assumed),
-        recalibrated=tuple(name for name, (_, there) in pairs.items() if there in recalibrated),
-        command=command,
+        assumed=(*sides[0].assumed, *sides[1].assumed, *matched.assumed),
+        recalibrated=tuple(name for name, (_, there) in pairs.items() if there in sides[1].recalibrated),
+        command=sides[1].command,
     )
 
 
-def _side(path: str | Path, key: str | None) -> tuple[Entry, list[str], Collection[str], str]:
-    """The layers of one file that are compared, what was assumed, which were recalibrated, and the command for that."""
+class _Side(NamedTuple):
+    """The layers of one file that are compared.
+
+    Attributes:
+        entry: With them.
+        same: For each the first name of its tensors.
+        assumed: What was, in sentences.
+        recalibrated: Names of those that were.
+        command: Of a shell, that recalibrates them.
+    """
+
+    entry: Entry
+    same: Mapping[str, str]
+    assumed: Sequence[str]
+    recalibrated: Collection[str]
+    command: str
+
+
+def _side(path: str | Path, key: str | None) -> _Side:
     file = open_checkpoint(path)
     entries = [entry for entry in entries_in(file.content) if entry.layers]
     if not entries:
@@ -110,11 +129,12 @@ def _side(path: str | Path, key: str | None) -> tuple[Entry, list[str], Collecti
             raise ValueError(f"{file.path.name} has no BatchNorm layers under {key!r}; there is {there}.")
     else:
         found = entries[0]
-    distinct(found.layers, file.size)
+    same = distinct(found.layers, file.size)
     others = [entry.key for entry in entries if entry is not found and entry.role != "task"]
     said = f"Of {file.path.name} {found.key or 'the file itself'!r} was taken; there is {quoted(others)} too."
     assumed = [said] if key is None and others else []
-    return found, assumed, recalibrated_layers(found, file), recalibrating(found, keys_of(entries), file).command
+    command = recalibrating(found, keys_of(entries), file).command
+    return _Side(found, same, assumed, recalibrated_layers(found, file), command)
 
 
 def _chosen(pairs: Mapping[str, tuple[str, str]], modules: Patterns) -> dict[str, tuple[str, str]]:
@@ -142,6 +162,19 @@ def _of(one: Entry, other: Entry, here: str, there: str) -> tuple[Mapping[str, T
 
 def _channels(parts: Mapping[str, Tensor]) -> int:
     return len(parts["running_mean"])
+
+
+def _compared_once(
+    sides: Sequence[_Side], pairs: Mapping[str, tuple[str, str]], measure: Measure
+) -> Iterator[ComparedLayer]:
+    """The layers of the pairs; those of one layer under several names are compared once."""
+    one, other = sides
+    same = {name: (one.same[here], other.same[there]) for name, (here, there) in pairs.items()}
+    unique = {names: _of(one.entry, other.entry, *names) for names in same.values()}
+    named = {str(index): parts for index, parts in enumerate(unique.values())}
+    compared = dict(zip(unique, _compared(named, measure), strict=True)) if named else {}
+    for name, names in same.items():
+        yield replace(compared[names], name=name)
 
 
 @torch.no_grad()

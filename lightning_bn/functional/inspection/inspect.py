@@ -109,7 +109,7 @@ def inspect_checkpoint(path: str | Path, modules: Patterns = None) -> Inspection
         recalibrated = recalibrated_layers(entry, file)
         counters_tell = {*entry.layers} - {*recalibrated} if entry.role != "averaged" else ()
         facts = [
-            one if one.name in counters_tell else one.without_counter()
+            one if one.name in counters_tell else replace(one, initial_left=None, lost_counter=False)
             for one in layer_facts(_with_affine(entry, entries[0]), file.size)
         ]
         way = recalibrating(entry, keys, file)

@@ -68,10 +68,6 @@ class LayerFacts:
     is_initial: bool
     is_zero: bool
 
-    def without_counter(self) -> LayerFacts:
-        """The same where the counter says nothing of the statistics."""
-        return replace(self, initial_left=None, lost_counter=False)
-
 
 def layer_facts(layers: Mapping[str, Mapping[str, Tensor]], size: int) -> list[LayerFacts]:
     """Return what the tensors of layers say; those of one layer under several names are looked at once.
