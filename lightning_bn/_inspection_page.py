@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from pathlib import Path
 
-from lightning_bn._inspection_table import in_words, source, summary, verdict
+from lightning_bn._inspection_table import commands_of, in_words, next_step, remedies, source, summary, verdict
 from lightning_bn.functional.inspection.inspect import InspectedEntry, Inspection
 from lightning_bn.functional.inspection.layer_facts import LayerFacts
 from lightning_bn.functional.statistics.opened_files import shown
@@ -16,7 +16,7 @@ _STYLE = """
 body { font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 60rem; padding: 0 1rem; color: #222; }
 h1 { font-size: 1.4rem; } h2 { font-size: 1.1rem; margin-top: 2rem; }
 h1, h2, li, p { overflow-wrap: anywhere; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
+.wide, pre { overflow-x: auto; } table { border-collapse: collapse; font-size: 13px; }
 th, td { padding: .2rem .6rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #ddd; }
 th:first-child, td:first-child, td:last-child, th:last-child { text-align: left; }
 .fault { background: #fde8e8; } .note { background: #fff6dd; }
@@ -55,6 +55,10 @@ def _page(found: Inspection, callbacks: Mapping[str, str]) -> Iterator[str]:
         yield from _rows(entry, found)
         yield "</table></div>\n"
     yield from _list("What callbacks left in the file", [f"{key}: {said}" for key, said in callbacks.items()])
+    yield from _list("What to do", remedies(found))
+    if commands := commands_of(found):
+        yield f"<p>{escape(next_step(found))}</p>\n"
+        yield "".join(f"<pre>{escape(command)}</pre>\n" for command in commands)
     yield f"<p>{escape(source(found))}.</p>\n</body></html>\n"
 
 

@@ -11,6 +11,9 @@ from rich.cells import cell_len, chop_cells
 ENOUGH = 20
 """Cells in which a layer's name is told from others with ease; shorter ones are left whole."""
 
+_LONGEST = 500
+"""Characters of a component that are looked at; no console shows more."""
+
 
 def shared_prefix(names: Sequence[str]) -> str:
     """The leading components that all names have in common, with the dot behind them.
@@ -40,7 +43,8 @@ def shortened(names: Sequence[str], width: int, ellipsis: str = "…") -> list[s
         ['stage1.…0.bn', 'stage2.…0.bn']
     """
     short = [_cut(name, 0, width, ellipsis) for name in names]
-    for heads in range(1, max((name.count(".") for name in names), default=0) + 1):
+    most = max((name.count(".") for name in names), default=0)
+    for heads in range(1, min(most, width) + 1):  # more do not fit: each takes a cell
         same = _repeated(short)
         if not same:
             break
@@ -52,14 +56,20 @@ def shortened(names: Sequence[str], width: int, ellipsis: str = "…") -> list[s
     return short
 
 
-def least_width(names: Sequence[str]) -> int:
-    """The smallest width, though not below what is read with ease, in which :func:`shortened` keeps names apart."""
+def least_width(names: Sequence[str], most: int | None = None) -> int:
+    """The smallest width, though not below what is read with ease, in which :func:`shortened` keeps names apart.
+
+    Args:
+        names: Of layers.
+        most: Beyond it nobody asks: it is what is returned instead of anything above.
+    """
     widest = max(map(cell_len, names), default=0)
-    for width in range(min(ENOUGH, widest), widest):
+    end = widest if most is None else min(widest, most)
+    for width in range(min(ENOUGH, end), end):
         short = shortened(names, width)
         if not _repeated(short) and all(map(_is_whole, names, short)):
             return width
-    return widest
+    return end
 
 
 def wrapped(sentence: str, width: int) -> list[str]:
@@ -85,20 +95,27 @@ def _cut(name: str, heads: int, width: int, ellipsis: str) -> str:
         return name
     parts = name.split(".")
     head = "".join(f"{part}." for part in parts[:heads]) + ellipsis
-    for start in range(heads + 1, len(parts)):
-        if cell_len(head) + cell_len(".".join(parts[start:])) <= width:
-            return head + ".".join(parts[start:])
+    tail = ".".join(_last_that_fit(parts[heads + 1 :], width - cell_len(head), "."))
+    if tail:
+        return head + tail
     if heads:
         return _cut(name, 0, width, ellipsis)
     # Not even the last component: as many of its words as fit, then as many of its characters.
-    words = [piece for piece in re.split(r"(?<=[_-])", parts[-1]) if piece]
-    for start in range(1, len(words)):
-        if cell_len(ellipsis) + cell_len("".join(words[start:])) <= width:
-            return ellipsis + "".join(words[start:])
-    last = words[-1]
-    while last and cell_len(ellipsis + last) > width:
-        last = last[1:]
-    return (ellipsis + last)[: max(width, 1)]
+    room = width - cell_len(ellipsis)
+    words = [piece for piece in re.split(r"(?<=[_-])", parts[-1][-_LONGEST:]) if piece] or [""]
+    tail = "".join(_last_that_fit(words[1:], room)) or "".join(_last_that_fit(words[-1], room))
+    return (ellipsis + tail)[: max(width, 1)]
+
+
+def _last_that_fit(pieces: Sequence[str], room: int, between: str = "") -> Sequence[str]:
+    """The last pieces, as many as there is room for with what stands between them."""
+    start, left = len(pieces), room
+    while start:
+        left -= cell_len(pieces[start - 1]) + (len(between) if start < len(pieces) else 0)
+        if left < 0:
+            break
+        start -= 1
+    return pieces[start:]
 
 
 def _is_whole(name: str, short: str) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import count
@@ -56,6 +57,7 @@ class LayerTable(JupyterMixin):
         columns: Beside the names.
         above: Sentences between title and table; one that begins with a dash is an item of a list.
         below: Sentences below the table.
+        commands: Of a shell, at the very end; broken between words only, so that they can be copied.
         otherwise: Printed in the place of this one where not all of its columns fit.
     """
 
@@ -63,6 +65,7 @@ class LayerTable(JupyterMixin):
     columns: Sequence[Column]
     above: Sequence[str] = ()
     below: Sequence[str] = ()
+    commands: Sequence[str] = ()
     otherwise: LayerTable | None = None
     rows: list[_Row] = field(default_factory=list)
 
@@ -97,6 +100,9 @@ class LayerTable(JupyterMixin):
             yield Text()
             yield from self._laid_out(shown, width, options.ascii_only)
         yield from _paragraphs([*self.below, *self._left_out(shown)], width)
+        for command in self.commands:
+            yield Text()
+            yield from (_line(line, whole=True) for line in _of_shell(command, width))
 
     def _shown(self, width: int) -> list[int]:
         """The columns for which there is room, in their order."""
@@ -111,7 +117,8 @@ class LayerTable(JupyterMixin):
 
     def _least(self, width: int) -> int:
         """As narrow as names may become before a column goes."""
-        return min(max(least_width(self._names()), cell_len("layer")), max(ENOUGH, width // 2))
+        most = max(ENOUGH, width // 2)
+        return min(max(least_width(self._names(), most), cell_len("layer")), most)
 
     def _width(self, index: int) -> int:
         """As narrow as a column can be."""
@@ -124,8 +131,10 @@ class LayerTable(JupyterMixin):
 
     def _needed(self) -> int:
         """The narrowest console that all columns fit on."""
-        shown = range(len(self.columns))
-        return next(width for width in count(1) if self._room(shown, width) >= self._least(width))
+        columns = -self._room(range(len(self.columns)), 0)
+        # On a console twice as wide as the columns they leave half of it, which is enough for any names.
+        names = max(least_width(self._names(), max(ENOUGH, columns + 1)), cell_len("layer"))
+        return next(width for width in count(columns) if width - columns >= min(names, max(ENOUGH, width // 2)))
 
     def _laid_out(self, shown: Sequence[int], width: int, ascii_only: bool) -> Iterator[Text]:
         room = max(self._room(shown, width), 1)
@@ -181,8 +190,26 @@ def _lines(sentence: str, width: int, style: str = "") -> Iterator[Text]:
         yield _line(line, style)
 
 
-def _line(line: str, style: str = "") -> Text:
-    return Text(line, style, no_wrap=True, end="\n")
+def _line(line: str, style: str = "", whole: bool = False) -> Text:
+    return Text(line, style, no_wrap=True, overflow="ignore" if whole else None, end="\n")
+
+
+def _of_shell(command: str, width: int) -> list[str]:
+    """Lines that a shell reads as one; a word that is too long for the width stays whole."""
+    words: list[str] = []
+    for word in map(shlex.quote, shlex.split(command)):
+        if words and words[-1].startswith("--") and " " not in words[-1] and not word.startswith("--"):
+            words[-1] += f" {word}"  # an option and its value
+        else:
+            words.append(word)
+    lines = [f"  {words[0]}"]
+    for word in words[1:]:
+        if cell_len(f"{lines[-1]} {word} \\") <= width:
+            lines[-1] += f" {word}"
+        else:
+            lines[-1] += " \\"
+            lines.append(f"      {word}")
+    return lines
 
 
 def _aligned(cells: Sequence[str], widths: Sequence[int], justify: Sequence[str]) -> str:

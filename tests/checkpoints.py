@@ -6,11 +6,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_bn.functional.statistics.recalibration_record import KEY
 from tests.models import bits
 
 
 def read(path: Path) -> dict[str, Any]:
     return torch.load(path, weights_only=True)
+
+
+def without_record(content: dict[str, Any]) -> dict[str, Any]:
+    """What a recalibrated file holds beside the record of that."""
+    assert content[KEY]["recalibrated"]
+    return {key: value for key, value in content.items() if key != KEY}
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:

@@ -2,6 +2,7 @@
 
 import io
 import re
+import time
 
 import pytest
 import torch
@@ -203,3 +204,14 @@ def test_names_stay_apart_as_long_as_they_can(width: int) -> None:
 def test_a_word_without_a_place_to_break_is_folded_and_loses_nothing() -> None:
     assert wrapped("a " + "x" * 25 + " b", 10) == ["a", "x" * 10, "x" * 10, "xxxxx b"]
     assert wrapped("", 10) == [""]
+
+
+@pytest.mark.parametrize("name", ["a" * 160, "a" * 20_000, "a_" * 10_000, "a." * 10_000])
+def test_long_names_take_no_time(name: str) -> None:
+    made = LayerTable("title", [Column("one", 1), Column("two", 2), Column("x" * 70, 3)])
+    for index in range(20):
+        made.add_row(f"{index}{name}{index}", "a", "b", "c")
+    began = time.process_time()
+    text = printed(made, 80)
+    assert time.process_time() - began < 5  # 20 s and more, where every width was tried on the whole of a name
+    assert max(map(len, text.splitlines())) <= 80

@@ -51,7 +51,7 @@ def print_parts(parts: Iterable[Any]) -> None:
     for index, part in enumerate(parts):
         if index:
             console.print()
-        console.print(part)
+        console.print(part, crop=False)
 
 
 def as_json(value: Mapping[str, Any]) -> str:

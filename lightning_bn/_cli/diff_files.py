@@ -9,11 +9,12 @@ from typing import Any
 from lightning_bn._cli.common import FOUND, HEALTHY, add_json, add_parser_to, as_json, one_thread, print_parts
 
 _ABOUT = """\
-How far the running statistics moved from A to B, the worst layers first.
+Compare the running statistics of two checkpoints: how far each BatchNorm layer
+moved from A to B, the furthest first.
 
-A and B are what `lightning-bn inspect` takes. Names are matched without what
-wrappers add (module., _forward_module., _orig_mod.) and without leading
-components that one of the two has more (model.); what was assumed is said.
+A and B are what `lightning-bn inspect` takes. Layers are matched by name.
+Prefixes of wrappers (module., _forward_module., _orig_mod.) are ignored, and so
+are prefixes that only one file has (model.); the output says which.
 """
 _MORE = """\
 examples:
@@ -21,7 +22,7 @@ examples:
   lightning-bn diff last.ckpt last.ckpt --keys state_dict current_model_state
   lightning-bn diff before.ckpt after.ckpt --modules backbone --fail-above 0.1
 
-measures of drift, of a channel; a layer has that of its furthest channel:
+measures of drift between two channels; that of a layer is its largest:
   jeffreys            0.1 is a variance x1.56 or a mean 0.32 sigma off
   wasserstein         squared distance in variances of A
   mean_shift          in standard deviations of A
@@ -29,8 +30,9 @@ measures of drift, of a channel; a layer has that of its furthest channel:
   hellinger           0 to 1
   output              mean squared change of the layer's output in evaluation
 
-exit code: 0, also where layers moved. With --fail-above X it is 1 where a layer
-is beyond X or not finite, is in one file only, or has other channels.
+exit code: 0, also where layers moved. It is 1 where a layer is not whole, as
+without its running_var; with --fail-above X also where a layer is beyond X or
+not finite, is in one file only, or has other channels.
 """
 
 
@@ -49,7 +51,7 @@ def add_parser(subparsers: Any) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Run the subcommand and return its exit code."""
-    from lightning_bn._comparison_table import comparison_report, faults_of
+    from lightning_bn._comparison_table import broken_of, comparison_report, faults_of
     from lightning_bn.functional.inspection.compare import compare_checkpoints
 
     keys = tuple(options.keys) if options.keys else (None, None)
@@ -61,7 +63,7 @@ def run(options: argparse.Namespace) -> int:
         print(as_json({**fields, "layers": found.worst_first(), "fail_above": options.fail_above, "faults": faults}))
     else:
         print_parts(comparison_report(found, options.fail_above, most=None if options.all else 20))
-    return FOUND if faults and options.fail_above is not None else HEALTHY
+    return FOUND if broken_of(found) or (faults and options.fail_above is not None) else HEALTHY
 
 
 def _threshold(text: str) -> float:

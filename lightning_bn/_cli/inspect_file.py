@@ -8,13 +8,13 @@ from typing import Any
 from lightning_bn._cli.common import FOUND, HEALTHY, add_json, add_parser_to, as_json, one_thread, print_parts
 
 _ABOUT = """\
-Every BatchNorm layer of a checkpoint: updates, ranges of mean and variance, and
-what is wrong, the worst first.
+List the BatchNorm layers of a checkpoint: what is wrong with them and how to
+mend it, updates, and ranges of mean and variance.
 
 FILE is a checkpoint of Lightning, a state dict, nested or not, a safetensors
 file, the index of a sharded checkpoint, or a folder that holds one of these.
-Copies with averaged weights, sets of several tasks and what callbacks of
-lightning_bn left in the file are shown too. Nothing in it is executed.
+Averaged weights, statistics of several tasks and what callbacks of lightning_bn
+saved in the file are shown too. Nothing in it is executed.
 """
 _MORE = """\
 examples:
@@ -38,10 +38,12 @@ exit code 1 if there is a fault:
                      without values, or of a kind that no BatchNorm has
 worth knowing, and exit code 1 with --strict only:
   dead channels      less than half of a layer's variances are below 1e-5
-  warming up         fewer than 44 updates: 1 % of the initial values is left
+  warming up         fewer than 44 updates: more than 1 % of the initial values
+                     is left
   counters           layers were updated differently often
+  counters lost      counters are 0, and the statistics are not the initial ones
   weights near zero  of half of a layer's channels, below 1e-3
-  averages           averaged weights with the running statistics of others
+  averages           averaged weights, whose statistics may not fit them
   other kind         running statistics that are no BatchNorm's
 
 A file does not say a layer's momentum and eps: torch's own, 0.1 and 1e-5, are
@@ -62,9 +64,9 @@ def add_parser(subparsers: Any) -> None:
         "--modules", metavar="PATH", nargs="+", help="only these layers: paths, globs ('**.bn?') or 're:...'"
     )
     parser.add_argument("--all", action="store_true", help="list all layers, not only the first 20")
-    parser.add_argument("--strict", action="store_true", help="what is only worth knowing makes exit code 1 too")
-    parser.add_argument("--html", metavar="FILE.html", help="write a page too, which needs nothing beside it")
-    parser.add_argument("--plot", metavar="FILE.png", help="draw a figure too (needs matplotlib)")
+    parser.add_argument("--strict", action="store_true", help="exit code 1 also for what is only worth knowing")
+    parser.add_argument("--html", metavar="FILE.html", help="also write a report as one page")
+    parser.add_argument("--plot", metavar="FILE.png", help="also draw a figure (needs matplotlib)")
     add_json(parser)
 
 

@@ -3,39 +3,43 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import importlib
-import os
 import sys
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
-from lightning_bn._cli.common import HEALTHY, NO, as_json, said
+from lightning_bn._cli.common import NO, as_json, said
+from lightning_bn._cli.pipes import whoever_reads
 
 SUBCOMMANDS = {
-    "inspect": ("lightning_bn._cli.inspect_file", "every BatchNorm layer of a checkpoint, and what is wrong with it"),
-    "diff": ("lightning_bn._cli.diff_files", "how far the running statistics of two checkpoints lie apart"),
+    "inspect": (
+        "lightning_bn._cli.inspect_file",
+        "list the BatchNorm layers of a checkpoint and what is wrong with them",
+    ),
+    "diff": ("lightning_bn._cli.diff_files", "compare the running statistics of two checkpoints"),
     "recalibrate": (
         "lightning_bn._cli.recalibrate_file",
-        "a copy of a checkpoint with the statistics of the training data",
+        "write a copy of a checkpoint with the statistics of the training data",
     ),
-    "doctor": ("lightning_bn._cli.doctor", "the mistakes that a training shows before it is run"),
-    "tasks": (
-        "lightning_bn._cli.tasks_of_file",
-        "how far the tasks of a checkpoint lie apart, and what to do about it",
-    ),
+    "doctor": ("lightning_bn._cli.doctor", "look for mistakes in a model and its training, before it is trained"),
+    "tasks": ("lightning_bn._cli.tasks_of_file", "compare the statistics of the tasks in a checkpoint"),
 }
 """Their names, the file of each and one line on it; a file has ``add_parser`` and ``run`` and is imported if named."""
 
+_READ_FILES = ("inspect", "diff", "tasks")
+"""Those that end within seconds."""
+
 _ABOUT = """\
-What is the matter with the BatchNorm layers of a model: from the files that it
-left, or from the configuration that is to train it.
+Find out what is wrong with the BatchNorm layers of a model, from checkpoints or
+from the configuration that trains it, and mend it.
 """
 _EXAMPLES = """\
 examples:
-  lightning-bn inspect last.ckpt             what is in it, and is it well?
+  lightning-bn inspect last.ckpt             what is in it, what is wrong?
   lightning-bn inspect runs/7 --json         the same for a program
-  lightning-bn diff before.ckpt after.ckpt   what moved, the worst first
+  lightning-bn diff before.ckpt after.ckpt   what moved, furthest first
   lightning-bn diff a.pt b.pt --fail-above 0.1
                                              a check for a pipeline
   lightning-bn tasks multi.ckpt              which layers need a set per task
@@ -48,6 +52,7 @@ exit codes:
   0  healthy, or done
   1  something was found
   2  it could not be done: no such file, no checkpoint, a wrong option
+They are the same where a reader stops early, as `| head` does.
 
 Checkpoints are read without executing anything that is in them. `doctor` and
 `recalibrate` make the model that they are given, as the training does.
@@ -57,24 +62,25 @@ Checkpoints are read without executing anything that is in them. `doctor` and
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command and return its exit code: 0 healthy or done, 1 something was found, 2 it could not be done.
 
+    The exit code is the same where whoever reads the output stops early, as ``head`` does.
+
     Args:
         argv: Its arguments; None for those of the process.
     """
     arguments = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and arguments[:1] and arguments[0] in _READ_FILES:
+        # Of a process that ends this soon, a fifth would go into cycles of garbage, looked for while torch is imported.
+        gc.disable()
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # a name from a file may have what a console cannot show
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
     try:
-        with warnings.catch_warnings():
+        with whoever_reads(), warnings.catch_warnings():
             # What a library says of its own future is nothing to the reader of a file.
             warnings.simplefilter("ignore")
             return _run(arguments)
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # Who reads has seen enough, as `head` has; nothing more can be said there, not even at the end.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return HEALTHY
 
 
 def _run(arguments: list[str]) -> int:
@@ -87,10 +93,7 @@ def _run(arguments: list[str]) -> int:
             return NO
         command = f"lightning-bn {options.command}"
         code: int = importlib.import_module(SUBCOMMANDS[options.command][0]).run(options)
-        sys.stdout.flush()
         return code
-    except BrokenPipeError:
-        raise
     except Exception as error:  # whatever a file made to harm may raise in a library: one line, no traceback
         why = said(error)
         if "--json" in arguments:

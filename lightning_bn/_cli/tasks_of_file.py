@@ -12,8 +12,8 @@ if TYPE_CHECKING:
     from lightning_bn.functional.tasks.in_file import TasksInFile
 
 _ABOUT = """\
-How far the running statistics of the tasks in a checkpoint lie apart, layer by
-layer, and which layers need a set for each task.
+Compare the running statistics of the tasks in a checkpoint, layer by layer, and
+list the layers that need statistics of their own for each task.
 
 FILE is a checkpoint that was saved with a TaskBatchNorm callback, or a file
 with the state dict of a bank of task_statistics beside the model's own.
@@ -24,7 +24,7 @@ examples:
   lightning-bn tasks multi.ckpt --above 0.3
   lightning-bn tasks multi.ckpt --json | jq '.banks[0].suggested'
 
-Drift of a layer is the mean over its channels; the measures are those of
+The drift of a layer is the mean over its channels. The measures are those of
 `lightning-bn diff`. Exit code 1 if the statistics of a task were never updated
 or are not finite.
 """

@@ -8,7 +8,7 @@ from typing import get_args
 import pytest
 
 from lightning_bn._cli.main import main
-from lightning_bn.functional.inspection.findings import FileFault, FileNote
+from lightning_bn.functional.inspection.rules import FileFault, FileNote
 from tests.pages import blocks, lines, run
 
 PAGE = Path(__file__).parent.parent.parent / "docs" / "command_line.md"

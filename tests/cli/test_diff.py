@@ -82,7 +82,7 @@ def test_a_file_is_the_same_as_itself(trained, save, command, found):
     code, said = command("diff", path, path, "--fail-above", "0")
     assert code == 0
     assert " ".join(said.split()).startswith(
-        "file.ckpt to file.ckpt: the running statistics of 10 BatchNorm layers are the same No layer was updated"
+        "file.ckpt to file.ckpt: the running statistics of 10 BatchNorm layers are the same Their counters of updates"
     )
     assert all(one["identical"] for one in found("diff", path, path)[1]["layers"])
 
@@ -139,8 +139,49 @@ def test_counters_that_went_back_are_told(trained, state, save, command):
     assert "The others were updated 0 to 10 times more in the second file." in said
 
 
+def test_equal_counters_of_other_statistics_are_told(trained, state, save, command):
+    state["bn1.running_mean"] += 1
+    _, said = command("diff", save(trained, "a.pt"), save(state, "b.pt"))
+    said = " ".join(said.split())
+    assert "Counters of updates are equal but statistics differ in 1 layer (bn1): they are of another run" in said
+    assert "No layer was updated" not in said
+    state["head.bn.num_batches_tracked"] += 1
+    _, said = command("diff", save(trained, "a.pt"), save(state, "b.pt"))
+    assert "statistics differ in 1 layer (bn1)" in " ".join(said.split())
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_a_layer_that_is_not_whole_is_a_fault_of_its_file(turned, prefix, trained, state, save, command):
+    del state["bn1.running_var"]
+    paths = [save(trained, "a.pt"), save({prefix + name: value for name, value in state.items()}, "b.pt")]
+    code, said = command("diff", *(reversed(paths) if turned else paths))
+    said = " ".join(said.replace("\\\n", " ").split())
+    assert code == 1
+    assert "of 9 BatchNorm layers are the same, and 1 cannot be compared" in said
+    assert "1 layer of b.pt is not whole: bn1 has running_mean without running_var." in said
+    assert "only" not in said
+    assert re.search(r"lightning-bn inspect \S*b\.pt$", said)
+
+
+def test_the_next_step_is_the_command_that_asks_the_data(trained, later, save, command):
+    path = save({"state_dict": trained, "ema": later}, "b.pt")
+    _, said = command("diff", save(trained, "a.pt"), path, "--keys", "", "ema")
+    assert f"--ckpt_path {path} --key ema --out b-precise.pt" in " ".join(said.replace("\\\n", " ").split())
+
+
+@pytest.mark.parametrize("measure", MEASURES)
+def test_a_negative_variance_has_no_ratio(measure, trained, state, save, command, found):
+    state["bn1.running_var"][0] = -0.01
+    paths = save(trained, "a.pt"), save(state, "b.pt")
+    _, said = command("diff", *paths, "--measure", measure)
+    assert "moved most at bn1, negative variance" in " ".join(said.split())
+    assert "x-" not in said
+    assert found("diff", *paths, "--measure", measure)[1]["layers"][0]["drift"] == "nan"
+
+
 def test_the_worst_layer_is_said_in_plain_units(trained, later, save, command):
-    _, said = command("diff", save(trained, "a.pt"), save(later, "b.pt"))
+    _, said = command("diff", save(trained, "a.pt").name, save(later, "b.pt").name)
     first = " ".join(said.split("\n\n")[0].split())
     assert re.fullmatch(
         r"a.pt to b.pt: running statistics of 10 BatchNorm layers moved most at bn1, variance x\d\S*, mean \S+ sigma",

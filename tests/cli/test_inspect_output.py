@@ -4,6 +4,7 @@ import re
 import sys
 
 import pytest
+import torch
 from torch import nn
 
 from tests.cli.planting import fill
@@ -16,10 +17,41 @@ def test_nothing_is_wider_than_the_console_and_no_name_is_broken(width, state, s
     fill(state, "bn1", mean={2: NAN})
     long = {f"network.backbone.encoder.stages.{name}": value for name, value in state.items()}
     monkeypatch.setenv("COLUMNS", str(width))
-    _, said = command("inspect", save({"state_dict": long, "ema": state}), "--all")
+    _, said = command("inspect", save({"state_dict": long, "ema": state}).name, "--all")
     lines = said.splitlines()
     assert max(map(len, lines)) <= width
     assert sum(line.split()[:1] == ["layer1.0.bn1"] for line in lines) == 2
+
+
+def test_the_mean_is_shown_on_80_columns_beside_names_of_20_characters(state, save, command):
+    fill(state, "layer1.0.bn1", 0.0, 1.0)
+    state["layer1.0.bn1.num_batches_tracked"].fill_(0)
+    long = {f"encoder.{name}": value for name, value in state.items()}
+    long |= {f"decoder{name}": value for name, value in state.items()}
+    _, said = command("inspect", save(long).name)
+    heading = next(line for line in said.splitlines() if line.startswith("layer "))
+    assert {"mean", "variance", "found"} <= set(heading.split())
+    assert re.search(r"^encoder.layer1.0.bn1 +0 +0 +1 +never updated", said, re.M)
+
+
+def test_columns_that_say_nothing_are_not_there(trained, save, command):
+    _, said = command("inspect", save(trained).name)
+    assert "weights" not in said.partition("What")[0].replace("the weights", "")
+    for name in trained:
+        if name.endswith("tracked"):
+            trained = {**trained, name: trained[name] * 0}
+    _, said = command("inspect", save(trained).name)
+    assert "initial values left" not in " ".join(said.split())
+    assert "Left out" not in said
+
+
+def test_what_there_is_one_of_is_told_in_the_singular(save, command):
+    layer = nn.BatchNorm1d(1)
+    layer(torch.randn(8, 1))
+    layer.running_var.fill_(-1.0)
+    layer.register_buffer("one", torch.zeros(1))
+    _, said = command("inspect", save({"state_dict": layer.state_dict(), "ema": layer.state_dict()}).name)
+    assert not re.search(r"\b1 (channels|updates|layers|times)\b", " ".join(said.split())), said
 
 
 def test_the_first_twenty_layers_are_listed_and_all_if_asked(save, command):

@@ -1,5 +1,7 @@
 """The command itself: help, subcommands, exit codes, and what it imports."""
 
+import gc
+import os
 import re
 import subprocess
 import sys
@@ -66,17 +68,70 @@ def test_wrong_arguments_are_exit_code_2(arguments, capsys):
     assert "usage: lightning-bn" in capsys.readouterr().err
 
 
-def test_who_stops_reading_ends_it_without_a_word(tmp_path):
-    state = torch.nn.Sequential(*(torch.nn.BatchNorm1d(1) for _ in range(2000))).state_dict()
-    torch.save(state, tmp_path / "file.pt")
-    command = f"{sys.executable} -m lightning_bn inspect {tmp_path / 'file.pt'} --json | head -n 1"
+HEALTHY_FILE = """
+import torch
+from torch import nn
+layers = nn.Sequential(*(nn.BatchNorm1d(2) for _ in range(2000)))
+for layer in layers:
+    layer.running_mean.fill_(0.5)
+    layer.num_batches_tracked.fill_(100)
+torch.save(layers.state_dict(), "well.pt")
+layers[3].reset_running_stats()
+torch.save(layers.state_dict(), "ill.pt")
+"""
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("files")
+    subprocess.run([sys.executable, "-c", HEALTHY_FILE], cwd=folder, check=True)
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "reader"),
+    [
+        ("inspect well.pt --all", 0, "head -n 1"),
+        ("inspect well.pt --all", 0, "grep -q BatchNorm"),
+        ("inspect ill.pt --all", 1, "true"),
+        ("inspect ill.pt --all", 1, "head -n 1"),
+        ("inspect ill.pt --json", 1, "head -n 1"),
+        ("diff well.pt ill.pt --all", 0, "head -n 1"),
+        ("diff well.pt ill.pt --all --fail-above 0", 1, "head -n 1"),
+        ("inspect none.pt 2>&1", 2, "head -n 1"),
+        ("tasks well.pt 2>&1", 2, "head -n 1"),
+        ("doctor --model torch.nn:Identity", 0, "head -n 1"),
+        ("inspect --help", 0, "head -n 1"),
+    ],
+)
+def test_a_reader_that_stops_early_changes_neither_the_exit_code_nor_the_words(arguments, code, reader, files):
+    command = f"{sys.executable} -m lightning_bn {arguments} | {reader} >/dev/null; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(
+        ["bash", "-c", command], cwd=files, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == code
+    assert done.stderr == ""
+
+
+def test_what_was_read_before_it_stopped_is_the_beginning(files):
+    command = f"{sys.executable} -m lightning_bn inspect {files / 'ill.pt'} --json | head -n 1"
     done = subprocess.run(command, shell=True, cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout == "{\n"
     assert done.stderr == ""
 
 
-def test_the_number_of_threads_is_as_before(tmp_path, capsys):
+def test_threads_and_garbage_collection_are_as_before(tmp_path, capsys):
     torch.save(torch.nn.BatchNorm1d(2).state_dict(), tmp_path / "file.pt")
     before = torch.get_num_threads()
     assert main(["inspect", str(tmp_path / "file.pt")]) == 1
     assert torch.get_num_threads() == before
+    assert gc.isenabled()
+
+
+@pytest.mark.parametrize(("arguments", "collects"), [(["inspect", "no.pt"], False), (["doctor"], True)])
+def test_a_short_run_in_a_process_of_its_own_collects_no_garbage(arguments, collects):
+    code = "import gc\nfrom lightning_bn._cli.main import main\nmain()\nprint(gc.isenabled())"
+    command = [sys.executable, "-c", code, *arguments]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == f"{collects}\n"

@@ -3,7 +3,8 @@
 Nothing in a file is executed, and of what it holds only BatchNorm is looked at.
 """
 
-from lightning_bn.functional.inspection.compare import ComparedLayer, Comparison, compare_checkpoints
+from lightning_bn.functional.inspection.compare import compare_checkpoints
+from lightning_bn.functional.inspection.comparison import ComparedLayer, Comparison
 from lightning_bn.functional.inspection.findings import FileFinding
 from lightning_bn.functional.inspection.inspect import InspectedEntry, Inspection, inspect_checkpoint
 from lightning_bn.functional.inspection.layer_facts import LayerFacts

@@ -2,19 +2,22 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_bn.functional._checks import check_choice
 from lightning_bn.functional._text import quoted
+from lightning_bn.functional.inspection.comparison import ComparedLayer, Comparison
 from lightning_bn.functional.inspection.entries import Entry, entries_in
 from lightning_bn.functional.inspection.layer_facts import EPS
 from lightning_bn.functional.inspection.matching import match
+from lightning_bn.functional.inspection.recalibrated_layers import recalibrated_layers
+from lightning_bn.functional.inspection.remedies import keys_of, recalibrating
 from lightning_bn.functional.layers.names import without_wrappers
 from lightning_bn.functional.layers.patterns import Patterns, SelectionError, as_patterns
 from lightning_bn.functional.statistics.channels import ChannelLayout
@@ -22,71 +25,6 @@ from lightning_bn.functional.statistics.claimed_values import distinct
 from lightning_bn.functional.statistics.drift_measures import MEASURES, Measure, of_standardized, standardized
 from lightning_bn.functional.statistics.opened_files import open_checkpoint
 from lightning_bn.functional.statistics.snapshots import Snapshot
-from lightning_bn.functional.statistics.summary import in_words
-
-
-@dataclass(frozen=True)
-class ComparedLayer:
-    """One layer of two files.
-
-    Attributes:
-        name: What both share of its name.
-        channels: How many.
-        drift: The largest of any channel, absolute; NaN where a value is not finite.
-        mean_drift: Mean over its channels, absolute.
-        channel: The channel with the largest.
-        variance_ratio: Second over first variance of that channel.
-        mean_shift: Of that channel's mean, in standard deviations of the first file.
-        updates: Of the running statistics in the first file and in the second; None without a counter.
-        identical: Whether mean and variance are the same in all channels.
-    """
-
-    name: str
-    channels: int
-    drift: float
-    mean_drift: float
-    channel: int
-    variance_ratio: float
-    mean_shift: float
-    updates: tuple[int | None, int | None]
-    identical: bool
-
-    def in_words(self) -> str:
-        """The worst channel in plain units."""
-        return "not finite" if math.isnan(self.drift) else in_words(self.variance_ratio, self.mean_shift)
-
-
-@dataclass(frozen=True)
-class Comparison:
-    """How far the running statistics of two checkpoints lie apart.
-
-    Attributes:
-        first: One file.
-        second: The other.
-        measure: Of drift, from the first to the second.
-        layers: In the order of the first file.
-        only_first: Names of layers that the first file alone has.
-        only_second: Names of layers that the second file alone has.
-        other_channels: Layers with other numbers of channels: in the first file and in the second, by name.
-        assumed: What was assumed, one sentence each.
-    """
-
-    first: Path
-    second: Path
-    measure: Measure
-    layers: tuple[ComparedLayer, ...]
-    only_first: tuple[str, ...]
-    only_second: tuple[str, ...]
-    other_channels: Mapping[str, tuple[int, int]]
-    assumed: tuple[str, ...]
-
-    def worst_first(self) -> list[ComparedLayer]:
-        """The layers, those that moved furthest first; what is not a number is furthest."""
-        return sorted(self.layers, key=lambda one: -_or_most(one.drift))
-
-    def above(self, threshold: float) -> list[ComparedLayer]:
-        """Layers with a channel beyond a threshold, or not finite, the furthest first."""
-        return [one for one in self.worst_first() if not one.drift <= threshold]
 
 
 def compare_checkpoints(
@@ -129,7 +67,7 @@ def compare_checkpoints(
     """
     check_choice("measure", measure, MEASURES)
     sides = [_side(path, key) for path, key in zip((first, second), keys, strict=True)]
-    (one, said_one), (other, said_other) = sides
+    one, other = (side.entry for side in sides)
     matched = match(list(one.layers), list(other.layers))
     if not matched.pairs:
         raise ValueError(
@@ -137,22 +75,49 @@ def compare_checkpoints(
             f"{Path(second).name} ({quoted(list(other.layers), 3)}): they are of different models."
         )
     pairs = _chosen(matched.pairs, modules)
+    broken = [_broken(side, matched.prefixes[place], modules) for place, side in enumerate((one, other))]
+    only = (matched.only_first, matched.only_second)
+    alone = [
+        tuple(names[short] for short in names if short not in broken[1 - place])
+        for place, names in enumerate(_meant(only[place], matched.prefixes[place], modules) for place in (0, 1))
+    ]
     sizes = {name: tuple(map(_channels, _of(one, other, *names))) for name, names in pairs.items()}
-    same = {name: _of(one, other, *names) for name, names in pairs.items() if len({*sizes[name]}) == 1}
+    comparable = {name: names for name, names in pairs.items() if len({*sizes[name]}) == 1}
     return Comparison(
         first=Path(first),
         second=Path(second),
         measure=measure,
-        layers=tuple(_compared(same, measure)) if same else (),
-        only_first=_meant(matched.only_first, matched.prefixes[0], modules),
-        only_second=_meant(matched.only_second, matched.prefixes[1], modules),
+        layers=tuple(_compared_once(sides, comparable, measure)),
+        only_first=alone[0],
+        only_second=alone[1],
         other_channels={name: (here, there) for name, (here, there) in sizes.items() if here != there},
-        assumed=(*said_one, *said_other, *matched.assumed),
+        broken_first=broken[0],
+        broken_second=broken[1],
+        assumed=(*sides[0].assumed, *sides[1].assumed, *matched.assumed),
+        recalibrated=tuple(name for name, (_, there) in pairs.items() if there in sides[1].recalibrated),
+        command=sides[1].command,
     )
 
 
-def _side(path: str | Path, key: str | None) -> tuple[Entry, list[str]]:
-    """The layers of one file that are compared, and what was assumed."""
+class _Side(NamedTuple):
+    """The layers of one file that are compared.
+
+    Attributes:
+        entry: With them.
+        same: For each the first name of its tensors.
+        assumed: What was, in sentences.
+        recalibrated: Names of those that were.
+        command: Of a shell, that recalibrates them.
+    """
+
+    entry: Entry
+    same: Mapping[str, str]
+    assumed: Sequence[str]
+    recalibrated: Collection[str]
+    command: str
+
+
+def _side(path: str | Path, key: str | None) -> _Side:
     file = open_checkpoint(path)
     entries = [entry for entry in entries_in(file.content) if entry.layers]
     if not entries:
@@ -164,11 +129,12 @@ def _side(path: str | Path, key: str | None) -> tuple[Entry, list[str]]:
             raise ValueError(f"{file.path.name} has no BatchNorm layers under {key!r}; there is {there}.")
     else:
         found = entries[0]
-    distinct(found.layers, file.size)
+    same = distinct(found.layers, file.size)
     others = [entry.key for entry in entries if entry is not found and entry.role != "task"]
-    if key is not None or not others:
-        return found, []
-    return found, [f"Of {file.path.name} {found.key or 'the file itself'!r} was taken; there is {quoted(others)} too."]
+    said = f"Of {file.path.name} {found.key or 'the file itself'!r} was taken; there is {quoted(others)} too."
+    assumed = [said] if key is None and others else []
+    command = recalibrating(found, keys_of(entries), file).command
+    return _Side(found, same, assumed, recalibrated_layers(found, file), command)
 
 
 def _chosen(pairs: Mapping[str, tuple[str, str]], modules: Patterns) -> dict[str, tuple[str, str]]:
@@ -179,11 +145,15 @@ def _chosen(pairs: Mapping[str, tuple[str, str]], modules: Patterns) -> dict[str
     return found
 
 
-def _meant(names: Sequence[str], prefix: str, modules: Patterns) -> tuple[str, ...]:
-    """Those of the names that the patterns mean, as they are in the file."""
+def _meant(names: Iterable[str], prefix: str, modules: Patterns) -> dict[str, str]:
+    """Those of the names that the patterns mean, as they are in the file, by what both files would share of them."""
     patterns = as_patterns(modules, "modules")
-    short = {name: without_wrappers(name).removeprefix(prefix) for name in names}
-    return tuple(name for name in names if any(pattern.matches(short[name]) for pattern in patterns))
+    short = {without_wrappers(name).removeprefix(prefix): name for name in names}
+    return {one: name for one, name in short.items() if any(pattern.matches(one) for pattern in patterns)}
+
+
+def _broken(side: Entry, prefix: str, modules: Patterns) -> dict[str, str]:
+    return {short: side.broken[name] for short, name in _meant(side.broken, prefix, modules).items()}
 
 
 def _of(one: Entry, other: Entry, here: str, there: str) -> tuple[Mapping[str, Tensor], Mapping[str, Tensor]]:
@@ -194,13 +164,27 @@ def _channels(parts: Mapping[str, Tensor]) -> int:
     return len(parts["running_mean"])
 
 
+def _compared_once(
+    sides: Sequence[_Side], pairs: Mapping[str, tuple[str, str]], measure: Measure
+) -> Iterator[ComparedLayer]:
+    """The layers of the pairs; those of one layer under several names are compared once."""
+    one, other = sides
+    same = {name: (one.same[here], other.same[there]) for name, (here, there) in pairs.items()}
+    unique = {names: _of(one.entry, other.entry, *names) for names in same.values()}
+    named = {str(index): parts for index, parts in enumerate(unique.values())}
+    compared = dict(zip(unique, _compared(named, measure), strict=True)) if named else {}
+    for name, names in same.items():
+        yield replace(compared[names], name=name)
+
+
 @torch.no_grad()
 def _compared(
     layers: Mapping[str, tuple[Mapping[str, Tensor], Mapping[str, Tensor]]], measure: Measure
 ) -> list[ComparedLayer]:
     reference, current = (_snapshot(layers, [pair[side] for pair in layers.values()]) for side in (0, 1))
     shift, ratio = standardized(reference, current)
-    values = of_standardized(measure, shift, ratio, current.weight).abs()
+    # Of a negative variance some measures make a number, which means nothing.
+    values = of_standardized(measure, shift, ratio, current.weight).abs().masked_fill(ratio < 0, torch.nan)
     differs = (reference.mean != current.mean) | (reference.var != current.var)
     moved = reference.layout.sum(differs.double()).tolist()
     parts = zip(*(one.split(reference.layout.sizes) for one in (values, shift, ratio)), strict=True)
@@ -230,7 +214,3 @@ def _snapshot(names: Mapping[str, object], layers: Sequence[Mapping[str, Tensor]
 def _counter(snapshot: Snapshot, index: int) -> int | None:
     count = int(snapshot.num_batches_tracked[index])
     return None if count < 0 else count
-
-
-def _or_most(drift: float) -> float:
-    return math.inf if math.isnan(drift) else drift

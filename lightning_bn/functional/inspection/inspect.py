@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from lightning_bn.functional._text import counted, quoted
+from lightning_bn.functional.inspection.averages import of_averages
 from lightning_bn.functional.inspection.entries import Entry, Role, bare, entries_in
 from lightning_bn.functional.inspection.findings import FileFinding, findings_of, listed
 from lightning_bn.functional.inspection.layer_facts import LayerFacts, layer_facts
+from lightning_bn.functional.inspection.recalibrated_layers import callbacks_of, recalibrated_layers
+from lightning_bn.functional.inspection.remedies import keys_of, recalibrating
 from lightning_bn.functional.layers.patterns import Patterns, SelectionError, as_patterns
 from lightning_bn.functional.statistics.opened_files import OpenedFile, open_checkpoint, shown
 
@@ -28,12 +29,17 @@ class InspectedEntry:
             average of; ``"task"``, statistics of one task.
         layers: What each layer says.
         not_listed: Why tensors that look like a layer's are none, by name.
+        recalibrated: Layers whose statistics a recalibration wrote, as the file records, by name; with its batches and
+            the samples in them, None where the file does not say.
+        command: Of a shell, that recalibrates the set; empty where none does.
     """
 
     key: str
     role: Role
     layers: tuple[LayerFacts, ...]
     not_listed: Mapping[str, str]
+    recalibrated: Mapping[str, tuple[int | None, int | None]]
+    command: str
 
 
 @dataclass(frozen=True)
@@ -86,7 +92,7 @@ def inspect_checkpoint(path: str | Path, modules: Patterns = None) -> Inspection
         pickle.UnpicklingError: If it holds more than tensors and plain values.
 
     Example:
-        >>> import tempfile
+        >>> import tempfile, torch
         >>> model = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.BatchNorm1d(2))
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     torch.save(model.state_dict(), f"{folder}/model.pt")
@@ -98,15 +104,20 @@ def inspect_checkpoint(path: str | Path, modules: Patterns = None) -> Inspection
     entries = [one for one in _selected(entries_in(file.content), modules) if one.layers or one.broken or one.foreign]
     if not any(one.layers or one.broken for one in entries):
         raise ValueError(_nothing(file, entries))
-    inspected, findings = [], []
+    inspected, findings, keys = [], [], keys_of(entries)
     for entry in entries:
-        facts = layer_facts(_with_affine(entry, entries[0]), file.size)
+        recalibrated = recalibrated_layers(entry, file)
+        counters_tell = {*entry.layers} - {*recalibrated} if entry.role != "averaged" else ()
+        facts = [
+            one if one.name in counters_tell else replace(one, initial_left=None, lost_counter=False)
+            for one in layer_facts(_with_affine(entry, entries[0]), file.size)
+        ]
+        way = recalibrating(entry, keys, file)
         others = {**entry.broken, **entry.foreign}
-        inspected.append(InspectedEntry(entry.key, entry.role, tuple(facts), others))
-        of_layers = findings_of(entry.key, facts, entry.role)
-        if _is_recalibrated(file.content):
-            of_layers = [one for one in of_layers if one.kind != "warming up"]
-        findings += [*_broken(entry), *of_layers, *_averages(entry, entries)]
+        inspected.append(InspectedEntry(entry.key, entry.role, tuple(facts), others, recalibrated, way.command))
+        findings += [*_broken(entry), *findings_of(entry.key, facts, entry.role, way, recalibrated)]
+        if len(recalibrated) < len(entry.layers):
+            findings += of_averages(entry, entries, way)
     findings.sort(key=lambda one: not one.is_fault)
     return Inspection(
         path=file.path,
@@ -116,7 +127,7 @@ def inspect_checkpoint(path: str | Path, modules: Patterns = None) -> Inspection
         about=_about(file.content),
         entries=tuple(inspected),
         findings=tuple(findings),
-        callbacks=_callbacks(file.content),
+        callbacks=callbacks_of(file.content),
     )
 
 
@@ -172,7 +183,10 @@ def _broken(entry: Entry) -> list[FileFinding]:
         why = "; ".join(f"{listed([name])} {why}" for name, why in [*entry.broken.items()][:4])
         layers = counted(len(entry.broken), "layer")
         what = f"The tensors of {layers} are not those of a whole BatchNorm: {why}."
-        remedy = "The file was changed after it was saved, or the layer is not torch's: load it with strict=True."
+        remedy = (
+            "Go back to the file that this one was made from. Without it: load this one with strict=False, look that "
+            "the layers' weights are right, recalibrate in Python, and save."
+        )
         found.append(FileFinding("broken", True, entry.key, tuple(entry.broken), what, remedy))
     if entry.foreign:
         why = "; ".join(f"{listed([name])} {why}" for name, why in [*entry.foreign.items()][:4])
@@ -181,46 +195,7 @@ def _broken(entry: Entry) -> list[FileFinding]:
     return found
 
 
-def _averages(entry: Entry, entries: Sequence[Entry]) -> list[FileFinding]:
-    """Averaged weights beside running statistics that are bit for bit those of the weights in training."""
-    if entry.role != "averaged":
-        return []
-    for other in entries:
-        if other is entry or other.role not in ("model", "in training"):
-            continue
-        ours, theirs = bare(entry), bare(other)
-        pairs = [(entry.layers[ours[name]], other.layers[theirs[name]]) for name in ours if name in theirs]
-        if not pairs or len(pairs) < len(ours):
-            continue
-        if all(_equal(one, two, "running_mean") and _equal(one, two, "running_var") for one, two in pairs) and not all(
-            _equal(one, two, "weight") for one, two in pairs
-        ):
-            what = (
-                f"The weights are an average, and the running statistics are bit for bit those of "
-                f"{other.key or 'the file itself'}: they were measured with other weights."
-            )
-            remedy = "Recalibrate before these weights are used, or compare their validation with and without."
-            return [FileFinding("averages", False, entry.key, tuple(entry.layers), what, remedy)]
-    return []
-
-
-def _equal(one: Mapping[str, Any], other: Mapping[str, Any], part: str) -> bool:
-    return part in one and part in other and torch.equal(one[part], other[part])
-
-
 def _about(content: Mapping[Any, Any]) -> dict[str, str | int]:
     known = ("epoch", "global_step", "pytorch-lightning_version")
     found = {key: content[key] for key in known if isinstance(content.get(key), str | int)}
     return {key: shown(value, 40) if isinstance(value, str) else value for key, value in found.items()}
-
-
-def _is_recalibrated(content: Mapping[Any, Any]) -> bool:
-    """Whether PreciseBatchNorm replaced the running statistics at the step that the checkpoint is of."""
-    step = content.get("global_step")
-    states = [one for key, one in _callbacks(content).items() if key.startswith("PreciseBatchNorm")]
-    return any(isinstance(one, dict) and step is not None and one.get("done_at_step") == step for one in states)
-
-
-def _callbacks(content: Mapping[Any, Any]) -> dict[str, Any]:
-    found = content.get("callbacks")
-    return {str(key): value for key, value in found.items()} if isinstance(found, dict) else {}

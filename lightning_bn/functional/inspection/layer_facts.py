@@ -34,7 +34,9 @@ class LayerFacts:
         channels: How many.
         updates: Of the running statistics, as the layer counted; None without the counter.
         initial_left: Share of the initial values left in the running statistics, (1 - 0.1) ** updates, with torch's own
-            momentum, which a file does not say; None without the counter, or where it is 0 and they are others.
+            momentum, which a file does not say; None without the counter, or where it does not tell: it was lost, an
+            average has other ones, or a recalibration replaced the statistics.
+        lost_counter: Whether it is 0 although the statistics are not the initial ones.
         mean: Smallest, median and largest ``running_mean`` of the finite channels.
         var: The same of ``running_var``.
         nonfinite: Channels whose mean or variance is not finite.
@@ -53,6 +55,7 @@ class LayerFacts:
     channels: int
     updates: int | None
     initial_left: float | None
+    lost_counter: bool
     mean: tuple[float, float, float]
     var: tuple[float, float, float]
     nonfinite: int
@@ -112,6 +115,7 @@ def _measured(layers: Mapping[str, Mapping[str, Tensor]]) -> list[LayerFacts]:
                 channels=size,
                 updates=(updates := _updates(parts.get("num_batches_tracked"))),
                 initial_left=_initial_left(updates, count["initial"] == size),
+                lost_counter=updates == 0 and count["initial"] < size and count["zero"] < size,
                 mean=_range(mean[here]),
                 var=_range(var[here]),
                 weight_near_zero=count["near_zero"] if "weight" in parts else None,

@@ -32,6 +32,7 @@ from lightning_bn.functional.recalibration.recalibrated_checkpoint import Recali
 from lightning_bn.functional.recalibration.result import AllFrozenError
 from lightning_bn.functional.statistics.file_entries import FileEntry, state_dicts_in
 from lightning_bn.functional.statistics.files import CheckpointFile, read_checkpoint
+from lightning_bn.functional.statistics.recalibration_record import RecalibratedLayer, total_of
 from lightning_bn.functional.statistics.writable import check_out
 
 _COUNTER = "num_batches_tracked"
@@ -60,6 +61,10 @@ def recalibrate_checkpoint(
     the model's own; a warning names the others, which stay as they are.
 
     Running statistics that the file lacks are added. Where it lacks anything else of the model, it is refused.
+
+    A record says which layers were recalibrated, from how much, for ``lightning-bn inspect``: under ``"lightning_bn"``
+    among the outermost keys of a checkpoint, or in the metadata of a safetensors file. A state dict, and a file of
+    nothing but state dicts, get none. Counters of updates stay as they were.
 
     Of several files the weights are averaged first (a "model soup"): no file's statistics are those of the average. All
     else in the new file is the first one's.
@@ -125,8 +130,11 @@ def recalibrate_checkpoint(
         records = f"{checkpoint.path.name} records them as frozen"
         raise AllFrozenError(f"{error} {records}: see recalibrate_frozen=.") from error
     rewritten, unfilled = {id(layers[name]): name for name in recalibration.layers}, set(lacking)
+    recorded: dict[str, RecalibratedLayer] = {}
+    counts = (recalibration.num_batches, recalibration.num_samples)
     for place, layer in model.named_modules(remove_duplicate=False):  # by all names, wrappers' components included
         if id(layer) in rewritten:
+            written = []
             for value in ("running_mean", "running_var"):
                 own = f"{place}.{value}" if place else value
                 if own in entry.names:
@@ -136,8 +144,11 @@ def recalibrate_checkpoint(
                     if own in lacking:
                         _add_counter(entry, place, layer)
                         unfilled.discard(own)
+                    written.append(entry.state[there])
+            if len(written) == 2 and options.get("prior") is None:  # with it, part of the old ones is in the new ones
+                recorded[there.rpartition(".")[0]] = RecalibratedLayer(total_of(*written), *counts)
     refuse_lacking(checkpoint.path.name, unfilled)
-    checkpoint.write(out)
+    checkpoint.recalibrated(entry.key, recorded, out).write(out)
     tasks_left = _other_tasks_in(checkpoint.content)
     if tasks_left:
         warnings.warn(f"recalibrate_checkpoint: {tasks_in_words(tasks_left)}", UserWarning, stacklevel=2)

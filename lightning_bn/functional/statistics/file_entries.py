@@ -16,7 +16,8 @@ from lightning_bn.functional.layers.names import without_wrappers
 Shapes: TypeAlias = Mapping[str, torch.Size | None]
 """Names in a model's state dict with the shapes wanted; None is any."""
 
-_DEEPEST = 3
+DEEPEST = 3
+"""Keys one inside the other under which a state dict is looked for."""
 
 
 @dataclass(frozen=True)
@@ -114,7 +115,7 @@ def _state_dicts(content: Mapping[Any, Any], key: str, depth: int) -> Iterator[t
     if any(isinstance(value, Tensor) for value in content.values()) and all(isinstance(name, str) for name in content):
         yield key, content  # type: ignore[misc]
     for name, value in content.items():
-        if isinstance(name, str) and isinstance(value, dict) and depth < _DEEPEST:
+        if isinstance(name, str) and isinstance(value, dict) and depth < DEEPEST:
             yield from _state_dicts(value, f"{key}.{name}" if key else name, depth + 1)
 
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import os
 import pickle
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import reduce
 from pathlib import Path
@@ -18,6 +19,7 @@ from torch import Tensor
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.statistics.claimed_values import check_claim
 from lightning_bn.functional.statistics.file_entries import FileEntry, Shapes, find_entry, state_dicts_in
+from lightning_bn.functional.statistics.recalibration_record import KEY, RecalibratedLayer, can_hold, with_recalibrated
 from lightning_bn.functional.statistics.shards import Shards, checkpoint_in, in_folder
 from lightning_bn.functional.statistics.snapshots import Snapshot
 
@@ -61,6 +63,19 @@ class CheckpointFile:
                 f"{out.name}: a safetensors file holds tensors only, and {self.path.name} has more ({quoted(others)}). "
                 f"Choose an out= with another suffix, such as {'.pt' if self.shards else self.path.suffix or '.pt'!r}."
             )
+
+    def recalibrated(self, key: str, layers: Mapping[str, RecalibratedLayer], out: Path) -> CheckpointFile:
+        """The same with a record of a recalibration, where ``out`` has a place for one that disturbs no reader.
+
+        Args:
+            key: Of the entry.
+            layers: Of it, by their names in it.
+            out: Where it is to be written.
+        """
+        record = with_recalibrated(self.content, self.metadata, key, layers)
+        if _is_safetensors(out):
+            return replace(self, metadata={"format": "pt", **(self.metadata or {}), KEY: json.dumps(record)})
+        return replace(self, content={**self.content, KEY: record}) if can_hold(self.content) else self
 
     def write(self, out: Path) -> None:
         """Write all of it to ``out``, which appears when it is complete; its folder is made.

@@ -165,3 +165,31 @@ def callbacks_that_lie(folder: Path) -> Path:
     }
     callbacks["BatchNormFreezer[itself]"] = callbacks
     return saved(folder, {"state_dict": layer(), "callbacks": callbacks, "epoch": [], "global_step": "\x1b[2J"})
+
+
+@hostile(0)
+def dictionaries_that_each_other_holds_a_thousand_times(folder: Path) -> Path:
+    shared: Any = layer()
+    for _ in range(3):
+        shared = {f"key{number}": shared for number in range(1000)}
+    return saved(folder, {**layer(), "inner": shared})
+
+
+@hostile(0)
+def record_of_one_layer_under_many_names(folder: Path) -> Path:
+    counter = torch.tensor(100)
+    parts = {
+        "running_mean": torch.rand(200_000),
+        "running_var": torch.rand(200_000) + 1,
+        "num_batches_tracked": counter,
+    }
+    content = {f"bn{number}.{name}": value for number in range(300) for name, value in parts.items()}
+    record = {f"bn{number}": [1.0, 2, 3] for number in range(300)}
+    return saved(folder, {"state_dict": content, "lightning_bn": {"format": 1, "recalibrated": {"state_dict": record}}})
+
+
+@hostile(0)
+def record_that_is_none(folder: Path) -> Path:
+    record = {"bn": [float("nan"), -1, "x"], 3: None, "a": {"b": [torch.zeros(2)]}}
+    content = {"state_dict": layer(), "lightning_bn": {"format": 1, "recalibrated": {"state_dict": record, 2: 3}}}
+    return saved(folder, content)

@@ -14,6 +14,7 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from lightning_bn.functional import recalibrate_checkpoint, take_snapshot
 from lightning_bn.functional.statistics.files import read_checkpoint, snapshot_of_checkpoint
+from lightning_bn.functional.statistics.recalibration_record import KEY
 from tests.models import SmallResNet, bits, fill_statistics, images, seeded
 from tests.versions import knows
 
@@ -156,7 +157,9 @@ def test_safetensors_stays_safetensors_with_its_metadata(tmp_path):
     model, path = fill_statistics(seeded(SmallResNet)), tmp_path / "model.safetensors"
     written_by_hand(path, model.state_dict(), {"format": "pt", "license": "mine"})
     recalibrate_checkpoint(path, SmallResNet(), [images(8)], path, overwrite=True)
-    assert header_of(path)["__metadata__"] == {"format": "pt", "license": "mine"}
+    metadata = header_of(path)["__metadata__"]
+    assert "recalibrated" in metadata.pop(KEY)
+    assert metadata == {"format": "pt", "license": "mine"}
     recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt")
     assert set(torch.load(tmp_path / "new.pt", weights_only=True)) == set(model.state_dict())
     assert sorted(file.name for file in tmp_path.iterdir()) == ["model.safetensors", "new.pt"]
