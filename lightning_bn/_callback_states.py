@@ -51,7 +51,7 @@ def _monitor(state: Mapping[str, Any], _: Mapping[str, Any]) -> str:
     said = [
         f"{counted(len(history), 'sample')} of drift from {read.measured_from.replace('_', ' ')}, steps "
         f"{history.steps[0]:,} to {history.steps[-1]:,}",
-        f"in the last one {history.names[worst]} was furthest, {float(last[worst]):.2g}"
+        f"in the last one {history.names[worst]} had the largest drift, {float(last[worst]):.2g}"
         if float(last[worst]) > 0
         else "in the last one no layer had moved",
     ]
@@ -73,7 +73,10 @@ def _precise(state: Mapping[str, Any], about: Mapping[str, Any]) -> str:
         return f"{said}."
     if saved == step:
         return f"{said}; the checkpoint is of that step, with the statistics of these weights."
-    return f"{said}; the checkpoint is of step {saved:,}: its weights have moved since, its statistics are of training."
+    return (
+        f"{said}; the checkpoint is of step {saved:,}: its weights have changed since then, and its statistics are "
+        "the moving average of training."
+    )
 
 
 def _tasks(state: Mapping[str, Any], _: Mapping[str, Any]) -> str:
@@ -83,7 +86,7 @@ def _tasks(state: Mapping[str, Any], _: Mapping[str, Any]) -> str:
     said = [f"statistics of {counted(len(names), 'task')} in {counted(len(state['layers']), 'layer')}"]
     for task in names:
         counters = [int(one) for name, one in state["sets"].get(task, {}).items() if _is_counter(name, one)]
-        own = "in the model's state dict" if task == default else f"{max(counters, default=0):,} updates"
+        own = "in the model's state dict" if task == default else f"{counted(max(counters, default=0), 'update')}"
         said.append(f"{task} ({own})")
     return f"{said[0]}: {', '.join(said[1:])}. How far they lie apart: lightning-bn tasks FILE."
 

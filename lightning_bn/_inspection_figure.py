@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from lightning_bn._inspection_table import verdict
+from lightning_bn.functional._text import counted
 from lightning_bn.functional.inspection.inspect import Inspection
 from lightning_bn.functional.statistics.opened_files import shown
 
@@ -53,7 +54,7 @@ def write_figure(found: Inspection, out: str | Path) -> None:
         axes.grid(alpha=0.3)
         axes.tick_params(axis="x", labelsize=8)
     rest = len(found.entries[0].layers) - len(layers)
-    title = verdict(found) + (f" ({rest:,} more layers are not drawn)" if rest else "")
+    title = verdict(found) + (f" (not drawn: {counted(rest, 'more layer')})" if rest else "")
     figure.suptitle(title.replace("$", r"\$"), fontsize=10)
     figure.supxlabel("from smallest to largest channel, the dot is the median; red: at fault", fontsize=8)
     figure.tight_layout()

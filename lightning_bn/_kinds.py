@@ -45,4 +45,4 @@ def paths_of(chosen: list[str], everything: Mapping[str, object]) -> str:
 def not_listed(others: Mapping[str, nn.Module] | None) -> list[str]:
     """Return a sentence on what has running statistics and is not torch's BatchNorm; none where nothing has."""
     kinds = [f"{name} ({kind_of(module)})" for name, module in (others or {}).items()]
-    return [f"Not listed, since not torch's BatchNorm: {', '.join(kinds)}."] if kinds else []
+    return [f"Not listed, since they are not torch's BatchNorm: {', '.join(kinds)}."] if kinds else []

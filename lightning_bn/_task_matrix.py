@@ -30,7 +30,7 @@ class TaskMatrix:
     measure: str
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
-        title = f"Furthest layer from the row's task to the column's ({self.measure})"
+        title = f"Largest drift of a layer, from the row's task to the column's ({self.measure})"
         lines = list(self._matrix())
         if max(map(cell_len, lines)) > options.max_width:
             title, lines = f"Tasks that lie furthest apart ({self.measure})", list(self._pairs())

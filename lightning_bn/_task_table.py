@@ -44,10 +44,10 @@ def _suggested(drift: TaskDrift, above: float, needs: Mapping[str, bool], larges
     """Which layers need a set for each task, as it is given to TaskBatchNorm, and how far tasks lie apart in others."""
     paths = drift.suggest(above)
     if not paths:
-        return f"One set serves all tasks: no layer's drift is above {above:g}."
+        return f"One set is enough for all tasks: no layer's drift is above {above:g}."
     same = [largest[name] for name, needed in needs.items() if not needed]
-    enough = f" In others one set is enough: at most {max(same):.2g}." if same else ""
-    return f"A set for each task: modules: [{', '.join(paths)}].{enough}"
+    enough = f" For other layers one set is enough: drift at most {max(same):.2g}." if same else ""
+    return f"Layers that need a set for each task: modules: [{', '.join(paths)}].{enough}"
 
 
 def _finite_or_most(value: float) -> float:

@@ -76,7 +76,7 @@ class BatchNormDrift(Metric):
     ) -> None:
         super().__init__(**kwargs)
         check_choice("measure", measure, MEASURES)
-        check_positive("threshold", threshold, none="for no share above it")
+        check_positive("threshold", threshold, none="to count no share above it")
         if not isinstance(reference, nn.Module | Snapshot):
             raise TypeError(f"reference={reference!r} must be a torch.nn.Module or a Snapshot.")
         self.measure: Measure = measure
@@ -152,7 +152,7 @@ class BatchNormDrift(Metric):
             return drift_bars(self.layers(), self.measure, self.threshold, ax)
         results = [val] if isinstance(val, Mapping) else list(val)
         if not results:
-            raise ValueError("BatchNormDrift.plot was given no result to draw.")
+            raise ValueError("BatchNormDrift.plot has no result to draw: give at least one.")
         # A share is no drift: it would need an axis of its own.
         names = [name for name in results[0] if not name.endswith("_share_above")]
         curves = {name: [float(result[name]) for result in results] for name in names}

@@ -8,6 +8,7 @@ from itertools import pairwise
 from math import inf, isfinite
 from typing import Any
 
+from lightning_bn.functional._text import counted
 from lightning_bn.functional.monitoring.history import FROM_THE_START, DriftHistory
 from lightning_bn.functional.tasks.drift import APART, TaskDrift
 
@@ -68,7 +69,9 @@ def drift_figure(history: DriftHistory, measure: str, threshold: float | None = 
     bar.ax.set_yticklabels([f"{value:.3g}" for value in ticks])
     bar.set_label(f"{measure}\n(largest channel)", fontsize=8)
     _mark(figure, axes, history, patches)
-    dropped = f"\n{history.marks_dropped:,} marks close to others are left out" if history.marks_dropped else ""
+    dropped = (
+        f"\nleft out, since close to others: {counted(history.marks_dropped, 'mark')}" if history.marks_dropped else ""
+    )
     axes.set(xlabel="optimizer step", ylabel="BatchNorm layer, first one on top", title=f"{_TITLE}{dropped}")
     every = max(1, -(-layers // 60))
     axes.set_yticks(range(0, layers, every), history.names[::every], fontsize=8 if layers <= 30 else 6)
@@ -160,7 +163,7 @@ def drift_bars(
         axes.legend(loc="lower right", fontsize=8)
     axes.set_yticks(range(len(shown)), [name or "(the model itself)" for name in shown], fontsize=8)
     rest = len(layers) - len(shown)
-    title = f"{_TITLE}\n{rest} more layers moved less" if rest else _TITLE
+    title = f"{_TITLE}\n{counted(rest, 'more layer')} moved less" if rest else _TITLE
     axes.set(xlim=(0, beyond), ylim=(len(shown) - 0.5, -0.5), xlabel=f"{measure} (largest channel)", title=title)
     return figure, axes
 

@@ -122,7 +122,7 @@ def plan_table(plan: FreezePlan) -> LayerTable:
             by_task.setdefault(", ".join(layer.tasks), []).append(layer.name)
     if by_task:
         of_tasks = "; ".join(f"{tasks}: {paths_of(names, kinds)}" for tasks, names in by_task.items())
-        columns.append(Column("in batches of", 3, instead=f"In batches of a task only: {of_tasks}."))
+        columns.append(Column("in batches of", 3, instead=f"Only in batches of a task: {of_tasks}."))
     when = "" if plan.schedule.always else f" {plan.schedule}"
     title = f"{len(plan.frozen)} of {counted(len(plan.layers), f'{one_kind(kinds)} layer')} will be frozen{when}"
     table = LayerTable(title, columns, below=[*([others] if plan.others else []), *kinds_line(kinds)])

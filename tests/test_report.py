@@ -161,7 +161,7 @@ def test_what_a_plan_has_no_column_for_stands_below_it() -> None:
     pattern = "re:layer1[.][0-9][.]bn[12]"
     text = " ".join(planned(40, net, [pattern], root="model", by_task={"det": ["layer10", "head"]}).split())
     assert f"Selected by: {pattern} (4 layers), layer10 (2 layers), head (1 layer)." in text
-    assert "In batches of a task only: det: model.head, model.layer10." in text
+    assert "Only in batches of a task: det: model.head, model.layer10." in text
 
 
 # drift
@@ -324,7 +324,7 @@ def test_a_sparkline_is_no_wider_than_asked_and_ends_with_the_newest(count: int)
 
 def test_what_looks_like_batch_norm_and_is_not_torchs_is_named_below_the_table() -> None:
     net = nn.Sequential(nn.BatchNorm1d(4), nn.InstanceNorm1d(4, track_running_stats=True))
-    assert "Not listed, since not torch's BatchNorm: 1 (InstanceNorm1d)." in printed(net, 200)
+    assert "Not listed, since they are not torch's BatchNorm: 1 (InstanceNorm1d)." in printed(net, 200)
     assert "Not listed" not in printed(net, 200, exclude="1")
 
 
@@ -366,9 +366,10 @@ def test_the_drift_between_tasks_is_shown_for_each_two_the_furthest_layer_first(
 
 def test_below_the_table_stands_what_to_give_and_that_the_others_need_none() -> None:
     text = " ".join(between_text(between(THREE)).split())
-    assert "A set for each task: modules: [stem, body.1]. In others one set is enough: at most 0.03." in text
+    assert "Layers that need a set for each task: modules: [stem, body.1]." in text
+    assert "For other layers one set is enough: drift at most 0.03." in text
     text = " ".join(between_text(between(THREE), above=5.0).split())
-    assert "One set serves all tasks: no layer's drift is above 5." in text
+    assert "One set is enough for all tasks: no layer's drift is above 5." in text
     assert "per task" not in text
 
 

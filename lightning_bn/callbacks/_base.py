@@ -38,8 +38,8 @@ class BatchNormCallback(Callback):
         refuse_strategy(trainer, self)
         if any(other.state_key == self.state_key for other in same_kind_beside(trainer, self)):
             raise MisconfigurationException(
-                f"two {type(self).__name__}s have the name {self.name!r}: give each its own name=, so that their "
-                f"states are told apart in checkpoints."
+                f"two {type(self).__name__} callbacks have the name {self.name!r}: give each a different name=, which "
+                "separates their states in checkpoints."
             )
         if stage == "fit":
             of = type(self).__name__ + (f"/{self.name}" if self.name else "")
@@ -58,7 +58,7 @@ class BatchNormCallback(Callback):
             TypeError: If a pattern is no string.
             ValueError: If a pattern is empty or malformed, or ``root`` or ``name`` is no string.
         """
-        check_text("name", name, none="for the only one")
+        check_text("name", name, none="for the only callback of its kind")
         self._selection = LayerSelection(modules, exclude, root)
         self.modules, self.exclude, self.root, self.name = modules, exclude, root, name
 

@@ -46,6 +46,6 @@ class LastFile:
         unwatch_saving(trainer, self)
         if self._too_early is not None:
             rank_zero_info(
-                f"PreciseBatchNorm: the file saved last, at step {self._too_early}, holds the moving average of then; "
-                f"recalibrate_checkpoint writes precise statistics into it"
+                f"PreciseBatchNorm: the last checkpoint, saved at step {self._too_early}, holds the moving average of "
+                "that step, not precise statistics: recalibrate_checkpoint writes them into it"
             )

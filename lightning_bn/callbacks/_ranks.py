@@ -77,8 +77,8 @@ def refuse_unequal_validation(trainer: Trainer, callback: Callback) -> None:
     if float(trainer.strategy.reduce(told, reduce_op="mean")) not in (0.0, 1.0):
         raise MisconfigurationException(
             f"{type(callback).__name__}: rank {trainer.global_rank} {'has' if has else 'has no'} validation batches, "
-            f"and not all ranks are alike: those that validate would wait for those that do not. Give every rank a "
-            f"batch, or none."
+            "unlike other ranks. Ranks that validate would wait for those that do not: give every rank a validation "
+            "batch, or none."
         )
 
 

@@ -31,9 +31,9 @@ class TaskAverages:
         if others or len(known) > 1:
             names = others or [type(callback).__name__ for callback in known[1:]]
             rank_zero_warn(
-                f"TaskBatchNorm: {quoted(names)} averages the statistics of the default task {bank.default!r} alone; "
-                f"those of the other tasks are not averaged with the weights. PreciseBatchNorm, or a recalibration of "
-                f"the averaged weights, gives each task its own."
+                f"TaskBatchNorm: {quoted(names)} averages only the statistics of the default task {bank.default!r}: "
+                "those of the other tasks are not averaged with the weights. PreciseBatchNorm, or a recalibration of "
+                "the averaged weights, gives each task the right statistics."
             )
         self._beside = AveragesBeside(known[0], lambda: _Sets(bank)) if known else None
 

@@ -41,8 +41,8 @@ class TaskOf:
         if tasks is None or isinstance(tasks, str):
             return tasks
         raise MisconfigurationException(
-            f"task_key={self._key!r}: one batch holds the tasks {sorted({*tasks})}. Batches of one task each are "
-            f"needed, or `with lightning_bn.task(name):` around each task's part of the training step."
+            f"task_key={self._key!r}: one batch holds the tasks {sorted({*tasks})}. Each batch must be of one task; "
+            "or put `with lightning_bn.task(name):` around each task's part of the training step."
         )
 
     def of_rows(self, batch: Any, batch_idx: int) -> str | list[str] | None:
@@ -71,10 +71,10 @@ class TaskOf:
         if not isinstance(batch, Mapping) or self._key not in batch:
             if self._otherwise is not None:
                 return None
-            keys = sorted(map(str, batch)) if isinstance(batch, Mapping) else f"a {type(batch).__name__}"
+            there = f"has only the keys {sorted(map(str, batch))}" if isinstance(batch, Mapping) else "has no keys"
             raise MisconfigurationException(
-                f"task_key={self._key!r}: the batch is {keys} and has no such key. Name a key of the batch, or give "
-                f"the import path of a function of batch and batch index that returns the task."
+                f"task_key={self._key!r}: the batch is a {type(batch).__name__} that {there}. Name a key of the batch, "
+                f"or give the import path of a function of batch and batch index that returns the task."
             )
         return batch[self._key]
 
@@ -90,8 +90,8 @@ def _in_names(value: Any, key: str) -> list[str] | None:
     untold = sum(one is None for one in told)
     if not told or 0 < untold < len(told):
         raise MisconfigurationException(
-            f"task_key={key!r}: one batch holds the tasks {sorted(set(map(str, told)))}. Batches of one task each are "
-            f"needed, or a task for each sample."
+            f"task_key={key!r}: one batch holds the tasks {sorted(set(map(str, told)))}. Give one task for the whole "
+            "batch, or a task for each sample."
         )
     return None if untold else [str(one) for one in told]
 
@@ -102,7 +102,7 @@ def _imported(path: str) -> Callable[[Any, int], Any]:
         function = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise MisconfigurationException(
-            f"task_key={path!r} is read as the import path of a function, since it has a dot, and {error}."
+            f"task_key={path!r} has a dot, so it is read as the import path of a function, but {error}."
         ) from error
     if not callable(function):
         raise MisconfigurationException(f"task_key={path!r} is a {type(function).__name__}, not a function.")

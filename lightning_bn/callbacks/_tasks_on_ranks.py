@@ -19,8 +19,8 @@ from lightning_bn.functional.tasks.session import TaskSession
 from lightning_bn.functional.tasks.task_sets import Buffers
 
 _ONE_TASK = (
-    "With broadcast buffers or SyncBatchNorm, ranks share the statistics of a batch: give all of them a batch of one "
-    "task, by the sampler, or without SyncBatchNorm use DDPStrategy(broadcast_buffers=False)."
+    "With broadcast buffers or SyncBatchNorm, ranks share the statistics of a batch: let the sampler give all ranks "
+    "a batch of the same task, or without SyncBatchNorm use DDPStrategy(broadcast_buffers=False)."
 )
 
 
@@ -79,7 +79,8 @@ class TasksOnRanks:
         unseen = [task for task, flag in zip(tasks, flags.tolist(), strict=True) if not flag]
         if unseen:
             rank_zero_warn(
-                f"TaskBatchNorm: tasks names {quoted(unseen)}, but in epoch {self._trainer.current_epoch} no batch was "
-                f"of such a task; tasks seen: {quoted(sorted(seen)) or 'none'}. Set task_key= to the key of the batch "
-                f"that says it, or put `with lightning_bn.task(name):` around its part of the step."
+                f"TaskBatchNorm: tasks names {quoted(unseen)}, but no batch in epoch {self._trainer.current_epoch} "
+                f"was of that task; tasks seen: {quoted(sorted(seen)) or 'none'}. Set task_key= to the key of the "
+                "batch that holds the task, or put `with lightning_bn.task(name):` around the task's part of the "
+                "step."
             )

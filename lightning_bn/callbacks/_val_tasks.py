@@ -22,14 +22,14 @@ class ValTasks:
 
     def __init__(self, given: Sequence[str] | Mapping[str, Sequence[str]] | None, tasks: Sequence[str]) -> None:
         if isinstance(given, str):
-            raise ValueError(f"val_tasks={given!r} is one name: give a list with one for each loader.")
+            raise ValueError(f"val_tasks={given!r} is a single name: give a list with one name for each loader.")
         by_stage = given if isinstance(given, Mapping) else dict.fromkeys(STAGES, given or None)
         unknown = [stage for stage in by_stage if stage not in STAGES]
         unknown += [task for listed in by_stage.values() for task in listed or () if task not in tasks]
         if unknown:
             raise ValueError(
-                f"val_tasks={given!r}: {unknown[0]!r} is none of the stages {', '.join(STAGES)} and none of the tasks "
-                f"{', '.join(tasks)}."
+                f"val_tasks={given!r}: {unknown[0]!r} is neither a stage ({', '.join(STAGES)}) nor a task "
+                f"({', '.join(tasks)})."
             )
         self._by_stage = {stage: listed for stage, listed in by_stage.items() if listed is not None}
         self._now: Sequence[str] = ()
@@ -43,8 +43,9 @@ class ValTasks:
         self._now = self._by_stage.get(stage, ())
         if stage in self._by_stage and len(self._now) != loaders:
             raise ValueError(
-                f"val_tasks has {counted(len(self._now), 'task')} for {stage} ({', '.join(self._now)}), and there "
-                f"{'is' if loaders == 1 else 'are'} {counted(loaders, 'loader')}: give one for each, in their order."
+                f"val_tasks has {counted(len(self._now), 'task')} for {stage} ({', '.join(self._now)}), but there "
+                f"{'is' if loaders == 1 else 'are'} {counted(loaders, 'loader')}: give one task for each loader, in "
+                "their order."
             )
 
     def of(self, loader: int) -> str | None:

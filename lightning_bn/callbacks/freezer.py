@@ -89,9 +89,9 @@ class BatchNormFreezer(BatchNormCallback):
         super().__init__()
         with self._checked():
             self._select(modules, exclude, root, name)
-            check_text("task_key", task_key, none="where contexts tell")
+            check_text("task_key", task_key, none="where contexts name the task")
             if task_key is not None and not by_task:
-                raise ValueError(f"task_key={task_key!r} means nothing without by_task.")
+                raise ValueError(f"task_key={task_key!r} has no effect without by_task=: give both or none.")
             self._chosen = FreezeSelection(modules, exclude, root, by_task, stats, affine, memory_efficient)
             self._schedule = FreezeSchedule(start_epoch, stop_epoch, start_step, stop_step)
         self._settings = {**self._chosen.settings(), "schedule": str(self._schedule)}
@@ -137,8 +137,8 @@ class BatchNormFreezer(BatchNormCallback):
         if self._schedule.never_on(trainer.max_epochs, trainer.max_steps):
             # No error: the first part of a training that is resumed with more epochs looks like this.
             rank_zero_info(
-                f"BatchNormFreezer: {self._schedule} is never reached with max_epochs={trainer.max_epochs} and "
-                f"max_steps={trainer.max_steps}: nothing will be frozen in this fit"
+                f"BatchNormFreezer: nothing will be frozen in this fit: {self._schedule} is not reached with "
+                f"max_epochs={trainer.max_epochs} and max_steps={trainer.max_steps}"
             )
 
     def on_sanity_check_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -164,7 +164,7 @@ class BatchNormFreezer(BatchNormCallback):
             self._chosen,
             owner=self.state_key,
             before=self._resumed,
-            affine_cause="LBFGS moves parameters that have no gradient" if _has_lbfgs(trainer) else "",
+            affine_cause="LBFGS changes parameters that have no gradient" if _has_lbfgs(trainer) else "",
             tell=_warn,
         )
         self._resumed, self._warned_of_unseen = None, False
@@ -216,9 +216,9 @@ class BatchNormFreezer(BatchNormCallback):
         unseen = sorted({*(self.by_task or {})} - seen)
         if unseen and self._session.on and not self._warned_of_unseen:
             rank_zero_warn(
-                f"BatchNormFreezer: by_task names {quoted(unseen)}, but in epoch {trainer.current_epoch} no batch was "
-                f"of such a task; tasks seen: {quoted(sorted(seen)) or 'none'}. Set task_key= to the key "
-                f"of the batch that says it, or put `with lightning_bn.task(name):` around its part of the step."
+                f"BatchNormFreezer: by_task names {quoted(unseen)}, but no batch in epoch {trainer.current_epoch} was "
+                f"of that task; tasks seen: {quoted(sorted(seen)) or 'none'}. Set task_key= to the key of the batch "
+                "that holds the task, or put `with lightning_bn.task(name):` around the task's part of the step."
             )
             self._warned_of_unseen = True
 
@@ -272,8 +272,8 @@ class BatchNormFreezer(BatchNormCallback):
             )
         elif others:
             rank_zero_warn(
-                f"BatchNormFreezer: the checkpoint was written with {quoted(others)} and knows no "
-                f"{self.state_key!r}: this run freezes as it is configured now, and counts from here."
+                f"BatchNormFreezer: the checkpoint was written with {quoted(others)} and has no state of "
+                f"{self.state_key!r}: this run freezes as it is configured now, and reports only on its own steps."
             )
 
     def _is_on(self, trainer: Trainer) -> bool:
@@ -293,7 +293,7 @@ class BatchNormFreezer(BatchNormCallback):
 
 
 def _warn(violations: Sequence[Violation]) -> None:
-    rank_zero_warn(f"BatchNormFreezer: a frozen value was moved and has been put back: {in_words(violations)}")
+    rank_zero_warn(f"BatchNormFreezer: a frozen value changed and was restored: {in_words(violations)}")
 
 
 def _has_lbfgs(trainer: Trainer) -> bool:

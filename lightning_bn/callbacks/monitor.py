@@ -105,7 +105,7 @@ class BatchNormMonitor(BatchNormCallback):
             check_whole("log_worst", log_worst, 0)
             check_settings(every_n_steps, measure, reference, warn_above, act_above)
             if action != "warn" and act_above is None:
-                raise ValueError(f"action={action!r} needs act_above: above what?")
+                raise ValueError(f"action={action!r} needs act_above=, the drift above which it acts.")
         self.every_n_steps = every_n_steps
         self.measure: Measure = measure
         self.reference = reference
@@ -245,7 +245,7 @@ class BatchNormMonitor(BatchNormCallback):
         """
         session = self._session
         if session is None or session.last is None:
-            raise RuntimeError("BatchNormMonitor has no sample yet: there is a table from the first one of a fit on.")
+            raise RuntimeError("BatchNormMonitor has no sample yet: call table() after the first sample of a fit.")
         others = self._selection.lookalikes(module)
         return session_table(session, self._selection.layers(module), others, self.measure, most)
 
@@ -275,7 +275,7 @@ class BatchNormMonitor(BatchNormCallback):
             raise BatchNormDriftError(f"BatchNormMonitor: {sample.exceeded}")
         stops = self.action == "stop"
         trainer.should_stop |= stops
-        rank_zero_warn(f"BatchNormMonitor: {sample.exceeded}{': training stops' if stops else ''}")
+        rank_zero_warn(f"BatchNormMonitor: {sample.exceeded}{', so training stops' if stops else ''}")
 
     def _log_monitorable(self, trainer: Trainer, on_step: bool = False) -> None:
         if self._running is None or self._running.last is None:

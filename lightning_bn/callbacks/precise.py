@@ -128,14 +128,15 @@ class PreciseBatchNorm(BatchNormCallback):
             check_whole("start_epoch", start_epoch, 0)
             self._select(modules, exclude, root, name)
             check_text("step", step)
-            check_text("source_method", source_method, none="for training's loaders")
+            check_text("source_method", source_method, none="to use the loaders of training")
             check_flag("restore", restore)
-            check_flag("containers_in_eval", containers_in_eval, none="to say where it matters")
+            check_flag("containers_in_eval", containers_in_eval, none="to be told where it matters")
             check_choice("source", source, get_args(Source))
             check_choice("estimator", estimator, get_args(Estimator))
         if source == "recent" and num_batches is None:
             raise MisconfigurationException(
-                "PreciseBatchNorm(source='recent', num_batches=None) would keep every batch of training: say how many."
+                "PreciseBatchNorm(source='recent', num_batches=None) would keep every batch of training: set "
+                "num_batches."
             )
         self.num_batches, self.num_samples, self.max_standard_error = num_batches, num_samples, max_standard_error
         self.every_n_validations, self.start_epoch = every_n_validations, start_epoch
@@ -278,7 +279,9 @@ class PreciseBatchNorm(BatchNormCallback):
                     **{name: getattr(self, name) for name in _PASSED_ON},
                 )
         if again := rewritten(self.last, layers):
-            raise RuntimeError(f"PreciseBatchNorm: the statistics of {quoted(again)} were written to again.")
+            raise RuntimeError(
+                f"PreciseBatchNorm: the statistics of {quoted(again)} changed again after it wrote them."
+            )
         self._done_at_step, self._precise = trainer.global_step, True
         for name in {name for part in (self.last, *self.last.tasks.values()) for name in part.layers}:
             update_status(layers[name], recalibrated_at=trainer.global_step)

@@ -88,13 +88,13 @@ class TaskBatchNorm(BatchNormCallback):
             check_choice("default", self.default, self.tasks)
             check_choice("unlabelled", unlabelled, (RAISE, *self.tasks))
             check_choice("start", start, ("cumulative", "shared"))
-            check_text("task_key", task_key, none="where contexts tell")
+            check_text("task_key", task_key, none="where contexts name the task")
             check_flag("merge", merge)
             self._val_tasks = ValTasks(val_tasks, self.tasks)
             self.given_up = checked_tasks(given_up) if given_up else []
             kept = [task for task in self.given_up if task in self.tasks]
             if kept:
-                raise ValueError(f"given_up={given_up!r}: {quoted(kept)} is one of tasks={self.tasks!r} too.")
+                raise ValueError(f"given_up={given_up!r}: {quoted(kept)} is in tasks={self.tasks!r} too: name it once.")
         self.task_key, self.val_tasks, self.unlabelled, self.merge = task_key, val_tasks, unlabelled, merge
         self.start: Literal["cumulative", "shared"] = start
         self.bank: TaskStatistics | None = None
@@ -203,7 +203,7 @@ class TaskBatchNorm(BatchNormCallback):
             ValueError: If there is only one task.
         """
         if self.bank is None:
-            raise RuntimeError("TaskBatchNorm has no statistics yet: there are some from the start of a run on.")
+            raise RuntimeError("TaskBatchNorm has no statistics yet: call drift() after a run has begun.")
         return task_drift(self.bank)
 
     def state_dict(self) -> dict[str, Any]:
@@ -226,7 +226,7 @@ class TaskBatchNorm(BatchNormCallback):
             of_others = f" of {self.state_key!r}, but of {quoted(others)}" if others else ""
             (rank_zero_warn if others else rank_zero_info)(
                 f"TaskBatchNorm: the checkpoint has no statistics per task{of_others}: {quoted(self.tasks)} all start "
-                f"from the running statistics in it"
+                "with the running statistics of the checkpoint"
             )
             self._told_of_none = True
 

@@ -67,12 +67,12 @@ def default_forward(model: nn.Module, batch: Any) -> Any:
             given = f"the keys {sorted(map(str, batch))} of the batch" if isinstance(batch, Mapping) else "one tensor"
             raise TypeError(
                 f"{type(model).__name__}.forward cannot be called with {given} ({error}): pass "
-                f"forward=lambda model, batch: ... that feeds it."
+                f"forward=lambda model, batch: ... that calls the model on it."
             ) from error
         return model(*values, **keys)
     raise TypeError(
-        f"a batch is {describe_batch(batch)}; without forward= the model can be fed a tensor, a tuple or list that "
-        f"starts with one, or a dict of keywords: pass forward=lambda model, batch: ... that feeds it."
+        f"a batch is {describe_batch(batch)}; without forward= the model takes a tensor, a tuple or list that starts "
+        "with one, or a dict of keywords: pass forward=lambda model, batch: ... that calls the model on it."
     )
 
 

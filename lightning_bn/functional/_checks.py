@@ -22,7 +22,7 @@ def check_whole(name: str, value: Any, least: int | None = None, *, none: str = 
         return
     # bool is an int to Python, and a mistake here.
     if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-        start = "" if least is None else f" from {least} on"
+        start = "" if least is None else f", {least} or more"
         raise ValueError(f"{name}={value!r} must be a whole number{start}{none and f', or None {none}'}.")
 
 

@@ -32,8 +32,8 @@ def task(name: str) -> Iterator[None]:
     outer = current_task()
     if _none_begins and _heard(outer, name):
         raise RuntimeError(
-            f"task {name!r} begins inside rows of several tasks, while a callback does something for each task: end "
-            f"the context of the rows before it."
+            f"task {name!r} begins inside a context of rows of several tasks, while a callback does something for "
+            "each task: end that context first."
         )
     try:
         _current.append(name)

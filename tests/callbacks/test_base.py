@@ -111,7 +111,8 @@ def test_two_of_one_name_are_told_to_take_names_of_their_own(kind: Any, name: st
 
     callbacks = [] if where == "configure_callbacks" else [one(), one()]
     with pytest.raises(
-        MisconfigurationException, match=f"two {kind.__name__}s have the name {name!r}: give each its own"
+        MisconfigurationException,
+        match=f"two {kind.__name__} callbacks have the name {name!r}: give each a different name=",
     ):
         quiet(callbacks=callbacks).fit(Configures(), train_loader(), val_loader())
 

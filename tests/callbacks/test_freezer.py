@@ -40,8 +40,8 @@ from tests.callbacks.freezing_fits import (
 from tests.models import BatchNormAct2d, BodyAndHead, SharedNorm, fill_statistics, seeded
 from tests.versions import warns_of_eval_mode
 
-PUT_BACK = "a frozen value was moved and has been put back"
-MOVED_BY_OTHERS = "moved by others and put back"
+PUT_BACK = "a frozen value changed and was restored"
+MOVED_BY_OTHERS = "changed by other code and restored"
 
 
 @contextmanager
@@ -252,7 +252,7 @@ def test_an_optimizer_that_moves_parameters_without_gradient_is_healed_and_named
             val_check_interval=interval,
         )
     assert frozen.report is not None
-    assert {one.change.cause for one in frozen.report.violations} == {"LBFGS moves parameters that have no gradient"}
+    assert {one.change.cause for one in frozen.report.violations} == {"LBFGS changes parameters that have no gradient"}
     assert len(seen) > 2
     assert all(one == values(module, BODY) for one in seen)
 
@@ -775,7 +775,7 @@ def test_weights_loaded_in_the_modules_own_on_train_start_are_the_frozen_ones() 
 
 
 def test_statistics_that_are_still_those_of_construction_are_warned_of() -> None:
-    with pytest.warns(UserWarning, match=r"statistics of construction.*'net\.body\.1'"):
+    with pytest.warns(UserWarning, match=r"with their initial running statistics.*'net\.body\.1'"):
         fit(PretrainedClassifier(seeded(BodyAndHead)), freezer())
 
 

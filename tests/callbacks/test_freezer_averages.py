@@ -198,8 +198,8 @@ def test_stochastic_weight_averaging_is_put_right_and_named(freezer_first: bool)
 
     hooked = Hooked(on_validation_batch_start=note)
     with (
-        pytest.warns(UserWarning, match="a frozen value was moved and has been put back"),
-        pytest.warns(UserWarning, match="moved by others and put back"),
+        pytest.warns(UserWarning, match="a frozen value changed and was restored"),
+        pytest.warns(UserWarning, match="changed by other code and restored"),
     ):
         fit(module, *ordered(freezer_first, frozen, swa), hooked, max_epochs=3)
     assert all(one == expected for one in seen)

@@ -180,8 +180,8 @@ def test_a_flag_set_directly_in_a_batch_of_the_task_is_healed_and_reported(in_co
 
     module, frozen = Adversary(), freezer(task_key=None if in_context else "task", by_task={"det": ["seg_head"]})
     with (
-        pytest.warns(UserWarning, match=r"has been put back.*net\.seg_head\.1"),
-        pytest.warns(UserWarning, match="moved by others and put back"),
+        pytest.warns(UserWarning, match=r"changed and was restored.*net\.seg_head\.1"),
+        pytest.warns(UserWarning, match="changed by other code and restored"),
     ):
         fit(module, ["det", "det"], frozen)
     assert values(module, FROZEN["det"]) == values(MultiTask(), FROZEN["det"])
@@ -380,7 +380,7 @@ def test_a_batch_without_the_key_is_an_error_that_shows_its_keys() -> None:
 
 
 def test_a_task_that_no_batch_was_of_is_said_after_the_first_epoch() -> None:
-    with pytest.warns(UserWarning, match=r"by_task names 'seg', but in epoch 0 no batch.*seen: 'depth', 'det'"):
+    with pytest.warns(UserWarning, match=r"by_task names 'seg', but no batch in epoch 0.*seen: 'depth', 'det'"):
         fit(MultiTask(), ["det", "depth"], freezer())
 
 

@@ -20,7 +20,7 @@ def test_a_layer_that_is_replaced_in_mid_fit_is_frozen_too_with_the_kept_values(
 
     module, frozen = Replaces(), freezer()
     before = values(PretrainedClassifier(), BODY)
-    with pytest.warns(UserWarning, match=r"net\.body\.1 \(layer \(replaced by another one\)"):
+    with pytest.warns(UserWarning, match=r"net\.body\.1 \(layer \(replaced by another layer\)"):
         fit(module, frozen)
     assert values(module, BODY) == before
     assert frozen.report is not None
@@ -80,7 +80,7 @@ def test_a_schedule_that_is_never_reached_is_said_and_proves_nothing() -> None:
     frozen = freezer(start_epoch=50)
     with said() as lines:
         fit(PretrainedClassifier(), frozen)
-    assert any("from epoch 50 is never reached with max_epochs=2" in line for line in lines)
+    assert any("from epoch 50 is not reached with max_epochs=2" in line for line in lines)
     assert any("the freeze was never on" in line for line in lines)
 
 

@@ -100,7 +100,9 @@ def test_a_freeze_that_ends_leaves_the_layers_as_if_by_hand() -> None:
 
 @pytest.mark.parametrize("settings", [{"start_epoch": -2}, {"stop_epoch": -1}])
 def test_epochs_that_count_from_an_end_that_is_not_known_are_an_error(settings: dict[str, int]) -> None:
-    with pytest.raises(MisconfigurationException, match=r"=-\d.*max_epochs=-1.*set max_epochs or use steps"):
+    with pytest.raises(
+        MisconfigurationException, match=r"=-\d.*max_epochs=-1.*set max_epochs, or use start_step and stop_step"
+    ):
         fit(PretrainedClassifier(), freezer(**settings), max_epochs=-1, max_steps=3)
 
 

@@ -36,8 +36,8 @@ from tests.callbacks.freezing_fits import (
     values,
 )
 
-PUT_BACK = "a frozen value was moved and has been put back"
-MOVED_BY_OTHERS = "moved by others and put back"
+PUT_BACK = "a frozen value changed and was restored"
+MOVED_BY_OTHERS = "changed by other code and restored"
 
 
 def last_kept(folder: Path, **every: int) -> ModelCheckpoint:
@@ -288,7 +288,7 @@ def test_a_checkpoint_of_a_frozen_run_loads_where_there_is_no_freezer(tmp_path: 
 
 
 def test_two_freezers_of_one_name_are_refused() -> None:
-    with pytest.raises(MisconfigurationException, match=r"two BatchNormFreezers have the name None.*name="):
+    with pytest.raises(MisconfigurationException, match=r"two BatchNormFreezer callbacks have the name None.*name="):
         fit(PretrainedClassifier(), freezer(), freezer(modules="head"))
 
 

@@ -86,7 +86,9 @@ def by_task(**arguments: Any) -> BatchNormFreezer:
 def test_forward_run_again_after_its_context_is_an_error_and_nothing_moved(kind: Any, stats: bool) -> None:
     module = kind()
     before = values(module, BODY)
-    with pytest.raises(RecomputationError, match=r"'net\.body\.1'.*task 'det'.*Put the backward into the context, or"):
+    with pytest.raises(
+        RecomputationError, match=r"'net\.body\.1'.*task 'det'.*Call the backward inside the context, or"
+    ):
         fit(module, by_task(stats=stats))
     if stats:
         assert values(module, BODY) == before
@@ -121,7 +123,7 @@ def test_proof_of_a_block_tells_of_a_backward_after_it() -> None:
     assert tuple(proof) == ("body.1", "body.4")
     after.backward()
     assert not proof.identical
-    assert str(proof).startswith("2 frozen layers; moved: body.1 (running_mean by up to")
+    assert str(proof).startswith("2 frozen layers; changed: body.1 (running_mean by up to")
 
 
 # What has running statistics and is not torch's BatchNorm
@@ -157,7 +159,7 @@ def test_what_looks_like_batch_norm_is_named_in_the_plan_and_the_report(which: s
     build, kind = LOOKALIKES[which]
     net = fill_statistics(nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), build())).train()
     described = str(plan(net))
-    assert described.endswith(f"not frozen, since not torch's BatchNorm: '2' ({kind})")
+    assert described.endswith(f"not frozen, since they are not torch's BatchNorm: '2' ({kind})")
     assert "not torch's" not in str(plan(net, exclude="2"))
     session = FreezeSession(net, lightning_bn.functional.FreezeSelection())
     session.switch(True, 0)
@@ -165,7 +167,7 @@ def test_what_looks_like_batch_norm_is_named_in_the_plan_and_the_report(which: s
     session.end_batch(1)
     assert (
         str(session.close(1))
-        == "1 frozen layer bit-identical over 1 step; not frozen, since not torch's BatchNorm: '2'"
+        == "1 frozen layer bit-identical over 1 step; not frozen, since they are not torch's BatchNorm: '2'"
     )
 
 
@@ -175,13 +177,13 @@ def test_errors_about_no_batch_norm_name_them(which: str) -> None:
     build, kind = LOOKALIKES[which]
     with pytest.raises(SelectionError, match=rf"of another kind: '1' \({kind}\)"):
         plan(nn.Sequential(nn.Linear(3, 4), build()))
-    with pytest.raises(SelectionError, match=rf"of another kind, which nothing here can freeze.*'1\.0' \({kind}\)"):
+    with pytest.raises(SelectionError, match=rf"of another kind, which lightning_bn cannot freeze.*'1\.0' \({kind}\)"):
         plan(nn.Sequential(nn.BatchNorm1d(4), nn.Sequential(build())), "1")
 
 
 def test_backbone_that_is_frozen_by_its_kind_is_told_so() -> None:
     net = nn.Sequential(nn.BatchNorm2d(3), nn.Sequential(FrozenBatchNorm2d(3), FrozenBatchNorm2d(3)))
-    with pytest.raises(SelectionError, match=r"'1' is frozen by its kind \(2 FrozenBatchNorm2ds?\)"):
+    with pytest.raises(SelectionError, match=r"every layer of '1' is a FrozenBatchNorm2d \(2\)"):
         plan(net, "1")
     assert "not torch's" not in str(plan(net))
 
@@ -202,7 +204,7 @@ def test_batch_norm_called_on_a_frozen_layers_buffers_is_found_within_the_bound(
                 F.batch_norm(torch.randn(8, 4), layer.running_mean, layer.running_var, training=True)
             session.end_batch(step + 1)
 
-    with pytest.warns(UserWarning, match="moved and has been put back"):
+    with pytest.warns(UserWarning, match="changed and was restored"):
         run()
     report = session.close(CHECK_EVERY + 1)
     assert {one.change.value for one in report.violations} == {"running_mean", "running_var"}
@@ -227,7 +229,7 @@ def test_values_that_moved_between_two_runs_are_told_of(tmp_path: Any, key: str 
         assert holder.report.identical
         return
     module.shift = (key, 5.0)
-    told = rf"{BODY[0]} \(values \(not what it was frozen with when the checkpoint was saved\)\)"
+    told = rf"{BODY[0]} \(values \(other values were frozen when the checkpoint was saved\)\)"
     with pytest.warns(UserWarning, match=told):
         fit(module, holder, ckpt_path=tmp_path / "one.ckpt", max_epochs=2)
     assert holder.report is not None
@@ -288,7 +290,7 @@ def test_replaced_layers_go_back_to_training_and_nobody_stays_in_eval(hook: str)
         assert holder.report is not None
         assert holder.report.identical
     else:
-        with pytest.warns(UserWarning, match="replaced by another one"):
+        with pytest.warns(UserWarning, match="replaced by another layer"):
             fit(module, holder)
     assert all(layer.training for layer in [*layers(module).values(), *module.removed])
     assert not any(lightning_bn.functional.is_frozen(layer) for layer in [*layers(module).values(), *module.removed])
@@ -404,7 +406,7 @@ class ReplacesOfTask(Labelled):
 
 def test_replaced_layer_of_a_task_is_told_of_and_frozen_from_the_next_full_check_on() -> None:
     module, holder = ReplacesOfTask(), by_task(task_key=f"{__name__}.task_of_all")
-    with pytest.warns(UserWarning, match="replaced by another one"):
+    with pytest.warns(UserWarning, match="replaced by another layer"):
         fit(module, holder, max_epochs=3)
     assert holder.report is not None
     assert not holder.report.identical

@@ -114,7 +114,7 @@ class Bare(CSVLogger):
 
 
 def test_a_logger_that_refuses_them_is_one_warning_and_no_end_of_a_fit(tmp_path: Path) -> None:
-    with pytest.warns(UserWarning, match="BatchNormMonitor: Bare has not taken its settings .changing a parameter"):
+    with pytest.warns(UserWarning, match="BatchNormMonitor: Bare could not log its settings .changing a parameter"):
         trainer = fit(Bare(tmp_path, refuses=True), BatchNormMonitor(report=False))
     assert trainer.global_step == 1
     fit(Bare(tmp_path, refuses=False), BatchNormMonitor(report=False))

@@ -33,9 +33,9 @@ def from_step(start: int, gain: float = 1.0, shift: float = 0.0) -> Any:
 @pytest.mark.parametrize("fault", [from_step(40, gain=2.0), from_step(40, shift=4.0)])
 def test_inputs_that_change_in_mid_run_are_warned_of_once_with_layer_and_step(fault: Any) -> None:
     said = fit(TamperedClassifier(pretrained(), fault, lr=1e-3), monitor(warn_above=0.8))
-    [line] = [line for line in said if "freeze it or give it statistics of its own" in line]
+    [line] = [line for line in said if "freeze it or give each task its own statistics" in line]
     assert FIRST in line
-    assert "since fit start" in line
+    assert "since the start of the fit" in line
     step = int(line.split("step ")[1].split(":")[0])
     assert 40 < step <= 50
 
@@ -127,7 +127,7 @@ def test_inputs_that_are_constant_from_the_start_have_not_died() -> None:
 
 def test_inputs_on_another_scale_explode_in_the_first_layer() -> None:
     said = fit(TamperedClassifier(pretrained(), from_step(40, gain=255.0), lr=1e-4), monitor(), max_epochs=3)
-    [line] = [line for line in said if "running variances x" in line]
+    [line] = [line for line in said if "has running variances" in line and "times those of the reference" in line]
     assert f": {FIRST} has" in line
     assert "0 to 255" in line
     assert not [line for line in said if "alternate" in line]
@@ -207,7 +207,7 @@ def test_a_layer_whose_tracking_was_switched_off_is_stalled() -> None:
     net.bn.track_running_stats = False  # type: ignore[union-attr]
     [line] = fit(TamperedClassifier(net), monitor(every_n_steps=20), max_epochs=2)
     assert "net.bn is in train mode but was not updated" in line
-    assert "its tracking was switched off" in line
+    assert "its track_running_stats was switched off" in line
 
 
 def test_a_layer_in_eval_is_not_called_stalled() -> None:
@@ -312,7 +312,7 @@ def test_two_sources_that_alternate_batch_by_batch_are_named_whatever_the_interv
     said = fit(module, monitor(every_n_steps=every_n_steps), max_epochs=1, count=8 * max(64, 10 * every_n_steps))
     assert len(said) == 1, said
     assert f"{FIRST}" in said[0]
-    assert "is fed by sources that alternate" in said[0]
+    assert "gets its batches from sources that alternate" in said[0]
     assert "lags" not in said[0]
 
 
@@ -484,8 +484,8 @@ def test_a_rank_with_other_data_is_named_once_with_the_first_layer(ranks: Result
     said = [line for line in ranks[0]["other data"]["said"] if "rank 0" in line]
     assert len(said) == 1, ranks[0]["other data"]["said"]
     assert FIRST in said[0]
-    assert "sees data on one rank" in said[0]
-    assert "evaluation uses rank 0's moving average alone" in said[0]
+    assert "gets data on one rank" in said[0]
+    assert "evaluation uses only the moving average of rank 0" in said[0]
 
 
 def test_what_is_not_finite_on_another_rank_alone_is_said(ranks: Results) -> None:
@@ -500,7 +500,7 @@ def test_a_reset_on_one_rank_alone_leaves_neither_waiting(ranks: Results) -> Non
 
 def test_small_batches_of_each_rank_are_named_where_nothing_is_synchronized(ranks: Results) -> None:
     [line] = ranks[0]["small"]["said"]
-    assert "normalizes the 2 samples of each rank on their own" in line
+    assert "normalizes the 2 samples of each rank separately" in line
     assert "Trainer(sync_batchnorm=True) normalizes 4 samples together" in line
     page = (ROOT / "docs" / "distributed.md").read_text()
     assert lines(line.split(": ", 2)[2])[0] in lines(page)

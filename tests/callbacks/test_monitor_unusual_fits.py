@@ -174,7 +174,7 @@ def test_uses_of_one_step_are_told_apart_by_their_inputs(by: float, apart: bool)
     told = warned(lambda: run(monitor(every_n_steps=2), module=TwoUses(by)))
     [line] = [line for line in told if "times per" in line]
     if apart:
-        assert "is used 2 times per step by inputs whose means lie" in line
+        assert "is used 2 times per step with inputs whose means lie" in line
         assert "two tasks or views share it" in line
     else:
         assert "is updated 2 times per batch: it is used more than once in a forward" in line
@@ -205,7 +205,7 @@ def test_session_of_ones_own_says_the_same() -> None:
             sample = session.sample(step, right_after=True)
             assert sample is not None
             said += sample.messages
-    assert any("0 is used 2 times per step by inputs whose means lie 30" in line for line in said)
+    assert any("0 is used 2 times per step with inputs whose means lie 30" in line for line in said)
 
 
 # Outside of a fit
@@ -229,7 +229,7 @@ class WithInstanceNorm(Classifier):
 def test_what_is_not_measured_since_it_only_looks_like_batch_norm_is_named(capsys: pytest.CaptureFixture[str]) -> None:
     run(monitor(report=True), module=WithInstanceNorm())
     said = " ".join(capsys.readouterr().out.split())
-    assert "Not listed, since not torch's BatchNorm: net.features.5 (InstanceNorm2d)." in said
+    assert "Not listed, since they are not torch's BatchNorm: net.features.5 (InstanceNorm2d)." in said
 
 
 def used(shifts: tuple[float, ...], momentum: float | None = 0.1) -> list[str]:
@@ -251,7 +251,7 @@ def used(shifts: tuple[float, ...], momentum: float | None = 0.1) -> list[str]:
 @pytest.mark.parametrize("shifts", [(0, 30), (0, 0, 30), (0, 30, 0), (30, 0, 0)])
 def test_furthest_use_counts_however_many_there_are(shifts: tuple[float, ...], momentum: float | None) -> None:
     [line] = used(shifts, momentum)
-    assert f"is used {len(shifts)} times per step by inputs whose means lie" in line
+    assert f"is used {len(shifts)} times per step with inputs whose means lie" in line
     [line] = used((0,) * len(shifts), momentum)
     assert "it is used more than once in a forward" in line
 

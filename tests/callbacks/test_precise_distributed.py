@@ -241,8 +241,8 @@ def test_a_selection_that_fails_on_one_rank_is_told_on_the_other(ranks: Results)
 
 def test_ranks_that_froze_different_layers_are_told_so(ranks: Results) -> None:
     first, second = (rank["frozen on one"]["told"] for rank in ranks)
-    assert "rank 1 failed, whose own error says why" in first
-    assert second.startswith("FailedAloneError: nothing to recalibrate: 3 selected BatchNorm layers, every one frozen")
+    assert "rank 1 failed: look for its error" in first
+    assert second.startswith("FailedAloneError: nothing to recalibrate: 3 selected BatchNorm layers, all frozen")
 
 
 def test_suite_has_its_scenarios() -> None:

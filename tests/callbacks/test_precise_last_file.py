@@ -142,7 +142,7 @@ def test_one_line_says_where_the_last_file_came_too_early(tmp_path: Path, caplog
     with caplog.at_level(logging.INFO):
         _, _, saved = run(tmp_path, {}, {"save_top_k": -1, "every_n_train_steps": 3}, [])
     assert [path.name for path in saved] == ["step=3.ckpt", "step=6.ckpt"]
-    assert caplog.text.count("the file saved last, at step 6, holds the moving average of then") == 1
+    assert caplog.text.count("the last checkpoint, saved at step 6, holds the moving average of that step") == 1
 
 
 class Fails(pl.Callback):
@@ -161,7 +161,7 @@ def test_one_line_says_what_a_file_saved_after_an_exception_holds(
     with caplog.at_level(logging.INFO), pytest.raises(Broken):
         trainer.fit(Classifier(), train_loader(), val_loader())
     assert [path.name for path in tmp_path.iterdir()] == ["step=6.ckpt"]
-    assert caplog.text.count("the file saved last, at step 6, holds the moving average of then") == 1
+    assert caplog.text.count("the last checkpoint, saved at step 6, holds the moving average of that step") == 1
     assert "save_checkpoint" not in vars(trainer)
 
 

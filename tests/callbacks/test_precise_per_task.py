@@ -188,7 +188,9 @@ class Untold(ByHand):
 
 def test_where_nothing_tells_the_task_it_says_what_to_do_and_the_fit_goes_on() -> None:
     module, precise = Untold(), PreciseBatchNorm(num_batches=2)
-    with pytest.warns(UserWarning, match=r"PreciseBatchNorm: nothing told which task .* 'det', 'seg', 'depth'"):
+    with pytest.warns(
+        UserWarning, match=r"PreciseBatchNorm: .* the tasks 'det', 'seg', 'depth', and it is not known which task"
+    ):
         trainer = run(module, batches_of(["det"] * 3), precise)
     assert trainer.state.finished
     assert precise.last is None
@@ -203,7 +205,9 @@ def test_an_unknown_task_ends_the_fit_and_changes_nothing() -> None:
         def on_validation_start(self, *_: Any) -> None:
             seen.append(sets(module.bank))
 
-    with pytest.raises(ValueError, match=r"task 'sgt'; the statistics are of 'det', 'seg', 'depth'"):
+    with pytest.raises(
+        ValueError, match=r"task 'sgt', but there are statistics only for the tasks 'det', 'seg', 'depth'"
+    ):
         run(module, batches_of(["det"] * 3), PreciseBatchNorm(), Before())
     assert sets(module.bank) == seen[0]
 
@@ -223,7 +227,7 @@ def test_a_set_that_is_written_to_again_is_an_error_that_names_its_task() -> Non
             module.bank.wrote = again  # type: ignore[method-assign]
             super()._recalibrate_now(trainer, module_)
 
-    with pytest.raises(RuntimeError, match=r"net\.body\.1.* written to again"):
+    with pytest.raises(RuntimeError, match=r"net\.body\.1.* changed again after it wrote them"):
         run(module, batches_of(["det", "seg"] * 3), Writing(num_batches=2))
 
 

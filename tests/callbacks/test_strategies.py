@@ -43,7 +43,7 @@ def test_sharded_strategies_are_refused_with_the_reason_when_a_run_is_set_up(bui
     # A Trainer that is given one without a GPU fails by itself.
     trainer._accelerator_connector.strategy = strategy()
     with pytest.raises(
-        MisconfigurationException, match=f"does not support {strategy.__name__}: each rank holds pieces"
+        MisconfigurationException, match=f"does not support {strategy.__name__}, where each rank holds only parts"
     ):
         callback.setup(trainer, Classifier(), "fit")
 

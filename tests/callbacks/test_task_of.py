@@ -26,14 +26,28 @@ def test_a_batch_belongs_to_the_one_task_under_its_key(value: Any, expected: str
     assert TaskOf("task")({"x": 0, "task": value}, 0) == expected
 
 
-@pytest.mark.parametrize("value", [["det", "seg"], torch.tensor([0, 1]), []], ids=str)
-def test_several_tasks_or_none_in_one_batch_are_an_error(value: Any) -> None:
-    with pytest.raises(MisconfigurationException, match=r"task_key='task'.*one task each"):
+@pytest.mark.parametrize(
+    ("value", "way_out"),
+    [
+        (["det", "seg"], "Each batch must be of one task"),
+        (torch.tensor([0, 1]), "Each batch must be of one task"),
+        ([], "Give one task for the whole batch"),
+    ],
+    ids=str,
+)
+def test_several_tasks_or_none_in_one_batch_are_an_error(value: Any, way_out: str) -> None:
+    with pytest.raises(MisconfigurationException, match=rf"task_key='task': one batch holds the tasks .*{way_out}"):
         TaskOf("task")({"task": value}, 0)
 
 
 @pytest.mark.parametrize(
-    ("batch", "found"), [({"x": 1, "y": 2}, r"\['x', 'y'\]"), ((1, 2), "a tuple"), (torch.ones(2), "a Tensor")], ids=str
+    ("batch", "found"),
+    [
+        ({"x": 1, "y": 2}, r"a dict that has only the keys \['x', 'y'\]"),
+        ((1, 2), "a tuple"),
+        (torch.ones(2), "a Tensor"),
+    ],
+    ids=str,
 )
 def test_a_batch_without_the_key_is_an_error_that_shows_what_it_is(batch: Any, found: str) -> None:
     with pytest.raises(MisconfigurationException, match=rf"task_key='task': the batch is {found}.*import path"):

@@ -261,7 +261,9 @@ def test_frozen_in_every_batch_all_tasks_sets_are_proven() -> None:
 def test_batch_of_which_nothing_tells_the_task_is_an_error_in_each_stage(stage: str) -> None:
     loader = loader_of(batches_of([None] * 3))
     trainer = quiet(callbacks=[callback(task_key=None)], max_epochs=1)
-    with pytest.raises(MisconfigurationException, match=r"nothing tells the task .*'net\.body\.1'.*unlabelled="):
+    with pytest.raises(
+        MisconfigurationException, match=r"it is not known which task a batch belongs to .*'net\.body\.1'.*unlabelled="
+    ):
         getattr(trainer, stage)(TasksModule(), loader, *([loader] if stage == "fit" else []))
 
 
@@ -291,13 +293,13 @@ def test_forward_outside_of_contexts_while_they_are_used_is_told_once() -> None:
 
 
 def test_unknown_task_is_named_with_batch_and_those_that_there_are() -> None:
-    message = r"batch 1: there is no task 'sag', but 'det', .*Closest: 'seg'"
+    message = r"batch 1: there is no task 'sag'; the tasks are 'det', .*Closest: 'seg'"
     with pytest.raises(MisconfigurationException, match=message):
         fit(TasksModule(), batches_of(["det", "sag"]), callback())
 
 
 def test_task_that_no_batch_of_the_first_epoch_had_is_told_once() -> None:
-    with pytest.warns(UserWarning, match=r"names 'depth', but in epoch 0 no batch.*seen: 'det', 'seg'") as told:
+    with pytest.warns(UserWarning, match=r"names 'depth', but no batch in epoch 0.*seen: 'det', 'seg'") as told:
         fit(TasksModule(), batches_of(["det", "seg"]), callback(), max_epochs=3)
     assert len([one for one in told if "tasks names" in str(one.message)]) == 1
 
@@ -305,15 +307,15 @@ def test_task_that_no_batch_of_the_first_epoch_had_is_told_once() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"tasks": []}, "none is given"),
-        ({"tasks": ["a", "a"]}, "'a' is there twice"),
-        ({"tasks": ["mixture"]}, "no name of one"),
+        ({"tasks": []}, "no task is given"),
+        ({"tasks": ["a", "a"]}, "'a' is given twice"),
+        ({"tasks": ["mixture"]}, "is not a name of a task"),
         ({"default": "deth"}, "default='deth'"),
         ({"start": "slow"}, "start='slow'"),
         ({"unlabelled": "none"}, "unlabelled='none'"),
         ({"val_tasks": ["det", "sag"]}, "'sag'"),
         ({"val_tasks": {"valid": ["det"]}}, "'valid'"),
-        ({"val_tasks": "det"}, "one for each loader"),
+        ({"val_tasks": "det"}, "one name for each loader"),
         ({"task_key": "no.such.function"}, "task_key='no.such.function'"),
         ({"merge": "yes"}, "merge='yes'"),
     ],
@@ -324,7 +326,7 @@ def test_arguments_are_looked_at(arguments: dict[str, Any], message: str) -> Non
 
 
 def test_val_tasks_of_another_length_than_the_loaders() -> None:
-    with pytest.raises(MisconfigurationException, match=r"2 tasks for val .det, seg., and there is 1 loader"):
+    with pytest.raises(MisconfigurationException, match=r"2 tasks for val .det, seg., but there is 1 loader"):
         fit(TasksModule(), batches_of(["det"]), callback(val_tasks=["det", "seg"]), val=[batches_of(["det"])])
 
 
@@ -370,7 +372,7 @@ def test_checkpointed_forward_of_a_labelled_batch_moves_its_own_tasks_statistics
 
 
 def test_checkpointed_forward_across_a_context_is_an_error() -> None:
-    with pytest.raises(RecomputationError, match=r"'net\.body\..'.*Put the backward into the context"):
+    with pytest.raises(RecomputationError, match=r"'net\.body\..'.*Call the backward inside the context"):
         fit(CheckpointedTasks(), joint(2), callback(task_key=None))
 
 
@@ -458,9 +460,9 @@ def test_state_is_tensors_and_plain_values(tmp_path: Any) -> None:
 
 def test_task_fewer_task_more_and_another_default(tmp_path: Any, caplog: pytest.LogCaptureFixture) -> None:
     first = saved(tmp_path / "c.ckpt")
-    with pytest.raises(MisconfigurationException, match=r"task 'depth', which is none of det, seg.*given_up"):
+    with pytest.raises(MisconfigurationException, match=r"task 'depth', but tasks has only det, seg.*given_up"):
         resume(tmp_path / "c.ckpt", tasks=["det", "seg"])
-    with pytest.raises(MisconfigurationException, match=r"'seg', which is none of det, depth, mask"):
+    with pytest.raises(MisconfigurationException, match=r"'seg', but tasks has only det, depth, mask"):
         resume(tmp_path / "c.ckpt", tasks=["det", "depth", "mask"])
     fewer = resume(tmp_path / "c.ckpt", tasks=["det", "seg"], given_up=["depth"])
     assert sets(fewer.bank).items() <= sets(first.bank).items()
@@ -469,7 +471,7 @@ def test_task_fewer_task_more_and_another_default(tmp_path: Any, caplog: pytest.
         swapped = resume(tmp_path / "c.ckpt", default="seg")
     assert sets(first.bank).items() <= sets(more.bank).items()
     assert "task 'mask' is new" in caplog.text
-    assert "the default task is 'seg', and was 'det'" in caplog.text
+    assert "the default task was 'det' when this was saved, and is 'seg' now" in caplog.text
     assert sets(swapped.bank) == sets(first.bank)
 
 
@@ -480,7 +482,7 @@ def test_checkpoint_without_sets_starts_all_tasks_from_its_statistics(
     fit(module, batches_of(["det"] * 3)).save_checkpoint(tmp_path / "c.ckpt")
     with caplog.at_level("INFO"):
         tasks = resume(tmp_path / "c.ckpt")
-    assert "no statistics per task: 'det', 'seg', 'depth' all start from" in caplog.text
+    assert "no statistics per task: 'det', 'seg', 'depth' all start with the running statistics of" in caplog.text
     means = {bits(one["net.body.1"]["running_mean"]) for _, one in tasks.bank.parts()}
     assert means == {bits(module.net.body[1].running_mean)}
 
@@ -661,7 +663,7 @@ def test_label_that_is_none_tells_nothing() -> None:
         "det": 1,
         "seg": 2,
     }
-    with pytest.raises(MisconfigurationException, match="nothing tells the task"):
+    with pytest.raises(MisconfigurationException, match="it is not known which task a batch belongs to"):
         fit(TasksModule(), batches[1:], callback())
 
 
@@ -672,7 +674,7 @@ def test_callback_can_be_pickled_after_a_run() -> None:
 
 
 def test_task_that_is_given_up_is_none_of_the_tasks() -> None:
-    with pytest.raises(MisconfigurationException, match=r"given_up=.*'det' is one of tasks="):
+    with pytest.raises(MisconfigurationException, match=r"given_up=.*'det' is in tasks="):
         callback(given_up=["det"])
     assert callback(given_up="old").given_up == ["old"]
 
@@ -697,9 +699,9 @@ def test_recomputation_for_a_task_that_ran_as_often_without_checkpointing_is_an_
             with lightning_bn.task("seg"):
                 self.manual_backward((first + self.net(batch["x"])).square().mean())
 
-    with pytest.raises(RecomputationError, match=r"for task 'det', which was that of task 'seg'"):
+    with pytest.raises(RecomputationError, match=r"for task 'det', but that forward was of task 'seg'"):
         fit(Labelled(), batches_of(["det"] * 3), callback())
-    with pytest.raises(RecomputationError, match=r"for task 'seg', which was that of task 'det'"):
+    with pytest.raises(RecomputationError, match=r"for task 'seg', but that forward was of task 'det'"):
         fit(ByHand(), batches_of([None] * 3), callback(task_key=None))
 
 
@@ -716,7 +718,7 @@ def test_layer_that_is_replaced_is_watched_too() -> None:
     with (
         pytest.warns(UserWarning, match="were replaced"),
         pytest.warns(UserWarning, match="outside of any task's context"),
-        pytest.raises(MisconfigurationException, match="nothing tells the task"),
+        pytest.raises(MisconfigurationException, match="it is not known which task a batch belongs to"),
     ):
         fit(Forgets(), batches_of(["det", "seg", "det", None]), callback(task_key=None), Replaces())
 

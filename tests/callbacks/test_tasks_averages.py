@@ -142,7 +142,7 @@ def test_recalibration_before_the_last_file_is_of_the_averages() -> None:
 @pytest.mark.filterwarnings("ignore:tensors of 3 BatchNorm layers with statistics per task were replaced")
 def test_another_kind_of_average_is_named() -> None:
     with pytest.warns(
-        UserWarning, match="'StochasticWeightAveraging' averages the statistics of the default task 'det'"
+        UserWarning, match="'StochasticWeightAveraging' averages only the statistics of the default task 'det'"
     ):
         fit(TasksModule(), batches_of(TASKS), StochasticWeightAveraging(0.1, swa_epoch_start=5), callback())
 

@@ -111,18 +111,18 @@ def test_what_does_not_go_together_is_refused_by_name() -> None:
             with lightning_bn.task("seg"):
                 return super().training_step(batch, batch_idx)
 
-    with pytest.raises(RuntimeError, match="task 'seg' begins inside rows of several tasks"):
+    with pytest.raises(RuntimeError, match="task 'seg' begins inside a context of rows of several tasks"):
         fit(Context(), mixed(1), callback())
-    with pytest.raises(MisconfigurationException, match=r"there is no task 'sag', but 'det'"):
+    with pytest.raises(MisconfigurationException, match=r"there is no task 'sag'; the tasks are 'det'"):
         fit(TasksModule(), [{**batch_of("det", 0), "task": ["det", "sag"] * 4}], callback())
     with pytest.raises(MisconfigurationException, match=r"tasks \['None', 'det'\]\. .*a task for each sample"):
         fit(TasksModule(), [{**batch_of("det", 0), "task": ["det", None] * 4}], callback())
-    with pytest.raises(ValueError, match=r"was given 8 rows, and rows\(\) names the tasks of 4"):
+    with pytest.raises(ValueError, match=r"got 8 rows, but rows\(\) names the tasks of 4"):
         fit(TasksModule(), [{**batch_of("det", 0), "task": ["det", "seg"] * 2}], callback())
-    with pytest.raises(MisconfigurationException, match=r"one batch holds the tasks .*one task each"):
+    with pytest.raises(MisconfigurationException, match=r"one batch holds the tasks .*Each batch must be of one task"):
         fit(TasksModule(), mixed(3), callback(), PreciseBatchNorm(), val=[mixed(1)])
     freezer = BatchNormFreezer(root="net", by_task={"seg": ["body.1"]}, task_key="task")
-    with pytest.raises(MisconfigurationException, match=r"one batch holds the tasks .*one task each"):
+    with pytest.raises(MisconfigurationException, match=r"one batch holds the tasks .*Each batch must be of one task"):
         fit(TasksModule(initial=False), mixed(3), callback(), freezer)
 
 

@@ -90,7 +90,7 @@ def test_a_checkpoint_that_trained_on_since_the_recalibration_says_so(tmp_path, 
     content = torch.load(path, weights_only=True)
     content["global_step"] += 5
     torch.save(content, path)
-    assert "its weights have moved since" in found("inspect", path)[1]["callbacks"]["PreciseBatchNorm"]
+    assert "its weights have changed since then" in found("inspect", path)[1]["callbacks"]["PreciseBatchNorm"]
 
 
 def test_statistics_of_tasks_are_listed_and_compared(tmp_path, found):

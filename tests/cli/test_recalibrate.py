@@ -91,7 +91,7 @@ def test_several_files_are_averaged(command: Any, config: str, tmp_path: Path) -
             ("--ckpt_path", "none.ckpt", "--out", "train.yaml"),
             "train.yaml exists: choose another --out, or pass --over",
         ),
-        (("--ckpt_path", "in.ckpt", "--out", "sub"), "sub is a folder: name the file that is to be written, for"),
+        (("--ckpt_path", "in.ckpt", "--out", "sub"), "sub is a folder: name the file to write, for"),
         (("--ckpt_path", "in.ckpt", "--out", "in.ckpt/out.ckpt"), "in.ckpt is not a folder: choose another --out"),
         (("--ckpt_path", "in.ckpt", "--out", "dangling/out.ckpt"), "dangling is not a folder: choose another --out"),
         (("--ckpt_path", "in.ckpt", "--out", "/proc/none/out.ckpt"), "nothing can be written to /proc ("),

@@ -48,7 +48,7 @@ def test_tasks_that_have_all_seen_batches_are_well(wrapped, bank, save, command)
     code, said = command("tasks", save(lightning(model, sets, wrapped)))
     assert code == 0
     assert said.startswith("Updates of each task's statistics: det 30, seg 30\n")
-    assert "A set for each task: modules: [" in said
+    assert "Layers that need a set for each task: modules: [" in said
     assert max(map(len, said.splitlines())) <= 80
 
 
@@ -91,7 +91,7 @@ def test_many_tasks_are_listed_in_pairs_where_a_matrix_is_too_wide(save, command
 def test_a_file_without_tasks_says_so(trained, save, command):
     code, said = command("tasks", save(trained))
     assert code == 2
-    assert "What its state dict holds serves all tasks." in said
+    assert "The statistics in its state dict are used for all tasks." in said
 
 
 @pytest.mark.parametrize("part", ["running_mean", "running_var"])

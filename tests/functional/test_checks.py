@@ -10,7 +10,7 @@ def test_what_is_no_whole_number_from_one_on_is_refused_by_name(value: object) -
     with pytest.raises(ValueError, match="num_batches=") as caught:
         check_whole("num_batches", value, 1)
     assert repr(value) in str(caught.value)
-    assert "a whole number from 1 on" in str(caught.value)
+    assert "a whole number, 1 or more" in str(caught.value)
 
 
 def test_none_is_allowed_where_it_means_something_and_the_error_says_what() -> None:

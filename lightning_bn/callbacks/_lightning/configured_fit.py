@@ -108,13 +108,13 @@ def _described(path: str, model: Any, data: Any) -> dict[str, Any]:
         # Of a command with subcommands.
         described = described["fit"]
     if not isinstance(described, dict) or "model" not in described:
-        raise ConfigurationError(f"{path} has no key 'model': it is not what LightningCLI trains from.")
+        raise ConfigurationError(f"{path} has no key 'model': it is not a configuration of LightningCLI.")
     for key, given in (("model", model), ("data", data)):
         value = described.get(key, {"class_path": ""})
         if given is None and value is not None and not (isinstance(value, dict) and "class_path" in value):
             raise ConfigurationError(
-                f"{path} has no class_path under '{key}', since the command that it belongs to knows the class: name "
-                f"it with --{key} import.path:Class."
+                f"{path} has no class_path under '{key}': the command that wrote it knows the class. Name the class "
+                f"with --{key} import.path:Class."
             )
     return {key: value for key, value in described.items() if key not in _OF_SUBCOMMANDS}
 

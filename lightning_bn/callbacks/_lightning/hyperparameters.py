@@ -38,4 +38,4 @@ def log_hyperparameters(trainer: Trainer, of: str, settings: Mapping[str, Any]) 
             else:
                 logger.log_hyperparams(values)
         except Exception as error:
-            rank_zero_warn(f"{of}: {type(logger).__name__} has not taken its settings ({error})")
+            rank_zero_warn(f"{of}: {type(logger).__name__} could not log its settings ({error})")

@@ -19,7 +19,9 @@ def train_loaders(trainer: Trainer) -> tuple[Any, str]:
     """
     combined = trainer.fit_loop._combined_loader
     if combined is None:
-        raise MisconfigurationException("the Trainer has no training loader: there is nothing to recalibrate from.")
+        raise MisconfigurationException(
+            "the Trainer has no training loader, so there are no batches to recalibrate from."
+        )
     return combined.iterables, combined._mode
 
 

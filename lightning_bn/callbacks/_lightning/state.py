@@ -71,12 +71,12 @@ def refuse_strategy(trainer: Trainer, callback: Callback) -> None:
     sharding = [base.__name__ for base in type(trainer.strategy).__mro__ if base.__name__ in _SHARDING]
     if sharding:
         raise MisconfigurationException(
-            f"{this} does not support {sharding[0]}: each rank holds pieces of the parameters there, where this "
-            f"package reads, freezes and compares whole weights, and runs the module without its wrapper. Use "
-            f"strategy='ddp', or leave the callback out."
+            f"{this} does not support {sharding[0]}, where each rank holds only parts of the parameters: this package "
+            "reads, freezes and compares whole weights, and runs the module without its wrapper. Use strategy='ddp', "
+            "or leave the callback out."
         )
     if trainer.world_size > 1 and not (dist.is_available() and dist.is_initialized()):
         raise MisconfigurationException(
             f"{this} does not support {name} with {trainer.world_size} processes: it has no torch.distributed process "
-            f"group, through which ranks agree. Use strategy='ddp' or one device, or leave the callback out."
+            "group, which the ranks need to agree. Use strategy='ddp' or one device, or leave the callback out."
         )

@@ -98,7 +98,7 @@ def copied(value: Any, leave: tuple[type, ...] = ()) -> Any:
     drawn = [type(held).__name__ for held in copier.uncopied if hasattr(type(held), "__next__")]
     if drawn:
         raise MisconfigurationException(
-            f"PreciseBatchNorm: the loaders hold a {drawn[0]}, which has no copy. {CHOICES}"
+            f"PreciseBatchNorm: the loaders hold a {drawn[0]}, which cannot be copied. {CHOICES}"
         )
     return copy
 

@@ -113,9 +113,9 @@ def refuse_drawn_once(module: LightningModule, step: str) -> None:
     for path, value in held_by(module) if step == "training_step" else ():
         if is_shared(value) or is_iterator(value):
             raise MisconfigurationException(
-                f"PreciseBatchNorm(step={step!r}): {path} ({type(value).__name__}) can be drawn from only once, and "
-                f"{step} would take from it in a recalibration what training then misses. Choose step='forward' or "
-                f"a method of your own that runs the network on a batch and does not use it."
+                f"PreciseBatchNorm(step={step!r}): {path} ({type(value).__name__}) gives each item only once: items "
+                f"that {step} takes during a recalibration would be missing in training. Choose step='forward' or a "
+                "method of your own that runs the network on a batch and does not use it."
             )
 
 
@@ -129,8 +129,8 @@ def refuse_shared(loaders: Any, path: str) -> None:
         if is_shared(value) or isinstance(value, _BaseDataLoaderIter):
             of = "" if where == path else f" below a {type(loaders).__name__}"
             raise MisconfigurationException(
-                f"PreciseBatchNorm: {where} ({type(value).__name__}){of} can be drawn from only once, "
-                f"so that a second pass would take batches from training. {CHOICES}"
+                f"PreciseBatchNorm: {where} ({type(value).__name__}){of} gives each item only once: a second pass "
+                f"would take batches away from training. {CHOICES}"
             )
 
 
@@ -154,8 +154,8 @@ def below(root: Any, path: str, leave: tuple[type, ...] = ()) -> Iterator[tuple[
         seen[id(value)] = value
         if len(seen) > _MOST:
             rank_zero_warn(
-                f"PreciseBatchNorm looked at the first {_MOST:,} objects below {path} for files, queues and iterators "
-                f"that a second run would take from, and not at the rest."
+                f"PreciseBatchNorm looked for files, queues and iterators in the first {_MOST:,} objects below "
+                f"{path}, and not in the rest: a recalibration would take items away from training there."
             )
             return
         yield where, value

@@ -35,7 +35,7 @@ def failures_told(trainer: Trainer, step: str, selected: Callable[[], int]) -> I
         yield
     except result.AllFrozenError:
         layers = counted(selected(), "selected layer")
-        rank_zero_info(f"PreciseBatchNorm: {layers}, every one frozen: nothing to recalibrate")
+        rank_zero_info(f"PreciseBatchNorm: {layers}, all frozen: nothing to recalibrate")
     except SelectionError as error:
         # Right when the fit began: a layer was taken out of the model since.
         if not in_training_fit(trainer):

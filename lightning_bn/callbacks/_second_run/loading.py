@@ -74,7 +74,8 @@ def _received(connection: Connection, process: Any) -> Generator[Any, None, None
             process.join(_PATIENCE)
             raise MisconfigurationException(
                 f"PreciseBatchNorm: the process that loaded the batches ended with exit code {process.exitcode} (a "
-                f"negative one is a signal: -7 means that shared memory is full, -9 often that memory is). {CHOICES}"
+                "negative code is a signal: -7 means that shared memory was full, -9 often that memory was). "
+                f"{CHOICES}"
             ) from error
         kind, value = pickle.loads(received)
         if kind == "error":
@@ -115,8 +116,8 @@ def _packed(batch: Any) -> Any:
         return dumps(("batch", batch))
     except Exception as error:
         raise MisconfigurationException(
-            f"PreciseBatchNorm: the second pass over the training loaders runs in a process of its own, and its "
-            f"batches cannot be handed over ({type(error).__name__}: {error}). {CHOICES}"
+            "PreciseBatchNorm: the second pass over the training loaders runs in another process, and its batches "
+            f"cannot be sent from there ({type(error).__name__}: {error}). {CHOICES}"
         ) from error
 
 

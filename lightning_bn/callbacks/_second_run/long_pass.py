@@ -9,6 +9,7 @@ from typing import Any
 
 from lightning_bn.callbacks._lightning.namespaces import Trainer, rank_zero_info
 from lightning_bn.callbacks._lightning.progress import Update, bar_beside
+from lightning_bn.functional._text import counted
 
 LONG = 3.0
 """Seconds after which a pass says that it is under way."""
@@ -30,7 +31,9 @@ def shown_when_long(trainer: Trainer, batches: Iterable[Any], total: float) -> G
                 told = True
                 update = stack.enter_context(bar_beside(trainer, "Recalibration", total, number))
                 if update is None:
-                    rank_zero_info(f"PreciseBatchNorm: recalibrating, {number:,} batches in {LONG:.0f} s so far")
+                    rank_zero_info(
+                        f"PreciseBatchNorm: recalibrating, {counted(number, 'batch', 'batches')} in {LONG:.0f} s so far"
+                    )
             if update is not None:
                 update(number)
             yield batch

@@ -27,12 +27,12 @@ from lightning_bn.functional.recalibration.stopping import StoppingRule
 
 Source: TypeAlias = Literal["train", "recent"]
 _ENDLESS = (
-    "PreciseBatchNorm(num_batches=None): {} does not say how long it is, and a pass over a loader that never ends "
-    "would not end either. Set num_batches or num_samples."
+    "PreciseBatchNorm(num_batches=None): {} has no length, and over a loader without end the pass would not end. "
+    "Set num_batches or num_samples."
 )
 NO_SOURCE = (
-    "outside of a fit there is nothing to recalibrate from without a source_method; what is evaluated are the "
-    "statistics that the layers hold"
+    "outside of a fit it has no batches to recalibrate from: the evaluation uses the statistics that the layers "
+    "hold. To recalibrate here too, set source_method"
 )
 TRAINING = "train_dataloader"
 
@@ -79,8 +79,8 @@ def batches_for(
         method, epoch = lambda: loaders, trainer.num_training_batches
     if not forked:
         rank_zero_warn(
-            f"PreciseBatchNorm: this process cannot be forked, so that copies of the loaders and of their data are "
-            f"iterated in it; random state that lies elsewhere moves. {CHOICES}"
+            "PreciseBatchNorm: this process cannot be forked, so it iterates copies of the loaders and of their data "
+            f"itself. This advances any random generator that was not copied with them. {CHOICES}"
         )
 
     def opened() -> AbstractContextManager[Iterator[Any]]:
@@ -139,7 +139,7 @@ def loader_method(trainer: Trainer, module: LightningModule, method: str) -> Cal
         else:
             why = f"the {owner}, {type(owners[owner]).__name__}, has no method {name!r}"
         raise MisconfigurationException(
-            f"PreciseBatchNorm(source_method={method!r}): {why}. Name 'datamodule.' or 'module.' and a method that "
-            f"returns a loader."
+            f"PreciseBatchNorm(source_method={method!r}): {why}. Give 'datamodule.' or 'module.' with the name of a "
+            "method that returns a loader."
         )
     return found  # type: ignore[no-any-return]

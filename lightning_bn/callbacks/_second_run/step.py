@@ -94,8 +94,8 @@ def isolated_step(
                 if hasattr(error, "add_note"):  # Python 3.11
                     error.add_note(
                         f"PreciseBatchNorm was running {type(module).__name__}.{step} outside of training, without "
-                        f"gradients. If it cannot run there, choose another step=: 'forward', 'predict_step' or a "
-                        f"method of your own that runs the network on a batch."
+                        "gradients. If it cannot run this way, choose another step=: 'forward', 'predict_step' or a "
+                        "method of your own that runs the network on a batch."
                     )
                 raise
 
@@ -151,8 +151,9 @@ def _say_shared(module: nn.Module, step: str, shared: Sequence[Any], said: set[s
     said.update(paths)
     if paths:
         rank_zero_info(
-            f"PreciseBatchNorm: {quoted(paths)} cannot be copied: what {step} does with it in a recalibration stays. "
-            f"If that matters, choose step='forward' or a method of your own that does not use it."
+            f"PreciseBatchNorm: {quoted(paths)} cannot be copied: changes that {step} makes to it during a "
+            "recalibration are not undone. If that matters, choose step='forward' or a method of your own that does "
+            "not use it."
         )
 
 

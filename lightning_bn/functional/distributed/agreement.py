@@ -80,7 +80,7 @@ def _differences(of_ranks: Sequence[list[tuple[str, str]] | None], most: int = 5
     """What the processes do not share, in words."""
     failed = [str(rank) for rank, facts in enumerate(of_ranks) if facts is None]
     if failed:
-        return f"rank {', '.join(failed)} failed, whose own error says why"
+        return f"rank {', '.join(failed)} failed: look for its error"
     known = [dict(facts or []) for facts in of_ranks]
     names = dict.fromkeys(name for facts in known for name in facts)
     differing = [name for name in names if len({facts.get(name) for facts in known}) > 1]
@@ -91,4 +91,4 @@ def _differences(of_ranks: Sequence[list[tuple[str, str]] | None], most: int = 5
         values = [facts.get(name, "not there").strip("'") for facts in known]
         said.append(f"{name} ({', '.join(f'rank {rank}: {value}' for rank, value in enumerate(values))})")
     more = len(differing) - most
-    return "; ".join(said) + (f"; and {more} more" if more > 0 else "")
+    return "; ".join(said) + (f"; {counted(more, 'more difference')}" if more > 0 else "")

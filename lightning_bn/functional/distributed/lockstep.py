@@ -69,21 +69,22 @@ class Lockstep:
         if failed:
             self._together = False
             raise RuntimeError(
-                f"recalibration failed on {failed} of {world} processes, whose own error "
-                f"says why. Nothing was changed on this one."
+                f"recalibration failed on {failed} of {world} processes: look for their errors. Nothing was changed "
+                "on this process."
             )
         mixed = {str(one): count for one, count in zip(self._tasks, others[2 * parts :], strict=True) if count}
         if squares - 2 * own * sums + world * own**2 or (not anybody_ended and len(mixed) > 1):
             self._together = False
             found = ", ".join(f"{one!r} on {count}" for one, count in mixed.items())
             what = (
-                f"the next batch is of task {found} of them"
+                f"the next batch is of task {found} of the processes"
                 if len(mixed) > 1
                 else f"this one ran the tasks {list(ran)}"
             )
             raise DisagreementError(
-                f"the processes run batches of different tasks at the same time ({what}), and the forwards of "
-                f"SyncBatchNorm layers wait for each other: give all of them a batch of one task. Nothing was changed."
+                f"the processes run batches of different tasks at the same time ({what}), but SyncBatchNorm "
+                "normalizes the batches of all processes together: give all processes a batch of the same task. "
+                "Nothing was changed."
             )
         wanted = [
             all_precise < world and (enough_samples is None or total < enough_samples)

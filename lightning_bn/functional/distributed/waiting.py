@@ -26,7 +26,7 @@ def waiting(who: str) -> Iterator[None]:
     except RuntimeError as error:
         if isinstance(error, dist.DistError) or any(word in str(error).lower() for word in _LOST):
             raise RuntimeError(
-                f"{who} waited for another process, which failed, was too late or did something else; its own error "
-                f"says why. What was asked for has ended, and nothing was changed on this process."
+                f"{who} waited for another process, which failed, came too late or did something else: look for the "
+                "error of that process. This call was stopped, and nothing was changed on this process."
             ) from error
         raise

@@ -51,7 +51,7 @@ def changes_of(key: tuple[str, str], before: Tensor, now: Tensor | None) -> list
     """
     before = before.reshape(-1)
     if now is None:
-        return [Change(*key, math.nan, "it was taken away")]
+        return [Change(*key, math.nan, "it was removed")]
     now = now.detach().reshape(-1)
     if same_bits(now, before):
         return []

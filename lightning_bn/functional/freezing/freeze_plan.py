@@ -76,9 +76,9 @@ class FreezePlan:
         weights, verb = counted(self.others, "other weight"), "trains" if self.others == 1 else "train"
         rest = f"; {weights} below these paths still {verb}" if self.others else ""
         by_task = sum(bool(layer.tasks) for layer in frozen)
-        only = f", {by_task} of them in batches of their tasks only" if by_task else ""
+        only = f", {by_task} of them only in batches of their tasks" if by_task else ""
         kinds = ", ".join(f"{name!r} ({kind})" for name, kind in self.lookalikes.items())
-        alike = f"; not frozen, since not torch's BatchNorm: {kinds}" if kinds else ""
+        alike = f"; not frozen, since they are not torch's BatchNorm: {kinds}" if kinds else ""
         layers = counted(len(self.layers), "layer")
         return f"{len(frozen)} of {layers} frozen{when} ({words}) by {rules}{only}{rest}{alike}"
 

@@ -49,7 +49,7 @@ class FreezeSelection:
         check_freezes(stats=self.stats, affine=self.affine)
         are_constants(stats=self.stats, affine=self.affine, memory_efficient=self.memory_efficient)
         if self.by_task is not None and not isinstance(self.by_task, Mapping):
-            raise ValueError(f"by_task={self.by_task!r} must say which modules for which task: {{'task': ['path']}}.")
+            raise ValueError(f"by_task={self.by_task!r} must give the modules of each task: {{'task': ['path']}}.")
         for task in self.by_task or {}:
             check_text("a task in by_task", task)
         # Each of them refuses what it cannot read.

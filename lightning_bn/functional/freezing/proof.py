@@ -50,4 +50,4 @@ class FreezeProof(tuple[str, ...]):
     def __str__(self) -> str:
         changes, layers = self.changes(), counted(len(self), "frozen layer")
         moved = in_words([Violation(change, None) for change in changes])
-        return f"{layers}; moved: {moved}" if changes else f"{layers} bit-identical"
+        return f"{layers}; changed: {moved}" if changes else f"{layers} bit-identical"

@@ -41,8 +41,8 @@ class RecomputationGuard:
     def _refuse(self, name: str, task: str | None, _: nn.Module, __: Any) -> None:
         if in_backward() and not self._is_frozen(name):
             raise RecomputationError(
-                f"BatchNorm layer {named(name)} was frozen for task {task!r} when its forward ran, and the "
-                f"backward runs it "
-                f"again (activation checkpointing) after the context of the task has ended: it would train, with moved "
-                f"statistics and wrong gradients. Put the backward into the context, or label the batch (task_key=)."
+                f"BatchNorm layer {named(name)} was frozen for task {task!r} in the forward. The backward runs that "
+                "forward again (activation checkpointing) after the context of the task has ended, where the layer "
+                "is not frozen: its statistics would move, and gradients would be wrong. Call the backward inside "
+                "the context, or label the batch (task_key=)."
             )

@@ -66,7 +66,10 @@ class FreezeReport:
         steps = counted(self.steps, "step")
         if self.violations:
             frozen = counted(len(self.layers) + len(self.task_layers), "frozen layer")
-            return f"{frozen} over {steps}; moved by others and put back: {in_words(self.violations)}{self._others()}"
+            return (
+                f"{frozen} over {steps}; changed by other code and restored: "
+                f"{in_words(self.violations)}{self._others()}"
+            )
         said = [f"{counted(len(self.layers), 'frozen layer')} bit-identical over {steps}"] if self.layers else []
         if self.task_layers:
             layers = counted(len(self.task_layers), "layer")
@@ -76,7 +79,7 @@ class FreezeReport:
         return "; ".join(said) + self._others()
 
     def _others(self) -> str:
-        return f"; not frozen, since not torch's BatchNorm: {quoted(self.others)}" if self.others else ""
+        return f"; not frozen, since they are not torch's BatchNorm: {quoted(self.others)}" if self.others else ""
 
     def state_dict(self) -> dict[str, Any]:
         """Return it as strings, numbers, lists and dicts only."""

@@ -39,7 +39,10 @@ class FreezeSchedule:
         for unit in ("epoch", "step"):
             start, stop = getattr(self, f"start_{unit}"), getattr(self, f"stop_{unit}")
             if start is not None and stop is not None and (start < 0) == (stop < 0) and stop <= start:
-                raise ValueError(f"start_{unit}={start} with stop_{unit}={stop} is never on: stop after the start.")
+                raise ValueError(
+                    f"start_{unit}={start} with stop_{unit}={stop} freezes nothing: stop_{unit} must be larger than "
+                    f"start_{unit}."
+                )
 
     @property
     def counts_from_the_end(self) -> bool:
@@ -65,7 +68,8 @@ class FreezeSchedule:
         if self.counts_from_the_end and (max_epochs is None or max_epochs < 0):
             raise ValueError(
                 f"start_epoch={self.start_epoch}, stop_epoch={self.stop_epoch}: a negative epoch counts from the end, "
-                f"but max_epochs={max_epochs} leaves the number of epochs open: set max_epochs or use steps."
+                f"but max_epochs={max_epochs} does not say how many there are: set max_epochs, or use start_step and "
+                "stop_step."
             )
 
         def absolute(bound: int | None) -> int | None:

@@ -167,7 +167,7 @@ class FreezeSession:
         """Compare all frozen values bit by bit, restore what changed, and tell what was not known before."""
         if self.phase is not FreezePhase.VERIFIED:
             return
-        changes = [Change(name, "layer", cause="replaced by another one") for name in self._take_replaced()]
+        changes = [Change(name, "layer", cause="replaced by another layer") for name in self._take_replaced()]
         self._baselines[0] = self._baselines[0].for_layers(self._always) if changes else self._baselines[0]
         changes += self._baselines[0].changes()
         if changes:
@@ -263,7 +263,7 @@ class FreezeSession:
 
     def _compare_with_checkpoint(self, baseline: Baseline) -> None:
         """Tell of layers frozen from the first batch on, which the run before had frozen with other values."""
-        then, cause = self._before.digests, "not what it was frozen with when the checkpoint was saved"
+        then, cause = self._before.digests, "other values were frozen when the checkpoint was saved"
         now = baseline.digests() if then and not self._batches else {}
         self._record(Change(name, "values", cause=cause) for name in now if then.get(name, now[name]) != now[name])
 
@@ -292,7 +292,7 @@ class FreezeSession:
 
 
 def _warn(violations: Sequence[Violation]) -> None:
-    warnings.warn(f"a frozen value was moved and has been put back: {in_words(violations)}", stacklevel=2)
+    warnings.warn(f"a frozen value changed and was restored: {in_words(violations)}", stacklevel=2)
 
 
 def _put_into_eval(layer: nn.Module, _: Any) -> None:

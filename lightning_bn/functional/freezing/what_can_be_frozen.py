@@ -34,13 +34,13 @@ def are_constants(*, stats: bool, affine: bool, memory_efficient: bool | None) -
     Raises:
         ValueError: If ``memory_efficient`` asks for what the others do not allow.
     """
-    check_flag("memory_efficient", memory_efficient, none="for wherever stats and affine are frozen")
+    check_flag("memory_efficient", memory_efficient, none="to use it where stats and affine are frozen")
     both = stats and affine
     if memory_efficient and not both:
         trained = "affine" if stats else "stats"
         raise ValueError(
-            f"memory_efficient=True with {trained}=False: the backward of what is trained needs the layer's input. "
-            f"Freeze both, or leave memory_efficient out."
+            f"memory_efficient=True with {trained}=False: to train this part, the backward needs the layer's input. "
+            "Freeze both stats and affine, or leave memory_efficient out."
         )
     return both and memory_efficient is not False
 
@@ -61,8 +61,8 @@ def select_to_freeze(
     without = [name for name, layer in layers.items() if not has_running_statistics(layer)]
     if without:
         raise SelectionError(
-            f"BatchNorm without running statistics to freeze: {quoted(without)} (constructed with "
-            f"track_running_stats=False). Leave it out with exclude, or freeze with stats=False."
+            f"BatchNorm layer {quoted(without)} has no running statistics to freeze (constructed with "
+            "track_running_stats=False). Leave it out with exclude, or freeze with stats=False."
         )
     refuse_lazy(layers)
     return layers
@@ -73,8 +73,8 @@ def warn_of_initial_statistics(layers: Mapping[str, _BatchNorm], stacklevel: int
     initial = [name for name, layer in layers.items() if has_initial_statistics(layer)]
     if initial:
         warnings.warn(
-            f"freezing {counted(len(initial), 'BatchNorm layer')} with the running statistics of construction, mean 0 "
-            f"and variance 1: {quoted(initial)}. That would normalize nothing: load the pre-trained weights "
-            f"before freezing, or recalibrate first.",
+            f"freezing {counted(len(initial), 'BatchNorm layer')} with their initial running statistics, mean 0 and "
+            f"variance 1: {quoted(initial)}. A layer that is frozen with these does not normalize: load the "
+            "pre-trained weights before freezing, or recalibrate first.",
             stacklevel=stacklevel,
         )

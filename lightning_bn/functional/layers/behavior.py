@@ -115,19 +115,19 @@ def _surprises(layer: _BatchNorm, averaging: str) -> list[str]:
     found: list[str] = []
     if not has_running_statistics(layer):
         if not layer.training:
-            found.append("has no running statistics: in evaluation too an output depends on the rest of its batch")
+            found.append("has no running statistics: an output depends on the rest of its batch, in evaluation too")
         if layer.track_running_stats:
             found.append("track_running_stats is on but there are no running statistics to track")
         return found
     if not layer.track_running_stats:
         found.append(
-            "track_running_stats was switched off after construction: training normalizes with the batch and moves "
-            "nothing, evaluation with running statistics that no longer follow, so that train and eval disagree"
+            "track_running_stats was switched off after construction: training normalizes with the batch and no "
+            "longer updates the running statistics that evaluation uses, so that train and eval disagree"
         )
     elif layer.training and layer.momentum == 0:
         found.append(
-            "momentum is 0: training normalizes with the batch, but the running statistics that evaluation uses "
-            "never follow"
+            "momentum is 0: training normalizes with the batch, but never updates the running statistics that "
+            "evaluation uses"
         )
     elif layer.training and layer.momentum == 1:
         found.append("momentum is 1: the running statistics are those of the last batch alone")
@@ -144,7 +144,7 @@ def _surprises(layer: _BatchNorm, averaging: str) -> list[str]:
     if bad:
         found.append(
             f"running statistics of {bad} of {layer.num_features} channels are not finite: a moving average never "
-            f"recovers from that, reset or recalibrate the layer"
+            "becomes finite again, so reset or recalibrate the layer"
         )
     return found
 

@@ -176,9 +176,8 @@ def _above(module: nn.Module, holding: _Holding) -> list[_Holding]:
 def _check_on_top(one: Entries, holding: _Holding) -> None:
     there, above = holding in _holdings(one.module), _above(one.module, holding)
     if above or not there:
-        top = f"{above[-1][1]!r} lies on top of it" if there else "nothing of it is left there"
+        top = f"{above[-1][1]!r} put something on top of it later" if there else "it is not there any more"
         raise ExchangeError(
-            f"layer {named(one.name)}: what {holding[1]!r} put in its place cannot be taken out, since {top}. "
-            f"Take out last "
-            f"in, first out: end what began later first. Nothing was changed."
+            f"layer {named(one.name)}: what {holding[1]!r} put in the place of its values cannot be taken out, since "
+            f"{top}. End first what began last. Nothing was changed."
         )

@@ -122,9 +122,9 @@ class LayerNames:
             if alike:
                 kinds += f"; with running statistics of another kind: {', '.join(alike[:5])}"
             raise SelectionError(
-                f"{type(model).__name__} has no BatchNorm layer (found: {kinds}). Layers count that derive from "
-                f"torch.nn.modules.batchnorm._BatchNorm; if the layers are built later (configure_model), call this "
-                f"afterwards."
+                f"{type(model).__name__} has no BatchNorm layer (found: {kinds}). Only layers that derive from "
+                "torch.nn.modules.batchnorm._BatchNorm count; if the model builds its layers later "
+                "(configure_model), call this after that."
             )
 
     @cached_property
@@ -179,13 +179,14 @@ class LayerNames:
             ]
             if below:
                 return (
-                    f"{argument}: {full!r} has no BatchNorm layer of torch's; what has running statistics there is of "
-                    f"another kind, which nothing here can freeze, measure or recalibrate: {', '.join(below[:5])}."
+                    f"{argument}: {full!r} has no BatchNorm layer of torch. The layers there that have running "
+                    "statistics are of another kind, which lightning_bn cannot freeze, measure or recalibrate: "
+                    f"{', '.join(below[:5])}."
                 )
             if frozen:
                 return (
-                    f"{argument}: all of {full!r} is frozen by its kind ({counted(len(frozen), 'FrozenBatchNorm2d')}), "
-                    f"which no training moves: nothing is left to do there, take it off the list."
+                    f"{argument}: every layer of {full!r} is a FrozenBatchNorm2d ({len(frozen)}), which training "
+                    "never changes: there is nothing to do, take it off the list."
                 )
             return (
                 f"{argument}: {full!r} exists but has no BatchNorm layer at or below it: take it off the list. "

@@ -70,7 +70,7 @@ def as_patterns(patterns: Patterns, argument: str) -> list[Pattern]:
         raise TypeError(f"{argument} takes a string or a list of strings, found a {type(patterns).__name__}.")
     listed = [patterns] if isinstance(patterns, str) else list(patterns)
     if not listed:
-        raise SelectionError(f"{argument}=[] selects nothing: leave it out (None) to mean every BatchNorm layer.")
+        raise SelectionError(f"{argument}=[] selects nothing: leave it out (None) to select every BatchNorm layer.")
     for pattern in listed:
         if not isinstance(pattern, str):
             raise TypeError(f"{argument} takes strings, found {pattern!r} of type {type(pattern).__name__}.")

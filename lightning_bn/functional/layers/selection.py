@@ -59,9 +59,9 @@ class LayerSelection:
         without = [name for name, layer in layers.items() if not has_running_statistics(layer)]
         if without and (self.modules is not None or len(without) == len(layers)):
             raise SelectionError(
-                f"BatchNorm without running statistics: {quoted(without)} (constructed with "
-                f"track_running_stats=False), which normalizes with batch statistics in training and in evaluation. "
-                f"Leave it out with exclude, or construct it with track_running_stats=True."
+                f"BatchNorm layer {quoted(without)} has no running statistics (constructed with "
+                "track_running_stats=False) and normalizes with batch statistics in training and in evaluation. "
+                "Leave it out with exclude, or construct it with track_running_stats=True."
             )
         refuse_lazy(layers)
         left_out = set(without)
@@ -70,14 +70,14 @@ class LayerSelection:
             size = layer.running_mean.numel()  # type: ignore[union-attr]
             if not layer.num_features and isinstance(layer, nn.modules.lazy.LazyModuleMixin):
                 raise SelectionError(
-                    f"BatchNorm layer {named(name)} is a {type(layer).__name__} that has loaded its values and not "
-                    f"seen a batch yet: run one forward pass of the model first."
+                    f"BatchNorm layer {named(name)} is a {type(layer).__name__} that has loaded its values but has "
+                    "not seen a batch yet: run one forward pass of the model first."
                 )
             if size != layer.num_features:
                 raise SelectionError(
                     f"{type(layer).__name__} {named(name)} holds running statistics of {size} values for its "
-                    f"{layer.num_features} channels, so that nobody but the layer knows what they mean. Leave it out "
-                    f"with exclude."
+                    f"{layer.num_features} channels: only the layer itself knows what they mean. Leave it out with "
+                    "exclude."
                 )
         return tracked
 

@@ -65,8 +65,9 @@ def sets_among(layers: Mapping[str, nn.Module]) -> SetsPerTask | None:
     others = [name for name, sets in found.items() if sets is not first]
     if first is not None and others:
         raise ValueError(
-            f"BatchNorm layer {quoted(others)} has statistics per task of another object than "
-            f"{quoted([name for name in found if name not in others])}: select with modules= those of one at a time."
+            f"the statistics per task of BatchNorm layer {quoted(others)} belong to another object than those of "
+            f"{quoted([name for name in found if name not in others])}: select the layers of one object at a time "
+            "with modules=."
         )
     return first
 

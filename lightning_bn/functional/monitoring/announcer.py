@@ -12,7 +12,7 @@ from lightning_bn.functional.monitoring.history import DriftHistory
 from lightning_bn.functional.monitoring.sample import Sample
 from lightning_bn.functional.monitoring.threshold import Threshold
 from lightning_bn.functional.monitoring.warm_up import WarmUp
-from lightning_bn.functional.statistics.summary import DriftSummary
+from lightning_bn.functional.statistics.summary import DriftSummary, compared_in_words
 
 
 @dataclass(frozen=True)
@@ -38,14 +38,14 @@ class DriftSentences:
         cold = len(self.warm_up.layers)
         warming = f"{counted(cold, 'layer')} {'is' if cold == 1 else 'are'} still warming up and not measured yet"
         if cold == len(self.history.names):
-            return f"running statistics: {warming}: their first values still count for more than 1 %"
+            return f"running statistics: {warming}: more than 1 % of their initial values is left"
         measured = f"running statistics of {counted(len(self.history.names) - cold, 'layer')}"
         since, rest = self._since(summary.worst_layer), f"; {warming}" if cold else ""
         if not summary.max:
-            return f"{measured} did not move since {since}{rest}"
+            return f"{measured} did not move {since}{rest}"
         return (
-            f"{measured} moved most at {summary.in_words()} since {since}; {self.measure} mean {summary.mean:.2g}, "
-            f"max {summary.max:.2g}{rest}"
+            f"{measured} moved most at {_worst(summary)} {since}: {_how(summary)}; {self.measure} "
+            f"mean {summary.mean:.2g}, max {summary.max:.2g}{rest}"
         )
 
     def moved(self, summary: DriftSummary) -> str:
@@ -56,19 +56,29 @@ class DriftSentences:
         step = None if moves else self.history.jumped_at(worst)
         jump = "" if step is None else f"; its inputs changed at about step {step:,}"
         whose = "" if self.task is None else f"task {self.task!r}: "
-        return f"{whose}{summary.in_words()} since {self._since(worst)}{jump}"
+        return f"{whose}{_worst(summary)} moved {self._since(worst)}: {_how(summary)}{jump}"
 
     def _since(self, layer: str) -> str:
         step = self.warm_up.measured_since.get(layer)
         if step is not None and self.reference == "fit_start":
-            return f"step {step:,}, warming up before"
+            return f"since step {step:,}, warming up before"
         recalibrated = any(event == "recalibrated" for _, _, event in self.history.marks)
         words = {
-            "fit_start": "fit start",
-            "previous_epoch": "the start of the epoch",
-            "recalibrated": "the last recalibration" if recalibrated else "fit start, with no recalibration yet",
+            "fit_start": "since the start of the fit",
+            "previous_epoch": "since the start of the epoch",
+            "recalibrated": "since the last recalibration"
+            if recalibrated
+            else "since the start of the fit, without a recalibration so far",
         }
-        return words.get(self.reference, Path(self.reference).name)
+        return words.get(self.reference, f"from {Path(self.reference).name}")
+
+
+def _worst(summary: DriftSummary) -> str:
+    return summary.worst_layer or "(the model itself)"
+
+
+def _how(summary: DriftSummary) -> str:
+    return compared_in_words("new", "old", summary.variance_ratio, summary.mean_shift)
 
 
 class Announcer:
@@ -110,8 +120,8 @@ class Announcer:
             moved = f"{sentences.moved(worst)}; {sentences.measure} {worst.max:.3g}"
             yield self._noted(
                 ("drift",),
-                f"step {sample.step:,}: {moved} is above warn_above={self.warning.limit:g}. If it should not move, "
-                f"freeze it or give it statistics of its own; if it is meant to, leave it out with exclude.",
+                f"step {sample.step:,}: {moved} is above warn_above={self.warning.limit:g}. If the layer should not "
+                "move, freeze it or give each task its own statistics; if it should, leave it out with exclude.",
             )
 
     def _noted(self, key: tuple[str, ...], sentence: str) -> str:

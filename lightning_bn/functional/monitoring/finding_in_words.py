@@ -29,51 +29,53 @@ OF_COUNTERS: tuple[MonitorFindingKind, ...] = ("frozen but moves", "stalled", "u
 _LIMITS = {"torch.float16": ", or a variance above 65,504, where float16 ends (keep BatchNorm in float32)"}
 _SENTENCES: dict[MonitorFindingKind, str] = {
     "not finite": (
-        "{who} has {bad} whose running statistics are not finite{where}, and a moving average never recovers "
-        "from that: find the inf or NaN in {whose}{limit}, then recalibrate."
+        "{who} has {bad} whose running statistics are not finite{where}, and a moving average never becomes "
+        "finite again: find the inf or NaN in {whose}{limit}, then recalibrate."
     ),
     "collapsed": (
         "{who} has {dead} whose variance fell below eps since the reference: its input has become constant "
-        "there. Dead ReLUs before it or a weight decay that is too strong do that; a lower learning rate or a warm-up "
-        "avoids it."
+        "there. The cause may be dead ReLUs before it, or too strong a weight decay; a lower learning rate or a "
+        "warm-up avoids it."
     ),
     "exploding": (
-        "{who} has running variances x{explosion:.2g} those of the reference: either the inputs are on another scale "
-        "(0 to 255 for 0 to 1?), or training diverges: lower the learning rate or clip gradients."
+        "{who} has running variances {explosion:.3g} times those of the reference. Either the inputs have "
+        "another scale (0 to 255 instead of 0 to 1?), or training diverges: then lower the learning rate or clip "
+        "gradients."
     ),
-    "frozen but moves": "{who} is frozen by {frozen_by} but its statistics were {how}.",
+    "frozen but moves": "{who} is frozen by {frozen_by}, but its statistics were {how}.",
     "stalled": (
-        "{who} is in train mode but was not updated in {idle} batches: no forward reaches it (was it replaced or taken "
-        "out of the model?), its tracking was switched off or its momentum is 0; evaluation uses statistics that no "
-        "longer follow."
+        "{who} is in train mode but was not updated in {idle} batches: no forward reaches it (was it replaced or "
+        "taken out of the model?), its track_running_stats was switched off, or its momentum is 0. Evaluation uses "
+        "its old statistics."
     ),
     "updated twice": (
         "{who} is updated {updates:.2g} times per batch: it is used more than once in a forward, or activation "
-        "checkpointing runs it again; its moving average forgets that much faster. A forward that is not meant to "
-        "count goes inside lightning_bn.functional.without_updates."
+        "checkpointing runs it again, and its moving average forgets faster by that factor. Put forwards that should "
+        "not update it inside lightning_bn.functional.without_updates."
     ),
     "shared": (
-        "{who} is used {updates:.2g} times per step by inputs whose means lie {apart:.1f} sigma apart: two tasks or "
-        "views share it, and one set of statistics describes neither. Give each its own "
+        "{who} is used {updates:.2g} times per step with inputs whose means lie {apart:.1f} sigma apart: two "
+        "tasks or views share it, and one set of statistics fits neither. Give each its own "
         "(lightning_bn.functional.task_statistics)."
     ),
     "ranks differ": (
-        "{name} sees data on one rank that is {gap:.1f} sigma from that of all ranks, and evaluation uses rank 0's "
-        "moving average alone: shuffle the data over the ranks, use SyncBatchNorm, or recalibrate before validation."
+        "{name} gets data on one rank whose mean is {gap:.1f} sigma from that of all ranks, and evaluation uses "
+        "only the moving average of rank 0: shuffle the data over the ranks, use SyncBatchNorm, or recalibrate "
+        "before validation."
     ),
     "alternating": (
-        "{who} is fed by sources that alternate: means of batches differ by {scatter:.1f} sigma, and the moving "
-        "average describes none of them. Give each source statistics of its own, as tasks of "
+        "{who} gets its batches from sources that alternate: means of batches differ by {scatter:.1f} sigma, and "
+        "the moving average fits none of the sources. Give each source statistics of its own, as tasks of "
         "TaskBatchNorm(modules=[{paths}]), or mix them in every batch."
     ),
     "small batches": (
-        "{who} normalizes the {samples} of each rank on their own, and means of such batches scatter by {scatter:.1f} "
-        "sigma, which is noise in every activation: Trainer(sync_batchnorm=True) normalizes {together} together; "
-        "freezing the layer helps too."
+        "{who} normalizes the {samples} of each rank separately, and means of such small batches vary by "
+        "{scatter:.1f} sigma, which adds noise to every activation. Trainer(sync_batchnorm=True) normalizes "
+        "{together} together; freezing the layer helps too."
     ),
     "lagging": (
-        "{who} has a moving average that lags {bias:.1f} sigma behind its batches, so that validation uses stale "
-        "statistics: recalibrate before it (PreciseBatchNorm), or lower the learning rate."
+        "{who} has a moving average that lags {bias:.1f} sigma behind its batches, so that validation uses old "
+        "statistics: recalibrate before validation (PreciseBatchNorm), or lower the learning rate."
     ),
 }
 
@@ -120,7 +122,7 @@ class MonitorFinding:
             bad=counted(int(measured["nonfinite_anywhere"]), "channel"),
             limit=_LIMITS.get(evidence.dtypes[first], ""),
             where="" if measured["nonfinite"] else " on another rank",
-            whose="its input" if len(layers) == 1 else "the input of whichever the forward reaches first",
+            whose="its input" if len(layers) == 1 else "the input of the one that runs first in the forward",
             dead=counted(int(measured["newly_collapsed"]), "channel"),
             frozen_by=", ".join(evidence.frozen_by[first]),
             how="updated: something put it into train mode" if measured["updates"] > 0 else "written to",

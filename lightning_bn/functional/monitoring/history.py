@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_bn.functional._text import counted
+
 FROM_THE_START = "frozen from the start"
 """The event of a layer that is frozen when a session begins."""
 _FEWEST_TO_JUMP = 5
@@ -45,7 +47,7 @@ class DriftHistory:
 
     def __repr__(self) -> str:
         span = f", steps {self.steps[0]:,} to {self.steps[-1]:,}" if self.steps else ""
-        return f"DriftHistory({len(self)} samples of {len(self.names)} layers{span})"
+        return f"DriftHistory({counted(len(self), 'sample')} of {counted(len(self.names), 'layer')}{span})"
 
     def __len__(self) -> int:
         return len(self.steps)

@@ -88,7 +88,8 @@ def _with_saved(snapshot: Snapshot, saved: Mapping[str, Any], entry: FileEntry, 
             continue
         if mean.shape != (size,) or var.shape != (size,):
             raise ValueError(
-                f"{where}: layer {named(name)} has {len(mean)} channels there and {size} here: it is of another model."
+                f"{where}: layer {named(name)} has {len(mean)} channels in the file and {size} in this "
+                "model: the file is of another model."
             )
         one = snapshot.only([name])
         counted = one.num_batches_tracked if count is None else count.reshape(1)

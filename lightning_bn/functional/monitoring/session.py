@@ -141,14 +141,14 @@ class MonitorSession:
         said = []
         if not self.own.resume(state):
             said.append(
-                f"the checkpoint is of a monitor of other layers or of another reference "
-                f"({quoted(state.reference.names)} since {state.measured_from}): drift is measured anew from here on."
+                f"the checkpoint's drift is of other layers or another reference ({quoted(state.reference.names)}, "
+                f"measured from {state.measured_from}): drift is measured from now on."
             )
         anew = [
             task for task, one in self.tasks.items() if task not in state.tasks or not one.resume(state.tasks[task])
         ]
         if anew and not said:
-            said.append(f"the checkpoint's monitor had not these layers of task {quoted(anew)}: measured from here on.")
+            said.append(f"the checkpoint has no drift of the layers of task {quoted(anew)}: measured from now on.")
         return " ".join(said)
 
     def state(self) -> MonitorState:

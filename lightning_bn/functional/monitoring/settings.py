@@ -28,11 +28,11 @@ def check_settings(
     try:
         check_whole("every_n_steps", every_n_steps, 1)
     except ValueError as error:
-        raise ValueError(f"{error} Layers are given as modules=.") from None
+        raise ValueError(f"{error} The layers to measure are named with modules=.") from None
     check_positive("warn_above", warn_above, none="for no warning")
     check_positive("act_above", act_above, none="for no action")
     if warn_above is not None and act_above is not None and warn_above > act_above:
         raise ValueError(
-            f"warn_above={warn_above:g} is above act_above={act_above:g}: it would act before it warns. Give a smaller "
-            f"warn_above, or none."
+            f"warn_above={warn_above:g} is above act_above={act_above:g}: it would act before it warns. Make "
+            "warn_above smaller, or leave it out."
         )

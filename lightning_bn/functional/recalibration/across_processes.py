@@ -53,8 +53,8 @@ def across_processes(
     failed, *of_all = flat[:3].int().tolist()
     if failed and gathered is not None:
         raise RuntimeError(
-            f"recalibration failed on {failed} of {dist.get_world_size()} processes, whose own error says "
-            f"why. Nothing was changed on this one."
+            f"recalibration failed on {failed} of {dist.get_world_size()} processes: look for their errors. Nothing "
+            "was changed on this process."
         )
     sizes = [5] * len(counts) + [_size(layout) for layout, _ in layers.values()]
     parts = iter(flat[3:].split(sizes))

@@ -36,8 +36,8 @@ def average(first: FoundEntry, others: Sequence[Path], find: Callable[[Checkpoin
         for name in tensors.keys() - averaged.keys():
             if not torch.equal(tensors[name], other.entry[name]):
                 raise ValueError(
-                    f"{path.name}: {name!r} holds whole numbers ({tensors[name].dtype}) that are not those of the "
-                    f"first file, and have no average. Are these checkpoints of one model?"
+                    f"{path.name}: {name!r} holds whole numbers ({tensors[name].dtype}) that differ from those of the "
+                    "first file, and whole numbers are not averaged. Are these checkpoints of one model?"
                 )
         for name in sums.keys() - lacking:
             sums[name].add_(other.entry[name])

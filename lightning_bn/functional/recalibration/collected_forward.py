@@ -119,9 +119,9 @@ class CollectedForward:
             raise not_written(self.name)
         if self._used and self._mean._version + self._var._version != self._versions:
             raise RecalibrationError(
-                f"something inside the forward writes to the running statistics of BatchNorm layer {named(self.name)}: "
-                f"it is not known which of its forwards training would keep. Nothing was changed; run those that are "
-                f"not to count inside without_updates, or pass a forward= without them."
+                f"code inside the forward writes to the running statistics of BatchNorm layer {named(self.name)}, so "
+                "it is not known which of the layer's forwards count in training. Nothing was changed; run forwards "
+                "that do not count inside without_updates, or pass a forward= without them."
             )
 
     def wrote_others(self) -> bool:
@@ -201,8 +201,7 @@ def _differ(wrote: Tensor, right: Tensor, count: int) -> Tensor:
 def not_written(*names: str) -> RecalibrationError:
     """The error of layers whose statistics are not where they were to be written."""
     return RecalibrationError(
-        f"statistics of BatchNorm layer {quoted(names)} could not be collected: its forward did not write them where "
-        f"the recalibration reads them, because its running statistics were exchanged inside the forward, or it "
-        f"normalizes with others than those of its input. Nothing was changed; pass a forward= that leaves them in "
-        f"place, or leave the layer out with exclude."
+        f"statistics of BatchNorm layer {quoted(names)} could not be collected: the forward replaced its running "
+        "statistics, or the layer normalizes with other statistics than those of its input. Nothing was changed; "
+        "pass a forward= that does not replace them, or leave the layer out with exclude."
     )

@@ -125,8 +125,8 @@ def known_task(name: Any, sets: SetsPerTask, who: str) -> str:
     """
     if name not in sets.tasks:
         raise ValueError(
-            f"{who} says that a batch, or a part of its forward, belongs to task {name!r}; the statistics are of "
-            f"{quoted(sets.tasks, len(sets.tasks))}. Nothing was changed."
+            f"{who} says that a batch, or a part of its forward, belongs to task {name!r}, but there are statistics "
+            f"only for the tasks {quoted(sets.tasks, len(sets.tasks))}. Nothing was changed."
         )
     return str(name)
 
@@ -134,8 +134,8 @@ def known_task(name: Any, sets: SetsPerTask, who: str) -> str:
 def no_task_told(sets: SetsPerTask) -> str:
     """Return what to say where nothing told the task of any batch."""
     return (
-        f"nothing told which task the batches belong to, and the layers have statistics for each of "
-        f"{quoted(sets.tasks, len(sets.tasks))}: pass task_of=, a function that returns the task of a batch, or put "
-        f"`with lightning_bn.task(name):` around each task's part of the forward. For the default's alone that is "
+        f"the layers have statistics for each of the tasks {quoted(sets.tasks, len(sets.tasks))}, and it is not known "
+        "which task the batches belong to: pass task_of=, a function that returns the task of a batch, or put `with "
+        "lightning_bn.task(name):` around each task's part of the forward. To recalibrate the default task alone: "
         f"task_of=lambda batch: {sets.default!r}. Nothing was changed."
     )

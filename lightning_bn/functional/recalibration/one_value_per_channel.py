@@ -21,9 +21,7 @@ class OneValuePerChannelError(ValueError):
     """
 
     def __init__(self, layer: str) -> None:
-        super().__init__(
-            f"BatchNorm layer {named(layer)} was given one value per channel, of which there is no variance"
-        )
+        super().__init__(f"BatchNorm layer {named(layer)} got one value per channel, which has no variance")
         self.layer = layer
 
 

@@ -145,16 +145,16 @@ def recalibrate(
     with _failure_told(device) if distributed else nullcontext():
         rule = StoppingRule(num_batches, num_samples, max_standard_error, processes)
         _check(batches, estimator, forward=forward, task_of=task_of)
-        check_flag("containers_in_eval", containers_in_eval, none="to say where it matters")
-        check_positive("prior", prior, none="to forget what the layers hold")
+        check_flag("containers_in_eval", containers_in_eval, none="to be told where it matters")
+        check_positive("prior", prior, none="to ignore what the layers hold")
         selection, names = LayerSelection(modules, exclude, root), LayerNames(model)
         selected = selection.tracked_layers(model, names)
         targets = targets_of(names.modules, selected, distributed=distributed)
         sets = sets_for(model, selected)
         if sets is None and task_of is not None:
             raise ValueError(
-                "task_of is given, and no BatchNorm layer of the model has statistics per task: give them some with "
-                "task_statistics first, or leave task_of out."
+                "task_of is given, but no BatchNorm layer of the model has statistics per task: call task_statistics "
+                "first, or leave task_of out."
             )
         parts = parts_of(targets, sets)
         layout = ChannelLayout.of(targets)
@@ -235,7 +235,7 @@ def _failure_told(device: torch.device) -> Iterator[None]:
 def _check(batches: Any, estimator: str, **functions: Any) -> None:
     for name, function in functions.items():
         if function is not None and not callable(function):
-            raise TypeError(f"{name}={function!r} must be a function, or None.")
+            raise TypeError(f"{name}={function!r} must be a function or None.")
     check_choice("estimator", estimator, get_args(Estimator))
     if isinstance(batches, Tensor | Mapping | str) or not isinstance(batches, Iterable):
         raise TypeError(

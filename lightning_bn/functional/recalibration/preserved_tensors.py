@@ -56,8 +56,9 @@ def preserved_tensors(modules: Mapping[nn.Module, str], also: Collection[dict[st
     ]
     if trained:
         raise WeightsMovedError(
-            f"the forward writes to the trained weight{'s' * (len(trained) > 1)} {quoted(trained)}, which would change "
-            f"the training; put back, and nothing was changed. Use a forward that only runs the network on a batch."
+            f"the forward writes to the trained weight{'s' * (len(trained) > 1)} {quoted(trained)}, which would "
+            "change the training: the old values were restored, and nothing was changed. Use a forward that only "
+            "runs the network on a batch."
         )
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 
 from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.statistics.snapshots import Snapshot
-from lightning_bn.functional.statistics.summary import summarize
+from lightning_bn.functional.statistics.summary import compared_in_words, summarize
 
 
 class RecalibrationError(ValueError):
@@ -32,12 +32,13 @@ class WeightsMovedError(RecalibrationError):
 
 
 _MOST_NAMED = 3
+_ITSELF = "(the model itself)"
 _GOOD = 0.05
 """A standard error that changes nobody's results."""
 _DREW = (
-    "the forward drew random numbers although dropout layers were in eval: where a module calls dropout or stochastic "
-    "depth as a function, these are in the statistics and not in evaluation, and containers_in_eval=True turns them "
-    "off; where it augments or samples, containers_in_eval=False says that all is well"
+    "the forward drew random numbers although dropout layers were in eval. If a module calls dropout or stochastic "
+    "depth as a function, the statistics include it and evaluation does not: containers_in_eval=True turns it off; "
+    "if it augments or samples on purpose, containers_in_eval=False ends this message"
 )
 _WORTH_SAYING = 0.01
 """Jeffreys divergence, a variance ratio of about 1.15: below it nobody's validation changes."""
@@ -134,9 +135,11 @@ class Recalibration:
             done = "" if said else f" recalibrated in {self.seconds:.2g} s"
             said.append(f"{layers} with statistics per task{done}: {', '.join(map(self._of_task, self.tasks))}")
         if self.untold_batches:
-            said.append(f"{_batches(self.untold_batches)} ran a part outside of any task, taken as the default's")
+            said.append(
+                f"{_batches(self.untold_batches)} ran partly outside of any task, which counted for the default task"
+            )
         if self.frozen:
-            said.append(f"{len(self.frozen)} frozen untouched")
+            said.append(f"{counted(len(self.frozen), 'frozen layer')} left unchanged")
         if self.drew_random_numbers:
             said.append(_DREW)
         return "; ".join(said)
@@ -145,10 +148,10 @@ class Recalibration:
         """What was done to a task's statistics, and whether that is less than was asked for."""
         one = self.tasks[task]
         if not one.num_batches:
-            return f"{task!r} without a batch and left as it was"
+            return f"{task!r} had no batch and was left unchanged"
         said = [f"{task!r} from {one._amount()}{one._error()}", *one._remarks()]
         if one.ended_early and one.requested_batches is None:
-            said.insert(1, "the data ended before it had what was asked for")
+            said.insert(1, "the data ended before the task had the requested amount")
         return said[0] if len(said) == 1 else f"{said[0]} ({', '.join(said[1:])})"
 
     def _amount(self) -> str:
@@ -167,25 +170,29 @@ class Recalibration:
         worst = summarize(reference=self.after, current=self.before) if self.layers else None
         if worst is not None and not math.isfinite(worst.max):
             bad = int((~(self.before.mean + self.before.var).isfinite()).sum())
-            channels = counted(bad, "channel")
-            said.append(f"replaced statistics that were not finite in {channels}, {worst.worst_layer} first")
+            said.append(
+                f"the statistics it replaced were not finite in {counted(bad, 'channel')}, first in "
+                f"{worst.worst_layer or _ITSELF}"
+            )
         elif worst is not None and worst.max > _WORTH_SAYING:
-            said.append(f"replaced statistics that were off most at {worst.in_words()}")
+            how = compared_in_words("old", "new", worst.variance_ratio, worst.mean_shift)
+            said.append(f"the statistics it replaced were off most at {worst.worst_layer or _ITSELF}: {how}")
         if self.skipped_batches:
-            said.append(f"{_batches(self.skipped_batches)} skipped, one value per channel")
+            said.append(f"{_batches(self.skipped_batches)} skipped that had only one value per channel")
         if self.nonfinite:
-            said.append(f"non-finite batches left out at {quoted(list(self.nonfinite))}")
+            said.append(f"batches that were not finite left out at {quoted(list(self.nonfinite))}")
         if self.unreached:
-            said.append(f"not reached and left as they were: {quoted(self.unreached)}")
+            said.append(f"not reached by the forward and left unchanged: {quoted(self.unreached)}")
         if self.empty:
-            said.append(f"given only empty batches and left as they were: {quoted(self.empty)}")
+            said.append(f"given only empty batches and left unchanged: {quoted(self.empty)}")
         if self.unheld:
             said.append(unheld_in_words(self.unheld))
         if self.uses_apart:
             worst_use = max(self.uses_apart, key=self.uses_apart.__getitem__)
             said.append(
-                f"used several times in a forward by inputs whose means lie up to {self.uses_apart[worst_use]:.1f} "
-                f"sigma apart, which one set of statistics does not describe: {quoted(list(self.uses_apart))}"
+                "used several times in a forward, with inputs whose means differ by up to "
+                f"{self.uses_apart[worst_use]:.1f} sigma, too much for one set of statistics: "
+                f"{quoted(list(self.uses_apart))}"
             )
         return said
 
@@ -207,4 +214,4 @@ def unheld_in_words(unheld: Mapping[str, str]) -> str:
     """Say which statistics could not be written, and what to do."""
     which = ", ".join(f"{name!r} ({words})" for name, words in list(unheld.items())[:_MOST_NAMED])
     more = f" and {len(unheld) - _MOST_NAMED} more" if len(unheld) > _MOST_NAMED else ""
-    return f"left as they were, their dtype cannot hold what was found: {which}{more}; keep BatchNorm in float32"
+    return f"left unchanged, since their dtype cannot hold the new statistics: {which}{more}; keep BatchNorm in float32"

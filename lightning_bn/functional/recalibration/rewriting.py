@@ -102,18 +102,19 @@ class Rewriting:
         bad = [name for name, count in gathered.by_layer(gathered.nonfinite).items() if count]
         if bad:
             return (
-                f"{nothing}: mean or variance of the input of {quoted(bad)} was never finite. "
-                f"Nothing was changed; look for inf or NaN in the data or the weights."
+                f"{nothing}: the input of {quoted(bad)} had no finite mean and variance in any batch. Nothing was "
+                "changed; look for inf or NaN in the data or the weights."
             )
         empty = [name for name, count in gathered.by_layer(gathered.empty).items() if count]
         if empty:
             return (
-                f"{nothing}: those given to {quoted(empty)} were empty. Nothing was changed; feed batches with samples."
+                f"{nothing}: all inputs of {quoted(empty)} were empty. Nothing was changed; use batches that have "
+                "samples."
             )
         return (
-            f"none of the {len(gathered.layout)} selected BatchNorm layers was reached by the forward in "
+            f"the forward reached none of {counted(len(gathered.layout), 'selected BatchNorm layer')} in "
             f"{counted(batches, 'batch', 'batches')}: {quoted(gathered.layout.names)}. Nothing was changed; pass a "
-            f"forward= that runs them."
+            "forward= that runs them."
         )
 
 

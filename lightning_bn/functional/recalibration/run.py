@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from lightning_bn.functional._batches import batches_in, describe_batch, num_samples, to_device
-from lightning_bn.functional._text import named
+from lightning_bn.functional._text import counted, named
 from lightning_bn.functional.distributed.lockstep import Lockstep
 from lightning_bn.functional.layers.sets_per_task import SetsPerTask
 from lightning_bn.functional.recalibration.collection import Collection as Collected
@@ -124,16 +124,16 @@ class CollectionRun:
         skipped = self.counts[None].skipped
         if skipped:
             return (
-                f"no batch could be used: in all {skipped} of them BatchNorm layer "
-                f"{named(self._skipped_at)} "
-                f"saw one value per channel. Use batches of at least 2 samples, or leave the layer out with exclude."
+                f"none of {counted(skipped, 'batch', 'batches')} could be used: BatchNorm layer "
+                f"{named(self._skipped_at)} got one value per channel in each. Use batches of at least 2 samples, or "
+                "leave the layer out with exclude."
             )
         if self._lockstep is not None and not self._at_the_end:
             return (
-                "another process had no batch, and with SyncBatchNorm layers all run as many as the one that has the "
-                "fewest: nothing was changed. Give every process a share of the data."
+                "another process had no batch, and with SyncBatchNorm layers all processes stop when the first has "
+                "no more: nothing was changed. Give every process a share of the data."
             )
-        many = f" ({self._rule.num_batches} were asked for)" if self._rule.num_batches else ""
+        many = f" (num_batches={self._rule.num_batches})" if self._rule.num_batches else ""
         return f"the loader gave no batch{many}: nothing was changed. Is the dataset or iterator empty?"
 
     def _own_task(self, batch: Any) -> str | None:
@@ -199,8 +199,8 @@ class CollectionRun:
         counts, here = self.counts[key], num_samples(part)
         if here is None and self._rule.num_samples is not None:
             raise ValueError(
-                f"num_samples={self._rule.num_samples} needs batches whose samples can be counted by the first tensor "
-                f"in them, found a {describe_batch(part)}: limit with num_batches instead."
+                f"num_samples={self._rule.num_samples} counts samples by the first tensor of a batch, and there is "
+                f"none in {describe_batch(part)}: use num_batches instead."
             )
         samples = None if here is None or counts.samples is None else counts.samples + here
         self.counts[key] = replace(counts, batches=counts.batches + 1, samples=samples)

@@ -33,8 +33,8 @@ class StoppingRule:
 
     def __post_init__(self) -> None:
         """Refuse what asks for nothing."""
-        check_whole("num_batches", self.num_batches, 1, none="for all there are")
-        check_whole("num_samples", self.num_samples, 1, none="for all there are")
+        check_whole("num_batches", self.num_batches, 1, none="to use all batches")
+        check_whole("num_samples", self.num_samples, 1, none="to use all batches")
         check_positive("max_standard_error", self.max_standard_error, none="for no limit")
 
     @property

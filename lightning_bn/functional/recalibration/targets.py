@@ -33,17 +33,16 @@ def targets_of(
     }
     if not targets:
         raise AllFrozenError(
-            f"nothing to recalibrate: {counted(len(selected), 'selected BatchNorm layer')}, every one frozen or in "
-            f"eval inside a model in training ({quoted(list(selected))}). {_unfreeze(modules, selected)}"
+            f"nothing to recalibrate: {counted(len(selected), 'selected BatchNorm layer')}, all frozen or in eval "
+            f"inside a model in training ({quoted(list(selected))}). {_unfreeze(modules, selected)}"
         )
     synchronized = [name for name, layer in targets.items() if processes_of(layer) > 1]
     if synchronized and not distributed:
         name = synchronized[0]
         more = f" (and {counted(len(synchronized) - 1, 'more layer')})" if len(synchronized) > 1 else ""
         raise ValueError(
-            f"BatchNorm layer {named(name)}{more} is synchronized over {processes_of(targets[name])} "
-            f"processes: each of its "
-            f"forwards waits for theirs. Pass distributed=True, in every process."
+            f"BatchNorm layer {named(name)}{more} is synchronized over {processes_of(targets[name])} processes, whose "
+            "forwards wait for each other. Pass distributed=True, in every process."
         )
     return targets
 

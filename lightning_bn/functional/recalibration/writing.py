@@ -19,8 +19,8 @@ def blended(
     """Averages of what the layers hold and what was found, ``(2, C)``, weighted by the samples of each."""
     if samples is None:
         raise ValueError(
-            f"prior={prior} needs batches whose samples can be counted by the first tensor in them: nothing was "
-            f"changed. Leave prior out, or feed batches that hold a tensor."
+            f"prior={prior} needs the number of samples, which is counted by the first tensor of a batch, and a batch "
+            "held none: nothing was changed. Leave prior out, or use batches that hold a tensor."
         )
     before = snapshot_of(targets)
     held = torch.stack((before.mean, before.var)).to(statistics)

@@ -41,8 +41,8 @@ def check_claim(claimed: int, size: int) -> None:
     """
     if claimed > min(size, MOST):
         raise ValueError(
-            f"the file has {size:,} bytes and claims to hold {claimed:,} bytes of BatchNorm; at most {MOST:,} are "
-            f"read, more than any network has."
+            f"the file has {size:,} bytes, but says that it holds {claimed:,} bytes of BatchNorm. At most {MOST:,} "
+            "are read, more than any network has."
         )
 
 

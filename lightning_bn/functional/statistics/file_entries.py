@@ -85,7 +85,7 @@ def find_entry(
     """
     entries = state_dicts_in(content)
     if key is not None and key not in entries:
-        raise ValueError(f"{failed}: it has no state dict under key={key!r}; there is {quoted(list(entries))}.")
+        raise ValueError(f"{failed}: it has no state dict under key={key!r}, only under {quoted(list(entries))}.")
     if key is not None:
         chosen = {key: entries[key]}
     elif "pytorch-lightning_version" in content and "state_dict" in entries:
@@ -100,15 +100,13 @@ def find_entry(
         return asked[0]
     if not fitting:
         raise ValueError(
-            f"{failed}: {_nearest(chosen, wanted)}; it was written by another model, or by "
-            f"a part of this one: pass or select that part."
+            f"{failed}: {_nearest(chosen, wanted)}; the file is of another model, or of a part of this one: then pass "
+            "or select that part."
         )
     where = "" if prefix is None else f" with prefix={prefix!r}"
     ways = " or ".join(f"key={found.key!r} with prefix={found.prefix!r}" for found in fitting[:5])
-    why = "several places in it do" if asked else "it would otherwise"
-    raise ValueError(
-        f"{failed}{where}: {why}; choose {ways}, or save what is meant as a state dict in a file of its own."
-    )
+    why = "several of its state dicts do" if asked else "another place would"
+    raise ValueError(f"{failed}{where}: {why}; choose {ways}, or save the right state dict alone in a file.")
 
 
 def _state_dicts(content: Mapping[Any, Any], key: str, depth: int) -> Iterator[tuple[str, dict[str, Any]]]:

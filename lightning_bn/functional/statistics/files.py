@@ -115,7 +115,9 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
     found = in_folder(path) if path.is_dir() else checkpoint_in(path)
     read = _read_shards(found) if isinstance(found, Shards) else _read_file(found)
     if not state_dicts_in(read.content):
-        raise ValueError(f"{read.path.name} holds no state dict: neither the file itself nor an entry of it is one.")
+        raise ValueError(
+            f"{read.path.name} holds no state dict: neither the file itself nor one of its entries is a state dict."
+        )
     return read
 
 
@@ -153,14 +155,14 @@ def read_torch(path: Path, mmap: bool = False) -> Any:
         kind = re.search(r"GLOBAL (\S+)", str(error))
         if kind:
             raise pickle.UnpicklingError(
-                f"{path.name} holds objects besides tensors and plain values ({kind[1]}), which reading would execute: "
-                f"load it yourself if you trust it, save its state dict alone, and pass that."
+                f"{path.name} holds objects besides tensors and plain values ({kind[1]}), and to read those would "
+                "execute code: if you trust the file, load it yourself, save its state dict alone, and pass that."
             ) from error
         first = re.sub(r"\x1b\[\d*m", "", str(error)).strip().partition("\n")[0]
         # Not its advice to execute what is in the file.
         why = "" if "weights_only" in first else first
         raise ValueError(
-            f"{path.name} cannot be read as a file of torch.save: it is of another kind, or cut off "
+            f"{path.name} cannot be read as a file of torch.save: it is another kind of file, or incomplete "
             f"({type(error).__name__}{': ' * bool(why)}{why})."
         ) from error
 

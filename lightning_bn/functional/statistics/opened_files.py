@@ -83,7 +83,9 @@ def size_of(path: Path) -> int:
     """
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):
-        raise OSError(f"{path.name} is no regular file but a pipe, a socket or a device: save the checkpoint first.")
+        raise OSError(
+            f"{path.name} is not a regular file but a pipe, a socket or a device: save the checkpoint to a file first."
+        )
     return about.st_size
 
 
@@ -108,7 +110,7 @@ def _kind(path: Path, size: int) -> str:
     with path.open("rb") as file:
         start = file.read(9)
     if not start:
-        raise ValueError(f"{path.name} is empty: 0 bytes. The save was cut off, or has not begun.")
+        raise ValueError(f"{path.name} is empty (0 bytes): saving it has not begun, or was interrupted.")
     if start[:4] == b"PK\x03\x04":
         _check_zip(path)
         return _ZIP
@@ -117,17 +119,16 @@ def _kind(path: Path, size: int) -> str:
     if path.suffix.lower() == ".safetensors" or start[8:9] == b"{":
         _check_header(path, start, size)
         return "safetensors"
-    raise ValueError(
-        f"{path.name} is no checkpoint: it begins neither as a file of torch.save nor as one of safetensors does."
-    )
+    raise ValueError(f"{path.name} is not a checkpoint: it does not begin like a file of torch.save or of safetensors.")
 
 
 def _check_header(path: Path, start: bytes, size: int) -> None:
     header = int.from_bytes(start[:8], "little")
     if len(start) < 9 or header > size - 8 or header > _MOST_HEADER:
         raise ValueError(
-            f"{path.name} cannot be read as a file of safetensors: its first 8 bytes announce a header of {header:,} "
-            f"bytes in a file of {size:,}; at most {_MOST_HEADER:,} are read. It is cut off, or no such file."
+            f"{path.name} cannot be read as a file of safetensors: its first 8 bytes say that the header has "
+            f"{header:,} bytes, but the file has {size:,}, and at most {_MOST_HEADER:,} are read. It is incomplete, "
+            "or another kind of file."
         )
 
 
@@ -137,7 +138,7 @@ def _check_zip(path: Path) -> None:
         with zipfile.ZipFile(path) as archive:
             entries = archive.infolist()
     except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, EOFError, OverflowError) as error:
-        raise ValueError(f"{path.name} cannot be read as a file of torch.save: it is cut off ({error}).") from error
+        raise ValueError(f"{path.name} cannot be read as a file of torch.save: it is incomplete ({error}).") from error
     grown = [one for one in entries if one.compress_type != zipfile.ZIP_STORED or one.compress_size != one.file_size]
     if grown:
         raise ValueError(
@@ -148,7 +149,7 @@ def _check_zip(path: Path) -> None:
     if pickled > _MOST_PICKLED:
         raise ValueError(
             f"{path.name} has {pickled:,} bytes beside its tensors, and at most {_MOST_PICKLED:,} are read: names and "
-            f"settings of a checkpoint are smaller. Save its state dict alone, and name that."
+            "settings of a checkpoint are smaller. Save its state dict alone, and name that file."
         )
 
 
@@ -174,7 +175,7 @@ def _dictionary(path: Path, content: Any) -> dict[Any, Any]:
         return content
     if isinstance(content, list | tuple):  # state dicts of several models
         return dict(enumerate(content))
-    raise ValueError(f"{path.name} holds a {type(content).__name__}, and no state dict.")
+    raise ValueError(f"{path.name} holds a {type(content).__name__}, not a state dict.")
 
 
 def shown(name: object, most: int = 160) -> str:

@@ -57,8 +57,8 @@ class Shards:
         missing = [name for name in there if name not in held]
         if missing:
             raise ValueError(
-                f"{self.index.name} says that {missing[0][-160:]!r} is in {file.name}, and it is not: one of the two "
-                f"files is of another checkpoint."
+                f"{self.index.name} says that {missing[0][-160:]!r} is in {file.name}, but it is not: one of the two "
+                "files is of another checkpoint."
             )
         return {name: held[name] for name in there}
 
@@ -94,7 +94,9 @@ def in_folder(folder: Path) -> Path | Shards:
             raise ValueError(
                 f"{folder} holds {len(found)} checkpoints ({quoted([file.name for file in found])}): name one of them."
             )
-    raise ValueError(f"{folder} holds no checkpoint: no file that ends with {', '.join(SUFFIXES)} or {_INDEX}.")
+    raise ValueError(
+        f"{folder} holds no checkpoint: there is no file that ends with {', '.join(SUFFIXES)} or {_INDEX}."
+    )
 
 
 def _refuse_parts(folder: Path, names: set[str]) -> None:
@@ -116,12 +118,14 @@ def _shards(index: Path) -> Shards:
     wrong = [file for file in places.values() if not isinstance(file, str) or Path(file).name != file or file == ".."]
     if wrong:
         raise ValueError(
-            f"{index.name} names a file outside of its own folder ({str(wrong[0])[:100]!r}), which is not read: shards "
-            f"lie beside their index."
+            f"{index.name} names a file outside of its folder ({str(wrong[0])[:100]!r}), which is not read: put all "
+            "shards into the folder of the index."
         )
     for file in {*places.values()}:
         if not (index.parent / file).exists():
-            raise FileNotFoundError(f"{index.name} names the shard {file!r}, which is not beside it: copy all files.")
+            raise FileNotFoundError(
+                f"{index.name} names the shard {file!r}, which is not in its folder: copy all files of the checkpoint."
+            )
     return Shards(index, {name: index.parent / file for name, file in places.items()})
 
 
@@ -131,12 +135,12 @@ def _weight_map(index: Path) -> dict[str, Any]:
     with index.open("rb") as file:
         text = file.read(_MOST_INDEX + 1)
     if len(text) > _MOST_INDEX:
-        raise ValueError(f"{index.name} is no index of shards: it has more than {_MOST_INDEX:,} bytes.")
+        raise ValueError(f"{index.name} is not an index of shards: it has more than {_MOST_INDEX:,} bytes.")
     try:
         content = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise ValueError(f"{index.name} is no index of shards: it is not JSON ({type(error).__name__}).") from error
+        raise ValueError(f"{index.name} is not an index of shards: it is not JSON ({type(error).__name__}).") from error
     places = content.get("weight_map") if isinstance(content, dict) else None
     if not isinstance(places, dict) or not places:
-        raise ValueError(f"{index.name} is no index of shards: it has no 'weight_map' of names and files.")
+        raise ValueError(f"{index.name} is not an index of shards: it has no 'weight_map' of names and files.")
     return places

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._bits import same_bits
-from lightning_bn.functional._text import named, quoted
+from lightning_bn.functional._text import counted, named, quoted
 from lightning_bn.functional.layers.patterns import Patterns
 from lightning_bn.functional.layers.properties import is_lazy
 from lightning_bn.functional.layers.selection import LayerSelection, batch_norm_layers
@@ -167,8 +167,8 @@ def restore_snapshot(model: nn.Module, snapshot: Snapshot) -> None:
     missing = [name for name in snapshot.names if name not in layers]
     if missing:
         raise ValueError(
-            f"the snapshot has statistics of {quoted(missing)}, but the model has no BatchNorm layer of that name; "
-            f"it has {quoted(list(layers))}. Restore into the model the snapshot was taken of."
+            f"the snapshot has statistics of {quoted(missing)}, but the model has no BatchNorm layer of that name; it "
+            f"has {quoted(list(layers))}. Restore it into the model that it was taken of."
         )
     write_snapshot({name: layers[name] for name in snapshot.names}, snapshot)
 
@@ -213,10 +213,9 @@ def write_snapshot(layers: Mapping[str, _BatchNorm], snapshot: Snapshot) -> None
             raise ValueError(f"BatchNorm layer {named(name)} has no running statistics to write a snapshot into.")
         if is_lazy(running) or running.shape != (size,):
             raise ValueError(
-                f"BatchNorm layer {named(name)} has {layers[name].num_features} channels, the snapshot has "
-                f"{size} for it: "
-                f"it was taken of another model"
-                + (", or run one forward first so that the lazy layer has any." if is_lazy(running) else ".")
+                f"BatchNorm layer {named(name)} has {counted(layers[name].num_features, 'channel')}, but {size} in "
+                "the snapshot: it was taken of another model"
+                + (". If the layer is lazy, run one forward first." if is_lazy(running) else ".")
             )
         for buffer, values in ((running, snapshot.mean), (layers[name].running_var, snapshot.var)):
             _check_dtype(name, buffer, values[parts[name]])
@@ -271,5 +270,5 @@ def _weight(layer: Statistics) -> Tensor:
 
 def _tensor(value: Tensor | None) -> Tensor:
     if value is None:
-        raise ValueError("a BatchNorm layer without running statistics reached a place that needs them")
+        raise ValueError("a BatchNorm layer has no running statistics here, where they are needed")
     return value

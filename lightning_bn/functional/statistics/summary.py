@@ -40,9 +40,9 @@ class DriftSummary:
 
         Example:
             >>> DriftSummary(0.1, 0.2, 0.25, "neck.bn3", 4, 2.0, 0.3).in_words()
-            'neck.bn3 variance x2.0, mean +0.3 sigma'
+            'neck.bn3: variance x2.0, mean +0.3 sigma'
         """
-        return f"{self.worst_layer or '(the model itself)'} {in_words(self.variance_ratio, self.mean_shift)}"
+        return f"{self.worst_layer or '(the model itself)'}: {in_words(self.variance_ratio, self.mean_shift)}"
 
 
 def in_words(variance_ratio: float, mean_shift: float) -> str:
@@ -56,12 +56,32 @@ def in_words(variance_ratio: float, mean_shift: float) -> str:
         >>> in_words(0.0123, -12.34)
         'variance x0.012, mean -12 sigma'
     """
+    return f"variance x{_short(variance_ratio)}, {_shift_in_words(mean_shift)}"
 
-    def short(value: float, sign: str = "") -> str:
-        return f"{value:{sign}.1f}" if value == 0 or 0.095 <= abs(value) < 10 else f"{value:{sign}.2g}"
 
-    shift = f"{mean_shift:+.2f}" if abs(mean_shift) < 0.095 and mean_shift else short(mean_shift, "+")
-    return f"variance x{short(variance_ratio)}, mean {shift} sigma"
+def compared_in_words(one: str, other: str, variance_ratio: float, mean_shift: float) -> str:
+    """A difference of statistics in plain units, with which is compared with which.
+
+    Args:
+        one: What the current statistics are called.
+        other: What those of the reference are.
+        variance_ratio: Current over reference variance.
+        mean_shift: In standard deviations of the reference.
+
+    Example:
+        >>> compared_in_words("old", "new", 1.5, 0.054)
+        'old variance 1.5 times the new one, mean +0.05 sigma'
+    """
+    return f"{one} variance {_short(variance_ratio)} times the {other} one, {_shift_in_words(mean_shift)}"
+
+
+def _shift_in_words(shift: float) -> str:
+    said = f"{shift:+.2f}" if abs(shift) < 0.095 and shift else _short(shift, "+")
+    return f"mean {said} sigma"
+
+
+def _short(value: float, sign: str = "") -> str:
+    return f"{value:{sign}.1f}" if value == 0 or 0.095 <= abs(value) < 10 else f"{value:{sign}.2g}"
 
 
 def summarize(

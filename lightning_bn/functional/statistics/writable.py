@@ -17,9 +17,7 @@ def check_out(out: Path, overwrite: bool) -> None:
         PermissionError: If nothing can be written to its folder, or to the one in which that would be made.
     """
     if out.is_dir():
-        raise IsADirectoryError(
-            f"{out} is a folder: name the file that is to be written, for instance {out / 'new.ckpt'}."
-        )
+        raise IsADirectoryError(f"{out} is a folder: name the file to write, for instance {out / 'new.ckpt'}.")
     if out.exists() and not out.is_file():
         raise FileExistsError(f"{out} is no regular file but a device, a pipe or a socket: choose another out=.")
     if out.exists() and not overwrite:

@@ -179,8 +179,8 @@ class TaskStatistics:
         """
         if snapshot.names != self.layers:
             raise ValueError(
-                f"the snapshot is of {quoted(snapshot.names)}, the statistics per task are of {quoted(self.layers)}: "
-                f"take it of the same layers."
+                f"the snapshot is of layers {quoted(snapshot.names)}, the statistics per task are of layers "
+                f"{quoted(self.layers)}: take a snapshot of the same layers."
             )
         with self.at_rest(task):
             write_snapshot(self._placed.layers, snapshot)
@@ -211,7 +211,7 @@ class TaskStatistics:
             ValueError: If there is no such task, it is the default, or it runs.
         """
         if self.known(task) in (self.default, *self._placed.stack):
-            raise ValueError(f"task {task!r} is running or owns the layers' own tensors: it cannot be removed.")
+            raise ValueError(f"task {task!r} cannot be removed: it is running, or it is the default task.")
         self.tasks = tuple(other for other in self.tasks if other != task)
         self._placed.put(task, None)
         self._beginnings.drop(task)
@@ -257,7 +257,7 @@ class TaskStatistics:
         if state["default"] != self.default:
             # The model's own state is the saved default's.
             read |= {state["default"]: placed.copy(self.default)} if state["default"] in self.tasks else {}
-            told.append(f"the default task is {self.default!r}, and was {state['default']!r}")
+            told.append(f"the default task was {state['default']!r} when this was saved, and is {self.default!r} now")
         new = [task for task in self.tasks if task not in state["tasks"] and task != self.default]
         for task, sets in read.items():
             write_sets(sets, placed.sets[task])
@@ -265,7 +265,7 @@ class TaskStatistics:
         self._beginnings = Beginnings(beginning)
         for task in new:
             self._begin(task)
-            told.append(f"task {task!r} is new and begins from the default's statistics (start={self.start!r})")
+            told.append(f"task {task!r} is new and begins with the default task's statistics (start={self.start!r})")
         placed.see_own()
         return told
 
@@ -281,7 +281,7 @@ class TaskStatistics:
         """
         kept = self.known(self.default if keep is None else keep)
         if self._placed.stack:
-            raise RuntimeError(f"the context of task {self.running!r} has not ended: release after it.")
+            raise RuntimeError(f"the context of task {self.running!r} has not ended: call release() after it.")
         self._placed.resolve()
         if kept != self.default:
             write_sets(self._placed.sets[kept], self._placed.own)

@@ -68,10 +68,14 @@ class TaskDrift:
         paths, largest = self.suggest(), self.largest()
         same = [name for name in self.layers if largest[name] <= APART]
         said = [f"tasks {one!r} and {other!r} lie furthest apart at {layer} ({value:.3g})"]
-        said.append(f"own statistics for each task: {quoted(paths)}" if paths else "one set serves all tasks")
+        said.append(
+            f"layers that need their own statistics for each task: {quoted(paths)}"
+            if paths
+            else ("one set of statistics is enough for all tasks")
+        )
         if paths and same:
             least = max(largest[name] for name in same)
-            said.append(f"one set is enough for {quoted(same)} (at most {least:.2g})")
+            said.append(f"one set is enough for {quoted(same)} (drift at most {least:.2g})")
         return "; ".join(said)
 
 
@@ -89,7 +93,9 @@ def task_drift(bank: TaskStatistics, measure: Measure = "jeffreys") -> TaskDrift
         ValueError: If there is only one task, or the measure is unknown.
     """
     if len(bank.tasks) < 2:
-        raise ValueError(f"one task ({bank.tasks[0]!r}) has nothing to differ from: task_drift needs two.")
+        raise ValueError(
+            f"there is only one task, {bank.tasks[0]!r}: task_drift compares tasks, so it needs two or more."
+        )
     others = [name for name in bank.all_layers if name not in bank.layers]
     return drift_between({task: bank.snapshot(task) for task in bank.tasks}, measure, others)
 

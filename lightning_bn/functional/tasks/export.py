@@ -66,7 +66,9 @@ def export_task(checkpoint: str | Path, task: str, out: str | Path, *, overwrite
     """
     path, out = Path(checkpoint), Path(out)
     if path.exists() and out.exists() and out.samefile(path):
-        raise ValueError(f"out={str(out)!r} is the checkpoint itself, whose other tasks would be lost: name another.")
+        raise ValueError(
+            f"out={str(out)!r} is the checkpoint itself, and the other tasks in it would be lost: name another file."
+        )
     check_out(out, overwrite)
     file = read_checkpoint(path)
     file.refuse_format(out)
@@ -97,8 +99,8 @@ def _states_with(task: str, file: CheckpointFile) -> dict[str, Mapping[str, Any]
     if not states:
         raise ValueError(
             f"{file.path.name} has no statistics per task: none of its callbacks "
-            f"({quoted([*(callbacks or ())]) or 'there is none'}) is a {CALLBACK}. What "
-            f"its state dict holds serves all tasks."
+            f"({quoted([*(callbacks or ())]) or 'there is none'}) is a {CALLBACK}. The statistics in its state dict "
+            "are used for all tasks."
         )
     known = dict.fromkeys(name for state in states.values() for name in state["tasks"])
     check_known(task, tuple(known), f" in {file.path.name}")
@@ -108,9 +110,9 @@ def _states_with(task: str, file: CheckpointFile) -> dict[str, Mapping[str, Any]
 def _sets_of(task: str, state: Mapping[str, Any], sets: str, file: str) -> Mapping[str, Tensor]:
     if task not in state.get(sets, {}):
         raise ValueError(
-            f"{file} has averaged weights beside those in training, and of the latter no statistics of task {task!r} "
-            f"(there is no {sets!r}): they were not averaged by a {CALLBACK}. Save without averaging, or export "
-            f"{state['default']!r}, which the state dicts hold."
+            f"{file} has averaged weights beside those in training, but no {sets!r}, the statistics of task {task!r} "
+            f"for the weights in training: {CALLBACK} did not average them. Save without averaging, or export "
+            f"{state['default']!r}, whose statistics are in the state dicts."
         )
     found: Mapping[str, Tensor] = state[sets][task]
     return found
@@ -156,7 +158,7 @@ def _warn_of_unseen(task: str, values: Mapping[str, Tensor], file: str) -> None:
     counters = [value for name, value in values.items() if name.endswith("num_batches_tracked")]
     if counters and not any(counters):
         warnings.warn(
-            f"{file}: no batch of task {task!r} had been seen, so that its statistics are what they began with.",
+            f"{file}: no batch of task {task!r} had been seen, so its statistics are still the initial ones.",
             UserWarning,
             stacklevel=3,
         )

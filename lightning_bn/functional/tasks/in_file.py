@@ -82,8 +82,8 @@ def tasks_in_file(path: str | Path, measure: Measure = "jeffreys") -> list[Tasks
     states = dict(_banks(file.content))
     if not states:
         raise ValueError(
-            f"{file.path.name} has no statistics per task: neither a TaskBatchNorm callback nor the state dict of a "
-            f"bank is in it. What its state dict holds serves all tasks."
+            f"{file.path.name} has no statistics per task: it holds neither a TaskBatchNorm callback nor a state dict "
+            "of task_statistics. The statistics in its state dict are used for all tasks."
         )
     return [_read(key, state, file.content, file.size, measure) for key, state in states.items()]
 
@@ -106,7 +106,7 @@ def _read(key: str, state: Mapping[str, Any], content: dict[Any, Any], size: int
     tasks, layers, default = [*map(str, state["tasks"])], [*map(str, state["layers"])], str(state["default"])
     if not layers or not isinstance(state["sets"], dict):
         raise ValueError(
-            f"the statistics per task under {key!r} are of no layer: they were changed after they were saved."
+            f"the statistics per task under {key!r} name no layer: they were changed after they were saved."
         )
     own = _own(content, layers)
     values = {task: state["sets"].get(task, {}) for task in tasks if task != default}
@@ -114,7 +114,9 @@ def _read(key: str, state: Mapping[str, Any], content: dict[Any, Any], size: int
     if own is not None:
         found = {default: _layers(default, own.get, layers, size), **found}
     if len(found) < 2:
-        raise ValueError(f"{key!r} has statistics of {quoted([*found])} alone: one task has nothing to differ from.")
+        raise ValueError(
+            f"{key!r} has statistics of only one task, {quoted([*found])}: to compare tasks, two or more are needed."
+        )
     updates = {task: _updates(of_task) for task, of_task in found.items()}
     seen = {task: found[task] for task, count in updates.items() if count != 0}
     # What no batch has moved says nothing of its task.
@@ -156,8 +158,8 @@ def _layers(task: str, get: Any, layers: list[str], size: int) -> dict[str, dict
         mean, var = (parts[part] for part in _STATISTICS)
         if not (_is_whole(mean) and _is_whole(var) and mean.shape == var.shape):
             raise ValueError(
-                f"task {task!r}: mean and variance of BatchNorm layer {named(name)} are not both there, with one value "
-                f"per channel: they were changed after they were saved."
+                f"task {task!r}: BatchNorm layer {named(name)} lacks a mean or a variance with one value per channel: "
+                "the statistics were changed after they were saved."
             )
         found[name] = {part: one for part, one in parts.items() if isinstance(one, Tensor)}
     distinct(found, size)

@@ -24,7 +24,7 @@ def mixture_of(parts: Mapping[str, Snapshot], weights: Mapping[str, float]) -> S
     """
     total = sum(weights.values())
     if not all(weight >= 0 for weight in weights.values()) or not total > 0:
-        raise ValueError(f"weights={weights!r}: none may be negative, and one must be above 0.")
+        raise ValueError(f"weights={weights!r}: no weight may be negative, and at least one must be above 0.")
     first = next(iter(parts.values()))
     shares = torch.tensor([weights[task] / total for task in parts], dtype=torch.float64)[:, None]
     means, variances = (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._batches import default_forward, model_device, to_device
-from lightning_bn.functional._text import named, quoted
+from lightning_bn.functional._text import counted, named, quoted
 from lightning_bn.functional.layers.exchange import Entries, exchanged
 from lightning_bn.functional.layers.properties import processes_of
 from lightning_bn.functional.statistics.drift_measures import drift
@@ -74,9 +74,13 @@ def nearest_task(
         'far'
     """
     if len(bank.tasks) < 2:
-        raise ValueError(f"there is one task ({quoted(bank.tasks)}): to tell which is nearest takes two.")
+        raise ValueError(
+            f"there is only one task, {quoted(bank.tasks)}: to find the nearest task, two or more are needed."
+        )
     if not 0 <= margin < 1:
-        raise ValueError(f"margin={margin}: give a share in [0, 1), by which the nearest task has to be nearer.")
+        raise ValueError(
+            f"margin={margin} must be in [0, 1): the share by which the nearest task must be nearer than the next."
+        )
     found = _statistics(bank, model, batch, forward or default_forward)
     distances = {}
     for task in bank.tasks:
@@ -100,8 +104,8 @@ def _statistics(
     for name, layer in layers.items():
         if processes_of(layer) > 1:
             raise RuntimeError(
-                f"BatchNorm layer {named(name)} is synchronized over {processes_of(layer)} processes, which would have "
-                f"to run this too: ask with a copy of the model whose layers are not."
+                f"BatchNorm layer {named(name)} is synchronized over {processes_of(layer)} processes, which would all "
+                "have to call this too: call it with a copy of the model whose layers are not synchronized."
             )
     ours = set(layers.values())
     modes = [Entries(name, one, attributes={"training": one in ours}) for name, one in model.named_modules()]
@@ -124,8 +128,8 @@ def _take(
     batch: Tensor = args[0] if args else next(iter(kwargs.values()))
     if batch.numel() // layer.num_features <= 1:
         raise ValueError(
-            f"BatchNorm layer {named(name)} was given {batch.numel() // layer.num_features} values per channel, of "
-            f"which there is no variance: give more samples of the same task."
+            f"BatchNorm layer {named(name)} got {counted(batch.numel() // layer.num_features, 'value')} per channel, "
+            "too few for a variance: give more samples of the same task."
         )
     sample = moments(batch)
     found[name] = merge(found[name], sample) if name in found else sample

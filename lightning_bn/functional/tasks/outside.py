@@ -36,9 +36,9 @@ class OutsideOfContexts:
         if moved and not self._told:
             self._told = True
             self.tell(
-                f"outside of any task's context a forward in train mode, or somebody who wrote to them, moved the "
-                f"statistics of the default task {self._default!r} in BatchNorm layer {quoted(moved)}: run it inside "
-                f"the context of a task, or in eval mode."
+                f"the statistics of the default task {self._default!r} in BatchNorm layer {quoted(moved)} moved "
+                "outside of any task's context: a forward ran in train mode, or other code wrote to them. Run that "
+                "forward inside the context of a task, or in eval mode."
             )
 
     def seen(self, placed: PlacedSets) -> None:

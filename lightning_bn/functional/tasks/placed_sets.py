@@ -176,10 +176,10 @@ class PlacedSets:
         for name, own in self.own.items():
             size = layers[name].num_features if name in layers else None
             if size != len(own["running_mean"]):
-                there = "is not there any more" if size is None else f"has {size} channels now"
+                there = "is no longer in the model" if size is None else f"has {counted(size, 'channel')} now"
                 raise ValueError(
-                    f"BatchNorm layer {named(name)} {there}; its statistics per task have {len(own['running_mean'])}: "
-                    f"release them before the model is changed."
+                    f"BatchNorm layer {named(name)} {there}, but its statistics per task have "
+                    f"{len(own['running_mean'])}: call release() before you change the model."
                 )
         self.detach()
         self.layers = {name: layers[name] for name in self.layers}
@@ -196,8 +196,8 @@ class PlacedSets:
         taken = [name for name, layer in self.layers.items() if not any(sets_of(layer) is one for one in others)]
         if taken:
             raise RuntimeError(
-                f"BatchNorm layer {quoted(taken)} has statistics per task already: release those first, or leave the "
-                f"layer out with exclude."
+                f"BatchNorm layer {quoted(taken)} has statistics per task already: call release() on those first, or "
+                "leave the layer out with exclude."
             )
         claim(self.layers.values(), self._owner)
         self._edges = list(_edges_to(self.model, self.layers.values()))
@@ -228,7 +228,8 @@ class PlacedSets:
         """Take tensors that others put into the layers as a task's, and move those of all tasks to where they are."""
         warnings.warn(
             f"tensors of {counted(len(found), 'BatchNorm layer')} with statistics per task were replaced (by .to(), "
-            f".half(), a conversion, ...): the statistics of {', '.join(self.sets)} go along.",
+            f".half(), a conversion, ...): the statistics of the tasks {', '.join(self.sets)} were converted in the "
+            "same way.",
             UserWarning,
             stacklevel=5,
         )

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._tasks import none_begins
-from lightning_bn.functional._text import named
+from lightning_bn.functional._text import counted, named
 from lightning_bn.functional.layers.exchange import holders_of
 from lightning_bn.functional.layers.overlay import Overlay, own_class, put_before, take_away
 from lightning_bn.functional.layers.properties import processes_of
@@ -76,8 +76,9 @@ def _take_back(layer: _BatchNorm, before: Any) -> None:
 def _refuse_other_forward(name: str, layer: _BatchNorm) -> None:
     if "forward" in attributes_of(layer):
         raise RuntimeError(
-            f"BatchNorm layer {named(name)} has a forward that was put on it{_by(layer)}, which knows no rows of "
-            f"several tasks: end that first, or run each task's samples as a batch of their own, with task(name)."
+            f"BatchNorm layer {named(name)} has another forward than that of its class{_by(layer)}, which cannot "
+            "handle rows of several tasks: remove that forward first, or run the samples of each task as a separate "
+            "batch, with task(name)."
         )
 
 
@@ -149,9 +150,9 @@ class _Rows:
         rows = len(batch) if batch.dim() else 0
         if rows != len(self._which):
             raise ValueError(
-                f"BatchNorm layer {named(name)} was given {rows} rows, and rows() names the tasks of "
-                f"{len(self._which)}. Layers of point clouds, of regions of interest or with time folded into the "
-                f"batch have other rows: exclude them from the statistics per task, or use task(name)."
+                f"BatchNorm layer {named(name)} got {counted(rows, 'row')}, but rows() names the tasks of "
+                f"{len(self._which)}. Layers that run on points, on regions of interest or on time steps folded into "
+                "the batch have other rows: exclude them from the statistics per task, or use task(name)."
             )
         _refuse_other_forward(name, layer)
         own = self._placed.own[name]["running_mean"]
@@ -159,24 +160,24 @@ class _Rows:
         others = [holder for holder in holders_of(layer) if holder != "task_statistics"]
         if held is not own and (layer.training or not others):
             raise RuntimeError(
-                f"BatchNorm layer {named(name)} holds other running statistics than its own{_by(layer)}, as after "
-                f".to() or in functional_call: it is not known which task's they are. Do so before rows(), or leave "
-                f"the layer's buffers out."
+                f"the running statistics of BatchNorm layer {named(name)} were replaced{_by(layer)}, as .to() or "
+                "functional_call do, and it is not known which task the new ones belong to. Replace them before "
+                "rows(), or leave the layer's buffers out."
             )
         if not layer.training:
             return
         if processes_of(layer) > 1:
             raise RuntimeError(
-                f"BatchNorm layer {named(name)} is synchronized over {processes_of(layer)} processes, whose rows "
-                f"may belong to other tasks: use task(name) with the same task in all of them, or layers that are not "
-                f"synchronized."
+                f"BatchNorm layer {named(name)} is synchronized over {processes_of(layer)} processes, and rows of the "
+                "others may belong to other tasks: use task(name) with the same task in all processes, or layers "
+                "that are not synchronized."
             )
         values = batch.numel() // (rows * layer.num_features)
         for task, count in zip(self._tasks, self._counts, strict=True):
             if count * values == 1:
                 raise ValueError(
-                    f"BatchNorm layer {named(name)} was given one value per channel of task {task!r}, of which there "
-                    f"is no variance: give each task of a batch two rows or more, or none."
+                    f"BatchNorm layer {named(name)} got one value per channel of task {task!r}, which has no "
+                    "variance: give each task in a batch at least two rows."
                 )
 
     def _indices(self, device: torch.device) -> tuple[Tensor, list[Tensor]]:
@@ -197,9 +198,9 @@ def _run_with(name: str, layer: _BatchNorm, buffers: Buffers, forward: Callable[
         output = forward(batch)
         if any(held.get(key) is not buffer for key, buffer in buffers.items()):
             raise RuntimeError(
-                f"the forward of BatchNorm layer {named(name)} puts other tensors in the place of its running "
-                f"statistics, so that rows of several tasks would not move them: use task(name), or have it write to "
-                f"the tensors that are there."
+                f"the forward of BatchNorm layer {named(name)} replaces the tensors of its running statistics, so "
+                "that rows of several tasks would not move them: use task(name), or write to the existing tensors in "
+                "place."
             )
         return output
     finally:

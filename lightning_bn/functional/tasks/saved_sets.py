@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from lightning_bn.functional._text import named, quoted
+from lightning_bn.functional._text import counted, named, quoted
 from lightning_bn.functional.tasks.task_sets import Buffers
 
 FORMAT = 1
@@ -42,8 +42,8 @@ def sets_in(
     lost = [task for task in state["tasks"] if task not in tasks and task not in given_up]
     if lost:
         raise ValueError(
-            f"the saved statistics have task {quoted(lost)}, which is none of {', '.join(tasks)}: name it in tasks, or "
-            f"in given_up if it is not wanted any more."
+            f"the saved statistics have task {quoted(lost)}, but tasks has only {', '.join(tasks)}: name it in tasks, "
+            "or in given_up if it is no longer needed."
         )
     saved, here = list(state["layers"]), list(own)
     if saved != here:
@@ -52,7 +52,7 @@ def sets_in(
             f"{'only' if names else 'none only'} {where}: {quoted(names) or '-'}"
             for names, where in ((gone, "in the file"), (new, "in the model"))
         )
-        raise ValueError(f"the saved statistics per task are of other layers ({what}): select the same ones.")
+        raise ValueError(f"the saved statistics per task are of other layers ({what}): select the same layers.")
     return {task: _read(sets, own) for task, sets in state["sets"].items() if task in tasks}
 
 
@@ -62,7 +62,7 @@ def _read(values: Mapping[str, Tensor], own: Mapping[str, Buffers]) -> dict[str,
         found[name] = {key: values[f"{name}.{key}"] for key in buffers if f"{name}.{key}" in values}
         if {key: one.shape for key, one in found[name].items()} != {key: one.shape for key, one in buffers.items()}:
             raise ValueError(
-                f"the saved statistics per task have other channels for layer {named(name)} than the "
-                f"{len(buffers['running_mean'])} that it has: they are of another model."
+                f"the saved statistics per task do not fit layer {named(name)} with "
+                f"{counted(len(buffers['running_mean']), 'channel')}: they are of another model."
             )
     return found

@@ -88,10 +88,10 @@ class TaskSession:
         if outside and none_told:
             done = "moved" if self._training else "was evaluated with"
             raise UnlabelledBatchError(
-                f"nothing tells the task of a batch that ran {counted(len(outside), 'BatchNorm layer')} "
-                f"({quoted(outside)}) and {done} the statistics of the default task {self._bank.default!r}. Tell it "
-                f"with task_key=, with `with lightning_bn.task(name):` around each task's part of the step, in "
-                f"evaluation with val_tasks=, or say what such batches are with unlabelled=<task>; the tasks are "
+                f"it is not known which task a batch belongs to that ran {counted(len(outside), 'BatchNorm layer')} "
+                f"({quoted(outside)}) and {done} the statistics of the default task {self._bank.default!r}. Say it "
+                "with task_key=, with `with lightning_bn.task(name):` around each task's part of the step, or in "
+                "evaluation with val_tasks=; unlabelled=<task> gives such batches a task. The tasks are "
                 f"{', '.join(self._bank.tasks)}."
             )
 

@@ -62,8 +62,8 @@ class _Hooks:
         if own is not None:
             if metadata.get("assign_to_params_buffers"):
                 raise RuntimeError(
-                    f"load_state_dict(assign=True) inside the context of a task would replace the tensors of BatchNorm "
-                    f"layer {self._name!r} while others are in their place: load after the context."
+                    "load_state_dict(assign=True) inside the context of a task would replace the wrong tensors of "
+                    f"BatchNorm layer {self._name!r}: load after the context."
                 )
             self._in_place = dict(buffers_of(module))
             buffers_of(module).update(own[self._name])

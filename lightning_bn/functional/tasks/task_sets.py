@@ -46,12 +46,12 @@ def checked_tasks(tasks: Sequence[str]) -> list[str]:
         ValueError: If there is none, one is given twice, or one is no string, empty, or ``"mixture"``.
     """
     names: list[Any] = [tasks] if isinstance(tasks, str) else list(tasks)
-    why = [f"{name!r} is no name of one" for name in names if not isinstance(name, str) or name in ("", MIXTURE)]
-    why += [f"{name!r} is there twice" for name in names if names.count(name) > 1]
+    why = [f"{name!r} is not a name of a task" for name in names if not isinstance(name, str) or name in ("", MIXTURE)]
+    why += [f"{name!r} is given twice" for name in names if names.count(name) > 1]
     if why or not names:
         raise ValueError(
-            f"tasks={tasks!r}: {why[0] if why else 'none is given'}. Give each a name of its own, a string that is not "
-            f"empty; {MIXTURE!r} means all tasks together."
+            f"tasks={tasks!r}: {why[0] if why else 'no task is given'}. Give each task a different name, a string "
+            f"that is not empty; {MIXTURE!r} means all tasks together."
         )
     return names
 
@@ -65,4 +65,6 @@ def check_known(task: str, tasks: Sequence[str], where: str = "") -> None:
     if task not in tasks:
         close = difflib.get_close_matches(str(task), tasks, n=1)
         hint = f" Closest: {close[0]!r}." if close else ""
-        raise ValueError(f"there is no task {task!r}{where}, but {', '.join(map(repr, tasks)) or 'none'}.{hint}")
+        raise ValueError(
+            f"there is no task {task!r}{where}; the tasks are {', '.join(map(repr, tasks)) or 'none'}.{hint}"
+        )

@@ -70,10 +70,10 @@ class ForwardWatch:
         if self._known and self._again[name, task, backward] > self._ran[name, task]:
             others = [repr(other) for (layer, other), n in self._ran.items() if n and layer == name and other != task]
             raise RecomputationError(
-                f"the backward runs the forward of BatchNorm layer {named(name)} again (activation checkpointing) "
-                f"for {'no task' if task is None else f'task {task!r}'}, which was that of task {', '.join(others)}: "
-                f"it would move the wrong statistics. Put the backward into the context of the task, or label the "
-                f"batch (task_key=)."
+                f"the backward runs the forward of BatchNorm layer {named(name)} again (activation checkpointing) for "
+                f"{'no task' if task is None else f'task {task!r}'}, but that forward was of task "
+                f"{', '.join(others)}: the wrong statistics would move. Call the backward inside the context of the "
+                "task, or label the batch (task_key=)."
             )
 
 

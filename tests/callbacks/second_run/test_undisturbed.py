@@ -502,7 +502,7 @@ def test_what_is_too_large_to_be_copied_may_be_read(monkeypatch):
     assert assert_same_fit(Bank).array.flags.writeable
 
 
-@pytest.mark.filterwarnings("ignore:PreciseBatchNorm looked at the first")
+@pytest.mark.filterwarnings("ignore:PreciseBatchNorm looked for files, queues and iterators in the first")
 def test_search_that_ends_early_says_so(monkeypatch):
     monkeypatch.setattr(drawn_once, "_MOST", 3)
 
@@ -628,7 +628,7 @@ def test_where_no_process_can_be_forked_an_iterator_without_a_copy_is_refused(mo
     monkeypatch.setattr(sources, "can_fork", lambda: False)
     loader = DataLoader(Stream(n for n in range(999)), batch_size=8)
     trainer = quiet(callbacks=[PreciseBatchNorm(num_batches=2)], limit_train_batches=6, **SETTINGS)
-    with pytest.raises(MisconfigurationException, match=r"generator, which has no copy.*source='recent'"):
+    with pytest.raises(MisconfigurationException, match=r"generator, which cannot be copied.*source='recent'"):
         trainer.fit(Classifier(), loader, val_loader())
 
 

@@ -230,7 +230,7 @@ def test_a_block_that_is_taken_out_before_what_lies_on_top_is_an_error_that_name
     below, above = blocked_gradients({"held": net.held}), exchanged("somebody", entries)
     below.__enter__()
     above.__enter__()
-    with pytest.raises(ExchangeError, match=r"layer 'held'.*'blocked_gradients'.*'somebody' lies on top"):
+    with pytest.raises(ExchangeError, match=r"layer 'held'.*'blocked_gradients'.*'somebody' put something on top"):
         below.__exit__(None, None, None)
     assert holders_of(net.held) == ("blocked_gradients", "somebody")
     assert net.held.weight is other

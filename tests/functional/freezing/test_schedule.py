@@ -62,7 +62,7 @@ def test_counting_from_an_unknown_end_is_an_error_that_says_what_to_do(
 ) -> None:
     schedule = FreezeSchedule(**bounds)
     assert schedule.counts_from_the_end
-    with pytest.raises(ValueError, match=rf"max_epochs={max_epochs}.*set max_epochs or use steps"):
+    with pytest.raises(ValueError, match=rf"max_epochs={max_epochs}.*set max_epochs, or use start_step and stop_step"):
         schedule.is_on(0, 0, max_epochs)
 
 

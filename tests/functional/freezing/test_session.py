@@ -129,7 +129,7 @@ def test_without_anyone_to_tell_a_violation_is_a_warning_and_said_once() -> None
     session = FreezeSession(net, FreezeSelection(["1"]))
     session.start_batch(0)
     move(net)
-    with pytest.warns(UserWarning, match=r"put back: step 1: 1 \(running_mean by up to 1\)"):
+    with pytest.warns(UserWarning, match=r"changed and was restored: step 1: 1 \(running_mean by up to 1\)"):
         session.end_batch(1)
     move(net)
     session.end_batch(2)  # a second warning would be an error
@@ -205,7 +205,7 @@ def test_what_was_put_on_top_of_a_task_and_left_there_is_an_error_that_names_bot
     own = net[1].running_mean
     above = exchanged("somebody", [Entries("1", net[1], {"running_mean": own.clone()})])
     above.__enter__()
-    with pytest.raises(ExchangeError, match=r"layer '1'.*'shadow_statistics'.*'somebody' lies on top"):
+    with pytest.raises(ExchangeError, match=r"layer '1'.*'shadow_statistics'.*'somebody' put something on top"):
         session.end_batch(1)
     above.__exit__(None, None, None)
     session.close(1)
@@ -225,5 +225,5 @@ def test_a_layer_that_a_function_froze_too_stays_pinned_when_the_session_ends() 
 
 @pytest.mark.parametrize("by_task", ["det", ["det"], 3])
 def test_tasks_without_modules_are_refused(by_task: object) -> None:
-    with pytest.raises(ValueError, match=r"by_task=.*which modules for which task"):
+    with pytest.raises(ValueError, match=r"by_task=.*must give the modules of each task"):
         FreezeSelection(by_task=by_task)  # type: ignore[arg-type]

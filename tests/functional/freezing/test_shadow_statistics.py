@@ -119,7 +119,7 @@ def test_a_shadow_that_is_taken_out_before_what_lies_on_top_is_an_error_that_nam
     shadow.__enter__()
     copies = dict(norm.named_buffers())
     above.__enter__()
-    with pytest.raises(ExchangeError, match=r"layer 'norm'.*'shadow_statistics'.*'somebody' lies on top"):
+    with pytest.raises(ExchangeError, match=r"layer 'norm'.*'shadow_statistics'.*'somebody' put something on top"):
         shadow.__exit__(None, None, None)
     assert not any(buffer is copies[name] for name, buffer in norm.named_buffers())
     above.__exit__(None, None, None)

@@ -78,7 +78,7 @@ def test_one_that_fails_takes_out_what_was_left_on_top_of_it() -> None:
     with pytest.raises(ZeroDivisionError):
         fail()
     assert everything(bn) == before
-    with pytest.raises(ExchangeError, match=r"'forgotten'.*nothing of it is left"):
+    with pytest.raises(ExchangeError, match=r"'forgotten'.*it is not there any more"):
         left.close()
     assert everything(bn) == before
 

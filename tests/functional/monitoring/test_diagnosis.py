@@ -75,9 +75,9 @@ def test_a_healthy_model_has_nothing() -> None:
             {"scatter": [0.1, 0.5, 0.6], "samples": 2, "processes": 4, "synchronized": [False, False, True]},
             "body.bn",
             "small batches",
-            ["body.bn normalizes the 2 samples of each rank", "scatter by 0.5 sigma", "normalizes 8 samples together"],
+            ["body.bn normalizes the 2 samples of each rank", "vary by 0.5 sigma", "normalizes 8 samples together"],
         ),
-        ({"explosion": [2, 101, 99]}, "body.bn", "exploding", ["variances x1e+02 those", "0 to 255"]),
+        ({"explosion": [2, 101, 99]}, "body.bn", "exploding", ["variances 101 times those", "0 to 255"]),
         ({"scatter": [0.1, 1.5, 0.1], "bias": [0.1, 1.4, 0.1]}, "body.bn", "lagging", ["lags 1.4 sigma"]),
         (
             {"updates": [1, 0, 1], "idle": [0, 20, 0], "changed": [True, False, True]},
@@ -115,9 +115,14 @@ def test_a_healthy_model_has_nothing() -> None:
             {"scatter": [0.1, 3.0, 0.1], "task": "seg"},
             "body.bn",
             "alternating",
-            ["body.bn with the statistics of task 'seg' is fed by"],
+            ["body.bn with the statistics of task 'seg' gets its batches from"],
         ),
-        ({"gap": [0.0, 2.0, 0.0]}, "body.bn", "ranks differ", ["2.0 sigma", "rank 0's", "SyncBatchNorm"]),
+        (
+            {"gap": [0.0, 2.0, 0.0]},
+            "body.bn",
+            "ranks differ",
+            ["2.0 sigma", "the moving average of rank 0", "SyncBatchNorm"],
+        ),
     ],
 )
 def test_each_kind_is_named_in_one_sentence_that_starts_with_the_layer(
@@ -208,7 +213,7 @@ def test_uses_that_lie_apart_are_one_finding_that_names_the_furthest_and_says_wh
     assert (one.layer, one.kind) == (NAMES[2], "shared")
     assert set(one.layers) == {NAMES[0], NAMES[2]}
     assert (
-        f"{NAMES[2]} (and 1 more layer) is used 2 times per step by inputs whose means lie 4.0 sigma apart"
+        f"{NAMES[2]} (and 1 more layer) is used 2 times per step with inputs whose means lie 4.0 sigma apart"
         in one.sentence
     )
     assert "task_statistics" in one.sentence

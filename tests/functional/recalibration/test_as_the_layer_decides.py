@@ -217,7 +217,7 @@ def test_layer_that_normalizes_in_chunks_counts_them_all() -> None:
 def test_layer_that_normalizes_with_others_than_its_inputs_statistics_is_refused() -> None:
     net = nn.Sequential(nn.BatchNorm2d(3), fill_statistics(HalfByHand(3)))
     before = everything(net)
-    with pytest.raises(RecalibrationError, match=r"layer '1'.*others than those of its input"):
+    with pytest.raises(RecalibrationError, match=r"layer '1'.*other statistics than those of its input"):
         recalibrate(net, batches())
     assert everything(net) == before
 
@@ -242,7 +242,7 @@ def test_empty_batches_are_not_counted_and_their_layer_was_reached(shape: tuple[
 
     found = recalibrate(net, batches(), forward=forward)
     assert (found.layers, found.empty, found.unreached) == (("a",), ("b",), ("c",))
-    assert "given only empty batches and left as they were: 'b'" in str(found)
+    assert "given only empty batches and left unchanged: 'b'" in str(found)
     assert_statistics(net["a"], per_channel(torch.cat(batches())))
 
 
@@ -308,7 +308,7 @@ def test_variance_that_float16_cannot_hold_is_named_and_left() -> None:
     before = everything(net, ["0"])
     found = recalibrate(net, batches(), forward=forward)
     assert (found.layers, list(found.unheld)) == (("0",), ["1"])
-    assert "left as they were, their dtype cannot hold what was found: '1' (variance" in str(found)
+    assert "left unchanged, since their dtype cannot hold the new statistics: '1' (variance" in str(found)
     assert "in float16" in str(found)
     assert everything(net, ["0"]) == before
     with pytest.raises(NoUsableBatchError, match=r"variance .* in float16.*float32"):
@@ -328,7 +328,7 @@ def test_batches_that_overflow_in_float16_are_not_left_out() -> None:
 def test_no_standard_error_is_said_of_what_remains_after_some_batches_were_left_out() -> None:
     spoiled = torch.full((8, 3, 6, 6), torch.inf)
     found = recalibrate(nn.BatchNorm2d(3), [*batches(), spoiled])
-    assert "non-finite batches left out" in str(found)
+    assert "batches that were not finite left out" in str(found)
     assert "standard error" not in str(found)
 
 
@@ -354,7 +354,7 @@ def test_prior_that_is_no_number_of_samples_is_refused(prior: Any) -> None:
 def test_prior_needs_samples_that_can_be_counted() -> None:
     net = network()
     before = everything(net)
-    with pytest.raises(ValueError, match=r"prior=16 needs batches whose samples can be counted"):
+    with pytest.raises(ValueError, match=r"prior=16 needs the number of samples"):
         recalibrate(net, [object()], forward=lambda model, batch: model(images(4)), prior=16)
     assert everything(net) == before
 

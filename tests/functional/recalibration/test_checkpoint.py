@@ -275,9 +275,9 @@ def test_state_dict_is_found_under_any_key_and_that_is_said(tmp_path, key):
 def test_which_of_two_entries_is_meant_has_to_be_said(tmp_path):
     plain, averaged = fill_statistics(seeded(SmallResNet)).state_dict(), seeded(SmallResNet).state_dict()
     path = saved({"model": plain, "ema": averaged}, tmp_path)
-    with pytest.raises(ValueError, match=r"several places in it do; choose key='model' .* or key='ema'"):
+    with pytest.raises(ValueError, match=r"several of its state dicts do; choose key='model' .* or key='ema'"):
         recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt")
-    with pytest.raises(ValueError, match="no state dict under key='emma'; there is 'model', 'ema'"):
+    with pytest.raises(ValueError, match="no state dict under key='emma', only under 'model', 'ema'"):
         recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt", key="emma")
     assert list(tmp_path.iterdir()) == [path]
     done = recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "new.pt", key="ema")
@@ -381,14 +381,14 @@ def frozen_fit(folder: Path, **freeze: Any) -> Path:
     return folder / "last.ckpt"
 
 
-@pytest.mark.filterwarnings("ignore:.*freezing .* with the running statistics of construction")
+@pytest.mark.filterwarnings("ignore:.*freezing .* with their initial running statistics")
 def test_layers_that_the_file_records_as_frozen_are_left_out_unless_told_to(tmp_path):
     path = frozen_fit(tmp_path / "fit", modules=LAYERS[0])
     for model in (Net(), Classifier()):
         done = recalibrate_checkpoint(path, model, batches(), tmp_path / "new.ckpt", overwrite=True)
         assert len(done.recalibration.frozen) == 1
         assert LAYERS[0].endswith(done.recalibration.frozen[0])
-        assert "1 frozen untouched" in str(done)
+        assert "1 frozen layer left unchanged" in str(done)
         changed = differences(read(path), without_record(read(tmp_path / "new.ckpt")))
         assert changed
         assert not any(LAYERS[0] in name for name in changed)
@@ -404,7 +404,7 @@ def test_layers_of_which_only_weights_were_frozen_are_recalibrated(tmp_path):
     assert done.recalibration.frozen == ()
 
 
-@pytest.mark.filterwarnings("ignore:.*freezing .* with the running statistics of construction")
+@pytest.mark.filterwarnings("ignore:.*freezing .* with their initial running statistics")
 def test_file_with_every_layer_frozen_is_an_error_that_names_the_switch(tmp_path):
     path = frozen_fit(tmp_path / "fit")
     model = Net()

@@ -314,11 +314,17 @@ def test_what_a_forward_writes_to_a_frozen_layers_set_is_put_back() -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"task_of": lambda one: "d"}, r"task_of says .* task 'd'; the statistics are of 'a', 'b', 'c'"),
-        ({"task_of": lambda one: 3}, r"task_of says .* task 3; the statistics"),
-        ({"forward": unknown}, r"a context says .* task 'bb'; the statistics are of 'a', 'b', 'c'"),
-        ({}, r"nothing told which task .* 'a', 'b', 'c': pass task_of=.*lightning_bn.task"),
-        ({"task_of": lambda one: None}, r"nothing told which task"),
+        (
+            {"task_of": lambda one: "d"},
+            r"task_of says .* task 'd', but there are statistics only for the tasks 'a', 'b', 'c'",
+        ),
+        ({"task_of": lambda one: 3}, r"task_of says .* task 3, but there are statistics"),
+        (
+            {"forward": unknown},
+            r"a context says .* task 'bb', but there are statistics only for the tasks 'a', 'b', 'c'",
+        ),
+        ({}, r"'a', 'b', 'c', and it is not known which task .*: pass task_of=.*lightning_bn.task"),
+        ({"task_of": lambda one: None}, r"it is not known which task"),
     ],
 )
 def test_an_unknown_task_is_an_error_that_names_the_known_ones(options: dict[str, Any], words: str) -> None:
@@ -341,7 +347,7 @@ def test_statistics_per_task_of_two_objects_are_refused_unless_one_is_selected()
     model = network()
     task_statistics(model, TASKS, "layer1")
     other = task_statistics(model, ["x", "y"], "layer2")
-    with pytest.raises(ValueError, match=r"'layer2.0.bn1', 'layer2.0.bn2' has statistics .* another object"):
+    with pytest.raises(ValueError, match=r"'layer2.0.bn1', 'layer2.0.bn2' belong to another object"):
         recalibrate(model, batches_of("abc"), task_of=task_of)
     done = recalibrate(model, batches_of("abc"), modules="layer2", task_of=lambda one: "x")
     assert list(done.tasks) == ["x", "y"]
@@ -365,7 +371,7 @@ def test_what_runs_outside_of_any_task_is_the_defaults_and_is_said() -> None:
     for task in "ab":
         same(done.tasks[task], alone(separate, only(batches, task)))
     assert done.untold_batches == 2
-    assert "2 batches ran a part outside of any task, taken as the default's" in str(done)
+    assert "2 batches ran partly outside of any task, which counted for the default task" in str(done)
 
 
 # Amounts
@@ -405,7 +411,7 @@ def test_a_task_that_never_comes_ends_the_pass_and_keeps_what_it_had() -> None:
     assert bank.snapshot("c").same_bits(before)
     assert done.tasks["c"].layers == ()
     assert done.tasks["c"].num_batches == 0
-    assert "'c' without a batch and left as it was" in str(done)
+    assert "'c' had no batch and was left unchanged" in str(done)
     assert next(drawn) <= PATIENCE + 4
 
 
@@ -414,7 +420,10 @@ def test_a_task_that_comes_too_rarely_is_named_and_written() -> None:
     bank = task_statistics(model, TASKS)
     for limit, words in (
         ({"num_batches": 3}, r"'b' from 14 samples, standard error [\d.]+ \(the data ended after 2 of 3 batches"),
-        ({"num_samples": 20}, r"'b' from 14 samples, standard error [\d.]+ \(the data ended before it had what"),
+        (
+            {"num_samples": 20},
+            r"'b' from 14 samples, standard error [\d.]+ \(the data ended before the task had the requested amount",
+        ),
     ):
         done = recalibrate(model, batches_of("aaaabaaccb"), task_of=task_of, **limit)
         assert bank.snapshot("b").same_bits(done.tasks["b"].after)

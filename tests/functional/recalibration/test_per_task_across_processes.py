@@ -55,7 +55,7 @@ def test_each_task_is_what_one_process_makes_of_all_its_batches(ranks: Results, 
 
 
 def test_a_task_that_nobody_has_is_named(ranks: Results) -> None:
-    assert all("'c' without a batch and left as it was" in rank["a task nobody has"]["said"] for rank in ranks)
+    assert all("'c' had no batch and was left unchanged" in rank["a task nobody has"]["said"] for rank in ranks)
 
 
 @pytest.mark.parametrize("name", [name for name in RIGHT if name != "prior"])
@@ -81,10 +81,13 @@ def test_a_synchronized_pass_uses_what_both_have(ranks: Results) -> None:
 
 
 WORDS = {
-    "an unknown task on one": (r"recalibration failed on 1", "task 'd'; the statistics are of 'a', 'b', 'c'"),
-    "nothing tells": ("nothing told which task", "nothing told which task"),
+    "an unknown task on one": (
+        r"recalibration failed on 1",
+        "task 'd', but there are statistics only for the tasks 'a', 'b', 'c'",
+    ),
+    "nothing tells": ("it is not known which task", "it is not known which task"),
     "other tasks": ("tasks (rank 0: ('a', 'b', 'd'), rank 1: ('a', 'b', 'c'))",) * 2,
-    "synchronized, different tasks": ("the next batch is of task 'a' on 1, 'b' on 1 of them",) * 2,
+    "synchronized, different tasks": ("the next batch is of task 'a' on 1, 'b' on 1 of the processes",) * 2,
     "synchronized, different contexts": ("this one ran the tasks ['a']", "this one ran the tasks ['b']"),
 }
 

@@ -437,7 +437,7 @@ def test_model_that_is_wholly_in_eval_is_recalibrated_and_stays_in_eval():
 def test_layer_recalibrates_after_it_is_unfrozen():
     net = resnet()
     freeze_batch_norm(net)
-    with pytest.raises(ValueError, match=r"every one frozen.*[Uu]nfreeze"):
+    with pytest.raises(ValueError, match=r"all frozen.*[Uu]nfreeze"):
         recalibrate(net, image_batches(8))
     unfreeze_batch_norm(net)
     assert recalibrate(net, image_batches(8)).layers == tuple(SMALL_RESNET_NAMES)

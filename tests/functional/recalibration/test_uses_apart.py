@@ -41,7 +41,7 @@ def run(model: Any, batch: Any) -> None:
 def test_uses_that_lie_apart_are_named_with_their_distance(shift: float) -> None:
     found = recalibrate(TwoTasks().train(), both(shift), forward=run)
     assert found.uses_apart == {"backbone": pytest.approx(abs(shift), rel=0.1)}
-    assert f"means lie up to {found.uses_apart['backbone']:.1f} sigma apart" in str(found)
+    assert f"means differ by up to {found.uses_apart['backbone']:.1f} sigma" in str(found)
     assert str(found).endswith("'backbone'")
 
 

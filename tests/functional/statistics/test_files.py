@@ -39,7 +39,7 @@ def test_whole_module_in_a_file_is_named(tmp_path):
 @pytest.mark.parametrize("content", [b"", b"hello world", b"PK\x03\x04 cut off"], ids=["empty", "text", "cut off"])
 def test_file_that_is_no_checkpoint_is_an_error_with_its_name(tmp_path, content):
     (tmp_path / "old.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"old\.pt cannot be read .*of another kind, or cut off"):
+    with pytest.raises(ValueError, match=r"old\.pt cannot be read .*another kind of file, or incomplete"):
         read_checkpoint(tmp_path / "old.pt")
 
 
@@ -102,7 +102,7 @@ def test_file_of_a_part_fits_where_that_part_is_selected(tmp_path):
     part = fill_statistics(seeded(SmallResNet))
     torch.save(part.state_dict(), tmp_path / "part.pt")
     whole = nn.ModuleDict({"net": SmallResNet(), "top": nn.BatchNorm1d(7)})
-    with pytest.raises(ValueError, match=r"lacks 'net\.bn1\.running_mean'.*or by a part of this one.*select that part"):
+    with pytest.raises(ValueError, match=r"lacks 'net\.bn1\.running_mean'.*or of a part of this one.*select that part"):
         snapshot_of_checkpoint(tmp_path / "part.pt", take_snapshot(whole))
     read, entry = snapshot_of_checkpoint(tmp_path / "part.pt", take_snapshot(whole, "net"))
     assert bits(read.mean) == bits(take_snapshot(part).mean)

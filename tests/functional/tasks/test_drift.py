@@ -44,7 +44,9 @@ def test_the_planted_stage_is_suggested_and_no_other(planted: int) -> None:
     assert found.worst()[0] == f"stages.{planted}.bn"
     others = {name: value for name, value in found.largest().items() if name != f"stages.{planted}.bn"}
     assert max(others.values()) < 0.1
-    assert f"own statistics for each task: 'stages.{planted}'; one set is enough for" in str(found)
+    assert f"layers that need their own statistics for each task: 'stages.{planted}'; one set is enough for" in str(
+        found
+    )
 
 
 def test_equal_tasks_need_one_set() -> None:
@@ -55,7 +57,7 @@ def test_equal_tasks_need_one_set() -> None:
             with bank.task(task):
                 layer(torch.randn(256, 4, generator=torch.Generator().manual_seed(2 * seed + (task == "b"))))
     assert task_drift(bank).suggest() == []
-    assert "one set serves all tasks" in str(task_drift(bank))
+    assert "one set of statistics is enough for all tasks" in str(task_drift(bank))
 
 
 def of(values: dict[str, float], others: tuple[str, ...] = ()) -> TaskDrift:
@@ -103,4 +105,4 @@ def test_equal_inputs_need_no_set_for_each_task() -> None:
     apart = task_drift(bank)
     assert 0 < apart.worst()[-1] < 0.1
     assert apart.suggest() == []
-    assert "one set serves all tasks" in str(apart)
+    assert "one set of statistics is enough for all tasks" in str(apart)

@@ -227,7 +227,7 @@ def test_averages_without_statistics_of_the_weights_in_training_are_refused(aver
 
 
 def test_a_task_that_is_not_in_the_file_is_named_with_those_that_are(two, tmp_path):
-    with pytest.raises(ValueError, match=r"no task 'sgm' in all\.ckpt, but 'det', 'seg'\. Closest: 'seg'\."):
+    with pytest.raises(ValueError, match=r"no task 'sgm' in all\.ckpt; the tasks are 'det', 'seg'\. Closest: 'seg'\."):
         export_task(two[-1], "sgm", tmp_path / "one.ckpt")
     assert not (tmp_path / "one.ckpt").exists()
 

@@ -123,12 +123,12 @@ def test_other_layers_normalize_with_their_running_statistics() -> None:
 def test_wrong_calls_are_named() -> None:
     model = nn.Sequential(nn.Linear(3, 3), nn.BatchNorm1d(3))
     bank = task_statistics(model, ["a", "b"])
-    with pytest.raises(ValueError, match=r"'1' was given 1 values per channel.*more samples"):
+    with pytest.raises(ValueError, match=r"'1' got 1 value per channel.*more samples"):
         nearest_task(bank, model, torch.randn(1, 3))
     with pytest.raises(ValueError, match=r"margin=1.5.*share"):
         nearest_task(bank, model, torch.randn(4, 3), margin=1.5)
     with pytest.raises(ValueError, match=r"reached none .*'1'"):
         nearest_task(bank, model, torch.randn(4, 3), forward=lambda net, batch: net[0](batch))
     bank.remove("b")
-    with pytest.raises(ValueError, match="takes two"):
+    with pytest.raises(ValueError, match="to find the nearest task, two or more are needed"):
         nearest_task(bank, model, torch.randn(4, 3))

@@ -325,7 +325,7 @@ def test_replaced_tensors_are_refused_in_training() -> None:
         with bank.rows(["a", "b", "a", "b"]):
             torch.func.functional_call(layer, other, (batch(["a"] * 4, 0),))
 
-    refused(bank, run, RuntimeError, "other running statistics than its own")
+    refused(bank, run, RuntimeError, "the running statistics of BatchNorm layer")
 
 
 def test_task_inside_counts_until_it_ends() -> None:
@@ -350,7 +350,7 @@ def test_task_inside_is_refused_while_somebody_follows_tasks() -> None:
     listener.begin()
     try:
         with bank.rows(["a", "b"]):
-            with pytest.raises(RuntimeError, match="'c' begins inside rows"), bank.task("c"):
+            with pytest.raises(RuntimeError, match="'c' begins inside a context of rows"), bank.task("c"):
                 pass
             with bank.task("a"):  # of which nobody is told
                 pass

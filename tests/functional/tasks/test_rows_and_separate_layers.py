@@ -322,7 +322,7 @@ def test_a_forward_that_replaces_its_statistics_is_named() -> None:
 
     layer, bank = layer_and_bank(lambda: Replacing(3))
     own = layer.running_mean
-    with bank.rows(MIXED), pytest.raises(RuntimeError, match="puts other tensors in the place"):
+    with bank.rows(MIXED), pytest.raises(RuntimeError, match="replaces the tensors of its running statistics"):
         layer(values(MIXED, (3,)))
     assert layer.running_mean is own
 
