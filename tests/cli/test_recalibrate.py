@@ -190,8 +190,8 @@ def test_noise_of_containers_is_named_with_the_option_that_turns_it_off(command:
     named = ("recalibrate", "--config", config, "--ckpt_path", "in.ckpt", "--overwrite", "--out", "out.ckpt")
     _, said = command(*named)
     # the step itself draws random numbers
-    assert "--containers_in_eval turns them off" in " ".join(said.split())
-    assert "--no-containers_in_eval says that all is well" in " ".join(said.split())
+    assert "--containers_in_eval turns it off" in " ".join(said.split())
+    assert "--no-containers_in_eval ends this message" in " ".join(said.split())
     for option in ("--containers_in_eval", "--no-containers_in_eval"):
         code, said = command(*named, option)
         assert (code, "random" in said) == (0, False)
@@ -211,8 +211,8 @@ def test_one_sample_is_one_sample() -> None:
     assert "recalibrated from 1 sample in" in str(result)
     counted = replace(result, num_samples=None, skipped_batches=1, before=replace(result.before, mean=NAN, var=NAN))
     assert "recalibrated from 1 batch in" in str(counted)
-    assert "; 1 batch skipped, one value per channel" in str(counted)
-    assert "not finite in 1 channel, 0 first" in str(counted)
+    assert "; 1 batch skipped that had only one value per channel" in str(counted)
+    assert "not finite in 1 channel, first in 0" in str(counted)
 
 
 NAN = torch.tensor([torch.nan, 1.0])
