@@ -102,7 +102,7 @@ def test_a_fit_says_in_one_line_what_it_will_freeze_and_in_one_that_nothing_move
 def test_what_became_of_the_frozen_values_is_logged(tmp_path: Path) -> None:
     for name, module in (("still", Located()), ("moving", Moving())):
         logger = CSVLogger(tmp_path, name, version="0")
-        with pytest.warns(UserWarning, match="put back") if name == "moving" else nullcontext():
+        with pytest.warns(UserWarning, match="restored") if name == "moving" else nullcontext():
             fit(module, freezer(), logger=logger)
         with open(tmp_path / name / "0" / "metrics.csv") as file:
             (row,) = [row for row in csv.DictReader(file) if row["bn/frozen_layers"]]
@@ -298,7 +298,7 @@ def test_two_freezers_of_one_name_are_refused_where_the_module_brings_one(name: 
         def configure_callbacks(self) -> Any:
             return [freezer(name=name), freezer(modules="head", name=name)]
 
-    with pytest.raises(MisconfigurationException, match=rf"two BatchNormFreezers.*{name!r}.*name="):
+    with pytest.raises(MisconfigurationException, match=rf"two BatchNormFreezer callbacks.*{name!r}.*name="):
         fit(Bringing())
 
 

@@ -263,7 +263,10 @@ def test_reference_with_two_fitting_networks_is_an_error_that_names_them(tmp_pat
 
 
 def test_reference_that_is_a_folder_is_an_error_that_says_how_to_make_a_file_of_it(tmp_path: Path) -> None:
-    with pytest.raises(IsADirectoryError, match=r"is a folder.*dcp_to_torch"):
+    with pytest.raises(ValueError, match=r"holds no checkpoint"):
+        fit(module(), monitor(reference=str(tmp_path)), max_epochs=1)
+    (tmp_path / ".metadata").touch()  # as torch.distributed.checkpoint leaves it beside the parts
+    with pytest.raises(IsADirectoryError, match=r"is a checkpoint in many parts.*dcp_to_torch"):
         fit(module(), monitor(reference=str(tmp_path)), max_epochs=1)
 
 

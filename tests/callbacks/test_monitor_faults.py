@@ -277,7 +277,7 @@ def test_a_frozen_layer_that_moves_is_named(move: Any) -> None:
     freeze_batch_norm(module.net.bn)
     said = [line for line in fit(move(module, 20), monitor(), max_epochs=2) if "frozen" in line]
     [line] = said
-    assert line.startswith("BatchNormMonitor: step 21: net.bn is frozen by freeze_batch_norm but its statistics were")
+    assert line.startswith("BatchNormMonitor: step 21: net.bn is frozen by freeze_batch_norm, but its statistics were")
 
 
 @pytest.mark.parametrize("freezer_first", [True, False])

@@ -17,7 +17,10 @@ def _silent(logger: Any) -> Any:
     """Return a logger of the same class that says of itself what this one does, and drops what it is given."""
     nothing = dict.fromkeys(_SAYING, lambda self, *args, **kwargs: None)
     namespace = {**nothing, "experiment": property(lambda self: DummyLogger().experiment)}
-    silent: Any = object.__new__(type(type(logger).__name__, (type(logger),), namespace))
+    # By the same name, so that whoever looks for a class by its name, as LightningCLI does, finds one.
+    kind = type(logger)
+    namespace |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    silent: Any = object.__new__(type(kind.__name__, (kind,), namespace))
     silent.__dict__.update(vars(logger))
     return silent
 

@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers import Logger
+from jsonargparse import ArgumentParser
+from pytorch_lightning.loggers import CSVLogger, Logger
 from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -230,7 +231,7 @@ def test_iterator_that_the_module_holds_is_refused_before_training(workers):
         def training_step(self, batch: Any, batch_idx: int) -> Tensor:
             raise AssertionError("trained")
 
-    with pytest.raises(MisconfigurationException, match=r"self\.further .*drawn from only once.*step='forward'"):
+    with pytest.raises(MisconfigurationException, match=r"self\.further .*gives each item only once.*step='forward'"):
         trajectory(SemiSupervised, data, PreciseBatchNorm(num_batches=3), val_check_interval=0.5)
 
 
@@ -307,6 +308,33 @@ def test_nothing_is_logged_and_what_training_logged_stands():
     assert told[0] == told[1]
     assert metrics[0]
     assert metrics[0] == metrics[1]
+
+
+#: Classes of loggers that `Keeping` saw. Outside of any class: what classes hold is put back.
+SEEN: set[type] = set()
+
+
+class Keeping(Classifier):
+    """Keeps the class of the logger that a step sees."""
+
+    def training_step(self, batch: Any, batch_idx: int) -> Tensor:
+        SEEN.add(type(self.logger))
+        return super().training_step(batch, batch_idx)
+
+
+def test_a_class_of_loggers_is_found_by_its_name_afterwards(tmp_path):
+    trajectory(
+        Keeping,
+        data,
+        PreciseBatchNorm(num_batches=3, step="training_step"),
+        logger=CSVLogger(tmp_path),
+        log_every_n_steps=1,
+    )
+    assert len(SEEN) == 2  # that of the pass is still there
+    parser = ArgumentParser()
+    parser.add_argument("--logger", type=Logger)
+    found = parser.parse_args(["--logger=CSVLogger", f"--logger.save_dir={tmp_path}"])
+    assert found.logger.class_path == "pytorch_lightning.loggers.CSVLogger"
 
 
 class SilentValidation(Talkative):
