@@ -330,7 +330,7 @@ def test_a_class_of_loggers_is_found_by_its_name_afterwards(tmp_path):
         logger=CSVLogger(tmp_path),
         log_every_n_steps=1,
     )
-    assert len(SEEN) == 2  # that of the pass is still there
+    assert len(SEEN) > 1  # those of the passes are still there
     parser = ArgumentParser()
     parser.add_argument("--logger", type=Logger)
     found = parser.parse_args(["--logger=CSVLogger", f"--logger.save_dir={tmp_path}"])
