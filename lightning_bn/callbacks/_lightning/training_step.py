@@ -17,9 +17,9 @@ def _silent(logger: Any) -> Any:
     """Return a logger of the same class that says of itself what this one does, and drops what it is given."""
     nothing = dict.fromkeys(_SAYING, lambda self, *args, **kwargs: None)
     namespace = {**nothing, "experiment": property(lambda self: DummyLogger().experiment)}
-    # By the same name, so that whoever looks for a class by its name, as LightningCLI does, finds one.
+    # Local by its name, so that LightningCLI does not take it for a second class that a configuration may mean.
     kind = type(logger)
-    namespace |= {"__module__": kind.__module__, "__qualname__": kind.__qualname__}
+    namespace |= {"__module__": kind.__module__, "__qualname__": f"_silent.<locals>.{kind.__name__}"}
     silent: Any = object.__new__(type(kind.__name__, (kind,), namespace))
     silent.__dict__.update(vars(logger))
     return silent
