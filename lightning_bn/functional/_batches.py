@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 from typing import Any
 
@@ -21,16 +22,55 @@ def to_device(batch: Any, device: torch.device) -> Any:
     # What knows how to move itself first: tensors, packed sequences, tokenizers' encodings, graphs.
     if callable(getattr(batch, "to", None)):
         return batch.to(device)
+    return _with_each(batch, lambda value: to_device(value, device))
+
+
+def copied_batch(batch: Any) -> Any:
+    """A copy of a batch, to which a forward may do what it likes: as deep as it goes, tensors without their history."""
+    # Those that a copy would refuse: with a history, or made under inference_mode.
+    tensors = {id(tensor): _copied_tensor(tensor) for tensor in tensors_in(batch)}
+    try:
+        return copy.deepcopy(batch, dict(tensors))
+    except Exception:  # something in it has no copy, which is given as it is
+        return _with_copies(batch, tensors)
+
+
+def _with_copies(batch: Any, tensors: Mapping[int, Tensor]) -> Any:
+    if isinstance(batch, Tensor):
+        return tensors[id(batch)]
+    if isinstance(batch, Mapping | list | tuple):
+        return _with_each(batch, lambda value: _with_copies(value, tensors))
+    try:
+        return copy.deepcopy(batch)
+    except Exception:
+        return batch
+
+
+def _copied_tensor(tensor: Tensor) -> Tensor:
+    return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def tensors_in(batch: Any) -> Iterator[Tensor]:
+    """The tensors in a batch; lists, tuples and mappings are followed."""
+    if isinstance(batch, Tensor):
+        yield batch
+    elif isinstance(batch, Mapping | list | tuple):
+        for value in batch.values() if isinstance(batch, Mapping) else batch:
+            yield from tensors_in(value)
+
+
+def _with_each(batch: Any, of: Callable[[Any], Any]) -> Any:
+    """A collection of the same kind, with what a function makes of each value; what is none as it is."""
     if isinstance(batch, Mapping):
-        moved = {key: to_device(value, device) for key, value in batch.items()}
+        made = {key: of(value) for key, value in batch.items()}
         try:
-            return type(batch)(moved)  # type: ignore[call-arg]
+            return type(batch)(made)  # type: ignore[call-arg]
         except TypeError:
-            return moved
+            return made
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(value, device) for value in batch))
+        return type(batch)(*map(of, batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(to_device(value, device) for value in batch)
+        return type(batch)(map(of, batch))
     return batch
 
 

@@ -36,6 +36,8 @@ class ExaminedFit:
         batches: What was run forward.
         forward: By which function.
         missing: What could not be looked at, and why; rules add to it.
+        freezings: Of each BaseFinetuning, by identity, the layers in which it switches tracking off, and those of which
+            it freezes weight and bias; rules add to it.
     """
 
     examination: Examination
@@ -45,6 +47,7 @@ class ExaminedFit:
     batches: Sequence[Any] = ()
     forward: Forward | None = field(default=None, repr=False)
     missing: dict[str, str] = field(default_factory=dict)
+    freezings: dict[int, tuple[list[str], list[str]]] = field(default_factory=dict)
 
     def callbacks(self, *names: str) -> list[Any]:
         """Return the callbacks of these classes, and of classes derived from them."""
@@ -98,7 +101,9 @@ def examine_fit(
 def _or_missing(missing: dict[str, str], what: str, find: Callable[[], _T]) -> _T | None:
     try:
         return find()
-    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's own code raises
         missing[what] = raised(error)
         return None
 

@@ -8,10 +8,13 @@ from typing import Any
 import torch
 
 from lightning_bn.callbacks._doctor.examined_fit import ExaminedFit
-from lightning_bn.callbacks._second_run.step import attributes_on_copies
+from lightning_bn.callbacks._lightning.namespaces import NOT_THE_MODULES_OWN, LightningModule
+from lightning_bn.functional._object_copies import on_copies
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.doctor.finding import Finding
+from lightning_bn.functional.doctor.isolated_forward import isolated_forward
 from lightning_bn.functional.doctor.remedies import freeze_lines, freeze_yaml, lines
+from lightning_bn.functional.layers.names import named_batch_norm
 from lightning_bn.functional.layers.patterns import is_below
 from lightning_bn.functional.layers.properties import affine_parameters, has_running_statistics
 
@@ -81,23 +84,26 @@ def skipped_when_unfrozen(fit: ExaminedFit) -> Iterator[Finding]:
 
 
 def _after_freezing(fit: ExaminedFit, callback: Any) -> tuple[list[str], list[str]]:
-    """Which layers the callback switches tracking off in, and of which it freezes weight and bias; all is put back."""
-    layers = fit.examination.layers
+    """Which layers the callback switches tracking off in, and of which it freezes weight and bias.
+
+    It is run once for all rules, and what it does to the module and to itself is put back.
+    """
+    if id(callback) not in fit.freezings:
+        found = fit.tried(f"what {type(callback).__name__} freezes", lambda: _frozen_by(fit.module, callback))
+        fit.freezings[id(callback)] = found or ([], [])
+    return fit.freezings[id(callback)]
+
+
+def _frozen_by(module: LightningModule, callback: Any) -> tuple[list[str], list[str]]:
+    layers = named_batch_norm(module)
     tracked = {name for name, layer in layers.items() if has_running_statistics(layer) and layer.track_running_stats}
-    kept = [(parameter, parameter.requires_grad) for parameter in fit.module.parameters()]
-
-    def found() -> tuple[list[str], list[str]]:
-        with attributes_on_copies(fit.module):
-            callback.freeze_before_training(fit.module)
-            off = [name for name in tracked if not layers[name].track_running_stats]
-            affine = {name: affine_parameters(layer) for name, layer in layers.items()}
-            return off, [name for name, own in affine.items() if own and not any(one.requires_grad for one in own)]
-
-    try:
-        return fit.tried(f"what {type(callback).__name__} freezes", found) or ([], [])
-    finally:
-        for parameter, requires_grad in kept:
-            parameter.requires_grad_(requires_grad)
+    with isolated_forward(module, [one for one in module.modules() if one.training]):
+        known = [*module.modules(), *module.parameters(), *module.buffers()]
+        with on_copies([vars(callback)], known, NOT_THE_MODULES_OWN):
+            callback.freeze_before_training(module)
+        off = [name for name in tracked if not layers[name].track_running_stats]
+        affine = {name: affine_parameters(layer) for name, layer in layers.items()}
+        return off, [name for name, own in affine.items() if own and not any(one.requires_grad for one in own)]
 
 
 def _equal(fit: ExaminedFit, name: str, other: str) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.callbacks._doctor.examined_fit import ExaminedFit
-from lightning_bn.functional._batches import default_forward, model_device, to_device
+from lightning_bn.functional._batches import copied_batch, default_forward, model_device, to_device
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.doctor.dropout import NOTICEABLE, ratio_of_variances
 from lightning_bn.functional.doctor.finding import Finding
@@ -67,7 +67,7 @@ def _traces(fit: ExaminedFit, *, containers: bool) -> list[Trace]:
     with isolated_forward(model, training):
         for seed in range(_DRAWS):
             torch.manual_seed(seed)
-            found.append(traced(model, examination.layers, _Run(forward, model, batch)))
+            found.append(traced(model, examination.layers, _Run(forward, model, copied_batch(batch))))
     return found
 
 

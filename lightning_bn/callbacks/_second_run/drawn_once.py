@@ -2,16 +2,8 @@
 
 from __future__ import annotations
 
-import concurrent.futures
 import functools
 import io
-import multiprocessing.connection
-import multiprocessing.process
-import multiprocessing.queues
-import queue
-import socket
-import subprocess
-import threading
 import types
 from collections import deque
 from collections.abc import Iterator
@@ -29,46 +21,15 @@ from lightning_bn.callbacks._lightning.namespaces import (
     MisconfigurationException,
     rank_zero_warn,
 )
-from lightning_bn.functional.layers.torch_private import attributes_of
+from lightning_bn.functional._services import SHARED, is_service
+from lightning_bn.functional.layers.torch_private import INTERNAL, attributes_of
 
 CHOICES = (
     "Choose source='recent' (the last batches that training used, for every loader) or "
     "source_method='datamodule.name' or 'module.name' (a method that returns another loader)."
 )
-INTERNAL = frozenset(attributes_of(nn.Module()))
-"""What every module has."""
 _ATOMS = (type(None), bool, int, float, complex, str, bytes, type, types.ModuleType, torch.dtype, torch.device, Tensor)
 _IN_MEMORY = (io.BytesIO, io.StringIO)
-_SHARED = (
-    queue.Queue,
-    queue.SimpleQueue,
-    multiprocessing.queues.Queue,
-    multiprocessing.queues.SimpleQueue,
-    multiprocessing.connection.Connection,
-    socket.socket,
-    subprocess.Popen,
-)
-LOCKS = (
-    threading.Condition,
-    threading.Event,
-    threading.Semaphore,
-    threading.Barrier,
-    type(threading.Lock()),
-    type(threading.RLock()),
-)
-_RUNNING = (threading.Thread, multiprocessing.process.BaseProcess, concurrent.futures.Executor)
-_TOLD = (
-    "logging",
-    "tensorboard",
-    "torch.utils.tensorboard",
-    "wandb",
-    "mlflow",
-    "comet_ml",
-    "neptune",
-    "clearml",
-    "aim",
-)
-"""Packages of what is told something, and not drawn from."""
 _MOST = 100_000
 """Objects that are looked at below one: what has more is data."""
 
@@ -77,15 +38,7 @@ def is_shared(value: Any) -> bool:
     """Whether a copy of this process has the same file, queue or pipe behind it, and what it takes is gone here."""
     if isinstance(value, io.IOBase):
         return not isinstance(value, _IN_MEMORY) and not value.closed and value.readable()
-    return isinstance(value, _SHARED)
-
-
-def is_service(value: Any) -> bool:
-    """Whether it runs, or stands for something that does: it has whatever it holds for itself, and cannot be copied."""
-    module = type(value).__module__
-    return isinstance(value, (*_RUNNING, *LOCKS, *_SHARED)) or any(
-        module == name or module.startswith(f"{name}.") for name in _TOLD
-    )
+    return isinstance(value, SHARED)
 
 
 def is_iterator(value: Any) -> bool:

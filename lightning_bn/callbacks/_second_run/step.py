@@ -3,21 +3,15 @@
 from __future__ import annotations
 
 import inspect
-import random
-import sys
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from inspect import Parameter
 from itertools import chain, count
 from typing import Any
 
-import numpy as np
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lightning_bn.callbacks._lightning.namespaces import (
-    NOT_THE_MODULES_OWN,
     LightningModule,
     MisconfigurationException,
     Trainer,
@@ -25,20 +19,17 @@ from lightning_bn.callbacks._lightning.namespaces import (
 )
 from lightning_bn.callbacks._lightning.state import schedules
 from lightning_bn.callbacks._lightning.training_step import in_step_context, prepare_batch, training_stage
-from lightning_bn.callbacks._second_run.copies import on_copies
-from lightning_bn.callbacks._second_run.drawn_once import INTERNAL, LOCKS, held_by, refuse_drawn_once
+from lightning_bn.callbacks._second_run.drawn_once import held_by, refuse_drawn_once
 from lightning_bn.functional._batches import default_forward
+from lightning_bn.functional._services import LOCKS
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.layers.exchange import Entries, exchanged
-from lightning_bn.functional.layers.sets_per_task import sets_of
-from lightning_bn.functional.layers.torch_private import attributes_of, buffers_of, parameters_of
+from lightning_bn.functional.layers.object_state import attributes_on_copies
 
 SILENT_LOGS = dict.fromkeys(("log", "log_dict"), lambda *args, **kwargs: None)
 """In the place of a module's own."""
 
 OTHER_STEPS = "Choose step='forward', 'predict_step' or a method of your own that runs the network on a batch."
-_CONTAINERS = (list, dict, set, deque, Tensor)
-_GENERATORS = (random.Random, torch.Generator, np.random.Generator, np.random.RandomState)
 Step = Callable[[Any, Any], Any]
 
 
@@ -102,47 +93,6 @@ def isolated_step(
         yield forward, lambda batch: prepare_batch(trainer, module, batch), None if task_of is None else told
 
 
-@contextmanager
-def attributes_on_copies(module: nn.Module, others: Sequence[dict[str, Any]] = ()) -> Iterator[list[Any]]:
-    """Inside, modules, their classes and ``others`` hold copies; weights, buffers and submodules are themselves.
-
-    Yields what could not be copied.
-
-    Args:
-        module: Whose attributes and those of its submodules.
-        others: Further dictionaries.
-    """
-    parts = [part for part in module.modules() if not isinstance(part, torch.jit.ScriptModule)]
-    known: list[Any] = [*module.modules(), *module.parameters(), *module.buffers(), *map(sets_of, module.modules())]
-    known += [home(part) for part in parts for home in (attributes_of, parameters_of, buffers_of)]
-    homes = [*map(attributes_of, parts), *others]
-    with _surroundings_on_copies(parts, known), on_copies(homes, known, NOT_THE_MODULES_OWN, INTERNAL) as shared:
-        yield shared
-
-
-@contextmanager
-def _surroundings_on_copies(modules: Sequence[nn.Module], known: Sequence[Any]) -> Iterator[None]:
-    """Inside, containers that the modules' own classes hold, and generators beside these classes, are copies."""
-    kinds = dict.fromkeys(kind for part in modules for kind in type(part).__mro__ if not _is_library(kind))
-    beside = dict.fromkeys(sys.modules[kind.__module__] for kind in kinds if kind.__module__ in sys.modules)
-    held = [
-        (owner, name, value)
-        for owners, wanted in ((kinds, _CONTAINERS), (beside, _GENERATORS))
-        for owner in owners
-        for name, value in list(vars(owner).items())
-        if isinstance(value, wanted) and not name.startswith("__")
-    ]
-    home = {str(index): value for index, (_, _, value) in enumerate(held)}
-    with on_copies([home], known, NOT_THE_MODULES_OWN):
-        try:
-            for index, (owner, name, _) in enumerate(held):
-                setattr(owner, name, home[str(index)])
-            yield
-        finally:
-            for owner, name, value in held:
-                setattr(owner, name, value)
-
-
 def _say_shared(module: nn.Module, step: str, shared: Sequence[Any], said: set[str]) -> None:
     # Neither locks nor what decodes JSON or writes a log has anything to lose.
     harmless = [value for value in shared if type(value).__module__ in ("_json", "logging") or isinstance(value, LOCKS)]
@@ -155,10 +105,6 @@ def _say_shared(module: nn.Module, step: str, shared: Sequence[Any], said: set[s
             "recalibration are not undone. If that matters, choose step='forward' or a method of your own that does "
             "not use it."
         )
-
-
-def _is_library(kind: type) -> bool:
-    return kind.__module__.partition(".")[0] in ("torch", "torchmetrics", "pytorch_lightning", "lightning", "builtins")
 
 
 def check_step(module: LightningModule, step: str) -> None:

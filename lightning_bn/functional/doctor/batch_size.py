@@ -19,9 +19,10 @@ def few_values(examination: Examination) -> Iterator[Finding]:
     if examination.traces is None:
         return
     counts = {
-        name: min(use.count for uses in of_batches for use in uses) * examination.processes_of(name)
+        name: min(of_uses) * examination.processes_of(name)
         for name in examination.training_layers()
-        if (of_batches := examination.uses(name))
+        # Without any value, as of a head that is given no box, nothing is normalized.
+        if (of_uses := [use.count for uses in examination.uses(name) for use in uses if use.count])
     }
     for trace in examination.traces.batches:
         if trace.single is not None:

@@ -44,10 +44,17 @@ class Examination:
         """Whether anything is in train mode: if nothing is, what is in eval mode was not chosen."""
         return any(module.training for module in self.model.modules())
 
+    @property
+    def for_inference(self) -> bool:
+        """Whether nothing trains: all is in eval mode, and no parameter requires a gradient."""
+        parameters = [*self.model.parameters()]
+        return not (self.in_training or not parameters or any(parameter.requires_grad for parameter in parameters))
+
     def is_frozen(self, name: str) -> bool:
-        """Whether a layer's statistics are kept: through this package, now or soon, or in eval inside what trains."""
+        """Whether a layer's statistics are kept: through this package, now or soon, or in eval mode by choice."""
         layer = self.layers[name]
-        return is_frozen(layer) or name in self.frozen_later or (self.in_training and not layer.training)
+        chosen = not layer.training and (self.in_training or self.for_inference)
+        return is_frozen(layer) or name in self.frozen_later or chosen
 
     def training_layers(self) -> dict[str, _BatchNorm]:
         """Return the layers that normalize with the batch in training."""

@@ -26,7 +26,19 @@ def never_reached(examination: Examination) -> Iterator[Finding]:
     missed = [name for name in examination.tracking_layers() if name not in traces.reached]
     in_eval = {} if traces.in_eval is None else traces.in_eval.uses
     stale, unused = [name for name in missed if name in in_eval], [name for name in missed if name not in in_eval]
-    if stale:
+    if stale and traces.skips_at_random:
+        forwards = len((*traces.batches, *traces.again, *traces.drawn))
+        yield Finding(
+            "never-reached",
+            "advice",
+            examination.in_order(stale),
+            f"none of {forwards} forwards in train mode, which leave out layers at random, reached "
+            f"{counted(len(stale), 'layer')} that the forward in eval mode reaches.",
+            "Rarely reached, its running statistics are those of few batches with weights of long ago, and evaluation "
+            "uses them every time.",
+            lines("# after training, with all layers in use:", "recalibrate(model, loader, containers_in_eval=True)"),
+        )
+    elif stale:
         yield Finding(
             "never-reached",
             "fault",

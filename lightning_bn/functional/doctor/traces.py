@@ -108,6 +108,7 @@ class Traces:
         eval_error: What that forward raised; empty if nothing.
         samples: In each batch; None where they cannot be counted.
         tasks: Names of the parts of a batch that consists of several batches.
+        drawn: What further forwards of the first batch in train mode reached, as long as evaluation reached more.
     """
 
     batches: tuple[Trace, ...]
@@ -117,11 +118,18 @@ class Traces:
     samples: tuple[int | None, ...] = ()
     tasks: tuple[str, ...] = ()
     eval_error: str = ""
+    drawn: tuple[frozenset[str], ...] = ()
 
     @property
     def reached(self) -> set[str]:
         """The layers that any forward in train mode reached."""
-        return {name for trace in (*self.batches, *self.again) for name in trace.uses}
+        return {name for trace in (*self.batches, *self.again) for name in trace.uses}.union(*self.drawn)
+
+    @property
+    def skips_at_random(self) -> bool:
+        """Whether forwards of the same batch reached different layers."""
+        of_first = [*(frozenset(trace.uses) for trace in (self.batches[0], *self.again)), *self.drawn]
+        return len({*of_first}) > 1
 
     @property
     def dropouts(self) -> list[Dropout]:

@@ -52,9 +52,12 @@ def traced(
     single: str | None = None
     with watch.hooked(model, layers), watch:
         try:
-            run()
+            output = run()
         except SingleValueError as error:
             single = str(error)
+        else:
+            watch.count_kept()
+            del output
     return Trace({name: tuple(uses) for name, uses in watch.uses.items()}, tuple(watch.dropouts), single)
 
 
@@ -90,6 +93,11 @@ class _Watch(TorchFunctionMode):
                 stack.callback(enter.remove)
                 stack.callback(leave.remove)
             yield
+
+    def count_kept(self) -> None:
+        """Count what is still there after the forward as read: in its output, or kept on a module."""
+        for origin in self._origins.values():
+            origin.reads += 1
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
@@ -174,8 +182,9 @@ class _Watch(TorchFunctionMode):
         values = values.float() if values.dtype in (torch.float16, torch.bfloat16) else values
         if layer.training and values.shape[1] == 1 and processes_of(layer) == 1:
             raise SingleValueError(name)
-        var, mean = torch.var_mean(values, 1, correction=0)
-        updates = layer.training and layer.track_running_stats and has_running_statistics(layer)
+        none = values.shape[1] == 0
+        var, mean = [values.new_zeros(len(values))] * 2 if none else torch.var_mean(values, 1, correction=0)
+        updates = not none and layer.training and layer.track_running_stats and has_running_statistics(layer)
         use = Use(
             sum(map(len, self.uses.values())),
             layer.training,

@@ -18,6 +18,9 @@ AFFINE = ("weight", "bias")
 TORCHS_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 """What a layer runs that has no forward of its own."""
 
+INTERNAL = frozenset(nn.Module().__dict__)
+"""Attributes that every module has."""
+
 
 def buffers_of(module: nn.Module) -> dict[str, Tensor | None]:
     """The module's own buffers, by name; a copy where they lie in TorchScript."""

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from torchmetrics import Accuracy, MeanMetric, MetricCollection, Precision, Recall
 
 from lightning_bn import PreciseBatchNorm
-from lightning_bn.callbacks._second_run.step import attributes_on_copies, check_step
+from lightning_bn.callbacks._second_run.step import check_step
+from lightning_bn.functional.layers.object_state import attributes_on_copies
 from tests.callbacks.fits import Classifier, quiet, samples, train_loader, trajectory, val_loader
 from tests.models import bits
 from tests.oracle import assert_all_statistics, layer_inputs

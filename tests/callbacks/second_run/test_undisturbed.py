@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, Dataset, IterableDataset, default_collate
 
 from lightning_bn import PreciseBatchNorm
-from lightning_bn.callbacks._second_run import copies, drawn_once, sources
-from lightning_bn.functional import take_snapshot
+from lightning_bn.callbacks._second_run import drawn_once, sources
+from lightning_bn.functional import _object_copies, take_snapshot
 from tests.callbacks.fits import Classifier, quiet, samples, train_loader, trajectory, val_loader
 from tests.callbacks.freezing_fits import said
 
@@ -472,7 +472,7 @@ def test_generator_beside_the_modules_class_is_as_if_the_step_had_not_run():
 
 @pytest.mark.parametrize("make", [lambda: torch.zeros(100), lambda: np.zeros(100)], ids=["tensor", "array"])
 def test_what_is_too_large_to_be_copied_must_not_be_written_to(make, monkeypatch):
-    monkeypatch.setattr(copies, "LARGEST", 64)
+    monkeypatch.setattr(_object_copies, "LARGEST", 64)
 
     class Bank(Classifier):
         def __init__(self) -> None:
@@ -489,7 +489,7 @@ def test_what_is_too_large_to_be_copied_must_not_be_written_to(make, monkeypatch
 
 
 def test_what_is_too_large_to_be_copied_may_be_read(monkeypatch):
-    monkeypatch.setattr(copies, "LARGEST", 64)
+    monkeypatch.setattr(_object_copies, "LARGEST", 64)
 
     class Bank(Classifier):
         def __init__(self) -> None:

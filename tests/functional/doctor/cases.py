@@ -164,6 +164,31 @@ class DropsLayers(nn.Module):
         return x if self.training and float(torch.rand(())) < 0.5 else self.branch(x)
 
 
+class DropsManyLayers(nn.Module):
+    """Leaves out each of its blocks in half of the training forwards."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.BatchNorm1d(4) for _ in range(24))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in self.blocks:
+            if not self.training or float(torch.rand(())) < 0.5:
+                x = block(x)
+        return x
+
+
+class RarelyRuns(LeftOut):
+    """A branch that evaluation reaches and training does not, and one that half of the training forwards reach."""
+
+    def __init__(self) -> None:
+        super().__init__(training=False, evaluation=True)
+        self.other = DropsLayers()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(self.other(x))
+
+
 class OfParts(nn.Module):
     """A batch of several loaders, each part through one backbone."""
 
@@ -178,6 +203,20 @@ class OfParts(nn.Module):
 def of_parts(shift: float) -> Patient:
     batch = {"digits": (values(), 0), "parity": (values(seed=1, shift=shift), 0)}
     return Patient(OfParts(), batch, layers=("backbone.0",))
+
+
+class BiasKept(nn.Module):
+    """The output of the convolution is put out or kept, so that its bias is not lost."""
+
+    def __init__(self, *, where: str) -> None:
+        super().__init__()
+        self.conv, self.bn, self.where = nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3), where
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.conv(x)
+        if self.where == "attribute":
+            self.features = [x]
+        return (self.bn(x), {"features": x}) if self.where == "output" else self.bn(x)
 
 
 class BiasRead(nn.Module):
@@ -227,6 +266,20 @@ CASES = [
         lambda: Patient(with_teacher(), layers=("teacher.2", "teacher.4")),
         lambda: Patient(with_teacher(in_eval=True)),
         "a teacher",
+    ),
+    Case(
+        "frozen-by-requires-grad",
+        "fault",
+        lambda: changed(lambda net: (net.eval(), net.layer1.requires_grad_(False))),
+        lambda: changed(lambda net: net.requires_grad_(False).eval(), batch=images(1)),
+        "for inference",
+    ),
+    Case(
+        "few-values",
+        "fault",
+        lambda: changed(lambda net: net.eval(), batch=images(4), layers=("head.bn",)),
+        lambda: changed(lambda net: net.requires_grad_(False).eval(), batch=images(4)),
+        "for inference",
     ),
     Case(
         "tracking-switched-off",
@@ -324,6 +377,13 @@ CASES = [
         "nothing reaches it",
     ),
     Case(
+        "never-reached",
+        "advice",
+        lambda: Patient(RarelyRuns(), values(), layers=("branch",)),
+        lambda: Patient(DropsManyLayers(), values()),
+        "of those left out at random",
+    ),
+    Case(
         "reached-twice",
         "advice",
         lambda: Patient(seeded(SharedNorm), images(), layers=("first.norm",)),
@@ -342,6 +402,16 @@ CASES = [
         "advice",
         lambda: Patient(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), images(), layers=("1",)),
         lambda: Patient(BiasRead(), images()),
+    ),
+    *(
+        Case(
+            "bias-before-batch-norm",
+            "advice",
+            lambda: Patient(BiasKept(where="nowhere"), images(), layers=("bn",)),
+            lambda where=where: Patient(BiasKept(where=where), images()),  # type: ignore[misc]
+            where,
+        )
+        for where in ("output", "attribute")
     ),
     Case(
         "not-torchs",

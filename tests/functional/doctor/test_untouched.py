@@ -1,7 +1,7 @@
 """A diagnosis leaves the model, its gradients and the random number generators bit for bit as they were."""
 
 import copy
-from typing import Any
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -42,6 +42,68 @@ class WritesEverything(nn.Module):
         if self.fails:
             raise Broken
         return self.net(x) + self.teacher(x)
+
+
+class HoldsMore(nn.Module):
+    """Holds and changes what is neither a weight nor a buffer, and registers more in each forward."""
+
+    shared: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+        self.queue, self.seen, self.steps = torch.zeros(4), [torch.zeros(4)], 0
+        self.generator = torch.Generator().manual_seed(3)
+        self.register_buffer("later", None)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.steps += 1
+        self.queue += x.mean(0)
+        self.seen[0] += 1
+        self.seen.append(x)
+        self.shared.append(1)
+        self.last = x
+        self.bn.momentum = 0.5
+        self.later = x.mean(0)
+        self.register_buffer("made", torch.ones(1), persistent=False)
+        self.add_module("head", nn.Identity())
+        self.bn.register_forward_hook(lambda *args: None)
+        return self.bn(x + torch.randn(x.shape, generator=self.generator))
+
+
+def held(net: HoldsMore) -> Any:
+    tensors = [net.queue.tolist(), [one.tolist() for one in net.seen], net.generator.get_state().tolist()]
+    return everything(net), tensors, list(net.shared), {name: id(value) for name, value in vars(net).items()}
+
+
+def test_what_a_model_holds_beside_weights_and_buffers_is_put_back() -> None:
+    net = HoldsMore()
+    found = held(net)
+    diagnose(net, values(), more_batches=[values(seed=1)])
+    assert held(net) == found
+    assert "made" not in net._non_persistent_buffers_set
+
+
+class WritesToItsBatch(nn.Module):
+    """Writes to all that it is given, and takes the labels out of it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.ReLU(inplace=True), nn.BatchNorm1d(4), nn.Dropout(0.5), nn.BatchNorm1d(4))
+
+    def forward(self, x: Tensor, more: Any) -> Tensor:
+        assert more.pop("label") == 1
+        more["deep"][0].mul_(2)
+        assert float(more["deep"][0].sum()) == 8.0
+        return self.net(x)
+
+
+def test_a_forward_that_writes_to_its_batch_starts_anew_each_time() -> None:
+    batch: Any = {"x": values(), "more": {"label": 1, "deep": [torch.ones(4)]}}
+    diagnose(WritesToItsBatch(), batch)
+    assert torch.equal(batch["x"], values())
+    assert batch["more"]["label"] == 1
+    assert batch["more"]["deep"][0].tolist() == [1.0] * 4
 
 
 @pytest.mark.parametrize("fails", [False, True])
@@ -108,6 +170,29 @@ def test_layers_that_this_package_froze_stay_frozen_then() -> None:
 def test_a_lazy_model_is_refused_with_what_to_do() -> None:
     with pytest.raises(ValueError, match=r"'0' is lazy .* run one forward pass"):
         diagnose(nn.Sequential(nn.LazyBatchNorm1d()), values())
+
+
+@pytest.mark.parametrize("batch", [None, values()])
+def test_a_model_on_the_meta_device_is_refused_with_what_to_do(batch: Any) -> None:
+    with pytest.raises(ValueError, match=r"'0' is on the meta device, .* make the model on a real device"):
+        diagnose(nn.Sequential(nn.BatchNorm1d(4)).to("meta"), batch)
+
+
+def test_an_empty_batch_is_refused() -> None:
+    with pytest.raises(ValueError, match="a batch is empty"):
+        diagnose(nn.Sequential(nn.BatchNorm1d(4)), values(), more_batches=[values()[:0]])
+
+
+def test_a_layer_that_is_given_nothing_normalizes_nothing() -> None:
+    class NoBoxes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.trunk, self.of_boxes = nn.BatchNorm2d(3), nn.BatchNorm2d(3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.of_boxes(self.trunk(x)[:0])
+
+    assert diagnose(NoBoxes(), images()) == []
 
 
 def test_a_compiled_model_is_run_as_it_is_written() -> None:
