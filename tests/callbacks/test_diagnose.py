@@ -299,6 +299,22 @@ def test_freezing_of_a_callback_is_tried_once_and_put_back() -> None:
     assert (callback.calls, callback.frozen) == (0, [""])
 
 
+class Remembers(Patient):
+    """Keeps its schedule and counts while it configures optimizers."""
+
+    def configure_optimizers(self) -> Any:
+        self.losses.append(1.0)
+        self.schedule = torch.rand(3)
+        return super().configure_optimizers()
+
+
+def test_what_configuring_optimizers_leaves_behind_is_forgotten() -> None:
+    module = Remembers(decay=0.1)
+    before, state = everything(module), generators()
+    assert "affine-under-weight-decay" in {finding.rule for finding in diagnose(module, quiet())}
+    assert (everything(module), module.losses, generators()) == (before, [0.0], state)
+
+
 class ScalesItsBatch(Patient):
     """Writes to its batch."""
 

@@ -14,9 +14,11 @@ from lightning_bn.callbacks._lightning.callback_list import callbacks_named
 from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer
 from lightning_bn.callbacks._lightning.optimizers import optimizers_of
 from lightning_bn.callbacks._lightning.state import synchronizes_batch_norm
+from lightning_bn.functional._random import preserved_rng
 from lightning_bn.functional._text import raised
 from lightning_bn.functional.doctor.examination import Examination
 from lightning_bn.functional.doctor.forwards import Forward, examine
+from lightning_bn.functional.layers.object_state import attributes_on_copies
 from lightning_bn.functional.layers.properties import affine_parameters
 from lightning_bn.functional.layers.selection import batch_norm_layers
 
@@ -93,7 +95,8 @@ def examine_fit(
         "synchronized": synchronizes_batch_norm(trainer),
         **(known or {}),
     }
-    optimizers = _or_missing(missing, "the optimizers", lambda: optimizers_of(trainer, module))
+    with preserved_rng(), attributes_on_copies(module):
+        optimizers = _or_missing(missing, "the optimizers", lambda: optimizers_of(trainer, module))
     examination = examine(module, batches, forward, **facts)
     return ExaminedFit(examination, trainer, module, optimizers, batches, forward, missing)
 

@@ -118,7 +118,7 @@ RULES: tuple[Rule, ...] = (
     Rule(
         "unlike-inputs",
         "a layer shared by inputs that lie far apart, as of alternating tasks",
-        "fault",
+        "fault or advice",
         "batch",
         reach.unlike_inputs,
     ),

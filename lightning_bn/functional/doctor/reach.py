@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
+import torch
 from torch import Tensor
 
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.doctor.examination import Examination
-from lightning_bn.functional.doctor.finding import Finding
+from lightning_bn.functional.doctor.finding import Finding, Severity
 from lightning_bn.functional.doctor.remedies import callback_yaml, lines
 from lightning_bn.functional.doctor.traces import Use
 from lightning_bn.functional.layers.patterns import shortest_paths
 
 UNLIKE = 0.7
-"""Distance of the means of two inputs of a layer, in standard deviations, beyond what is chance."""
+"""Distance of the means of two inputs of a layer, in standard deviations, beyond what is chance: a fault."""
+DIFFERENT = 0.3
+"""Such a distance that is worth an advice."""
+_CHANCE = 1e-4
+"""Probability that one model has any layer with inputs that are said to be unlike though they are not."""
+_OF_ONE_SAMPLE = 2.7
+"""Distance that is believed where samples are not counted, or batches have one."""
 
 
 def never_reached(examination: Examination) -> Iterator[Finding]:
@@ -90,20 +97,30 @@ def reached_twice(examination: Examination) -> Iterator[Finding]:
 def unlike_inputs(examination: Examination) -> Iterator[Finding]:
     """Find layers that are shared by inputs of unlike sources, in one forward or from batch to batch."""
     apart = {name: far for name in examination.tracking_layers() if (far := _unlike(examination, name))}
-    if not apart or examination.traces is None:
-        return
+    furthest = {name: one for name, one in apart.items() if one > UNLIKE}
+    nearer = {name: one for name, one in apart.items() if name not in furthest}
+    if furthest:
+        yield _of_unlike(examination, furthest, "fault")
+    if nearer:
+        yield _of_unlike(examination, nearer, "advice")
+
+
+def _of_unlike(examination: Examination, apart: Mapping[str, float], severity: Severity) -> Finding:
     worst = max(apart, key=apart.__getitem__)
-    tasks = list(examination.traces.tasks) or ["first", "second"]
-    paths, alone = examination.paths(apart), len(apart) == 1
-    yield Finding(
+    tasks = [] if examination.traces is None else list(examination.traces.tasks)
+    tasks, paths, alone = tasks or ["first", "second"], examination.paths(apart), len(apart) == 1
+    return Finding(
         "unlike-inputs",
-        "fault",
+        severity,
         examination.in_order(apart),
         f"{counted(len(apart), 'layer')} {'is' if alone else 'are'} shared by inputs of unlike sources: in {worst!r} "
         f"their means lie {apart[worst]:.1f} standard deviations apart.",
         "In training each batch is normalized with its own statistics; evaluation uses one moving average of all, "
         "which describes none of the sources. Tasks that alternate or datasets in sequence train well so and validate "
-        "badly.",
+        "badly."
+        if severity == "fault"
+        else "In training each batch is normalized with its own statistics; evaluation uses one moving average of all, "
+        "which is a little off for each of the sources.",
         lines(
             f"Trainer(callbacks=[TaskBatchNorm({tasks!r}, {paths})])",
             "# or without Lightning:",
@@ -130,14 +147,36 @@ def _unlike(examination: Examination, name: str) -> float:
     """How far the inputs of a layer lie apart, in standard deviations, if that is more than chance; else 0."""
     if examination.has_sets(name) or examination.traces is None:
         return 0.0
-    samples = [count for count in examination.traces.samples if count]
     uses = [use for of_batch in examination.uses(name) for use in _updates(of_batch)]
-    # Of values of one sample nothing is known of the next, however many positions there are.
-    chance = 2 / math.sqrt(min(samples)) if samples else 2.0
-    far = max((_apart(a, b) for i, a in enumerate(uses) for b in uses[:i]), default=0.0)
-    return far if far > UNLIKE + chance else 0.0
+    pairs = [(a, b) for i, a in enumerate(uses) for b in uses[:i]]
+    samples = min((count for count in examination.traces.samples if count), default=1)
+    comparisons = len(pairs) * len(examination.tracking_layers())
+    independent = len(uses) / sum(1 / use.independent for use in uses) if uses else 1.0
+    found = [far for a, b in pairs if (far := _apart(a, b, samples, independent, comparisons)) > DIFFERENT]
+    return max(found, default=0.0)
 
 
-def _apart(a: Use, b: Use) -> float:
-    sigma: Tensor = ((a.var + b.var) / 2).clamp(min=1e-12).sqrt()
-    return float(((a.mean - b.mean) / sigma).square().mean().sqrt())
+def _apart(a: Use, b: Use, samples: int, independent: float, comparisons: int) -> float:
+    """Distance of two means in standard deviations, without the part that is chance; 0 where all of it may be.
+
+    Assumed for what is chance: samples are independent and nearly normal, as many as the batch has. Of the positions
+    within a sample nothing is assumed: they may all be equal.
+    """
+    sigma2: Tensor = ((a.var + b.var) / 2).clamp(min=1e-24)
+    apart2 = (a.mean - b.mean).square() / sigma2
+    far2 = float(apart2.mean())
+    if samples < 2:
+        # Of values of one sample nothing is known of the next, however many positions there are.
+        return math.sqrt(far2) if far2 > _OF_ONE_SAMPLE**2 else 0.0
+    # Student's t of each channel, with the pooled variance, and the normal variable of the same probability (Wallace,
+    # 1959): the tails of t are long where samples are few.
+    freedom = 2 * (samples - 1)
+    t2 = apart2 * (samples - 1) / 2
+    z2 = float((freedom * torch.log1p(t2 / freedom)).mean()) * ((8 * freedom + 1) / (8 * freedom + 3)) ** 2
+    # Their mean is that of as many independent ones as the channels vary as.
+    half = torch.tensor(independent / 2, dtype=torch.float64)
+    by_chance = float(torch.special.gammaincc(half, half * z2))
+    if not by_chance * comparisons < _CHANCE:
+        return 0.0
+    # By chance alone the square of the distance is 2 / (samples - 1) on average.
+    return math.sqrt(max(far2 - 2 / (samples - 1), 0.0))

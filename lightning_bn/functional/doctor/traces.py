@@ -67,6 +67,7 @@ class Use:
         count: Values per channel in its input.
         mean: Of each channel of the input, ``(C,)``, in float64.
         var: Their biased variance.
+        independent: As how many independent channels the channels vary from sample to sample.
         behind: What went into the input.
         origin: The layer with a bias that put out this input, if it was one.
     """
@@ -77,6 +78,7 @@ class Use:
     count: int
     mean: Tensor
     var: Tensor
+    independent: float
     behind: Behind = field(default_factory=Behind)
     origin: Origin | None = field(default=None, repr=False)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -192,10 +193,31 @@ class _Watch(TorchFunctionMode):
             values.shape[1],
             mean.cpu().double(),
             var.cpu().double(),
+            _independent_channels(batch),
             self._behind.get(batch, Behind()),
             self._origins.get(batch),
         )
         self.uses.setdefault(name, []).append(use)
+
+
+def _independent_channels(batch: Tensor) -> float:
+    """As how many independent channels those of a layer's input vary: C**2 / sum(r**2) of their correlations r.
+
+    A mean over the squares of correlated normal variables is distributed nearly as one over so many independent ones
+    (the approximation of Satterthwaite). Of few samples correlations come out too high, which is taken out.
+    """
+    samples = batch.detach().double().flatten(2).mean(2) if batch.dim() > 2 else batch.detach().double()
+    count = len(samples)
+    centered = samples - samples.mean(0)
+    scale = centered.square().sum(0).sqrt()
+    z = centered[:, scale > 0] / scale[scale > 0]
+    channels = z.shape[1]
+    if count < 3 or channels < 2:
+        return 1.0
+    squares = float((z.T @ z if channels < count else z @ z.T).square().sum())
+    pairs = channels * (channels - 1)
+    adjusted = pairs - (pairs + channels - squares) * (count - 1) / (count - 2)
+    return channels**2 / (channels + min(max(adjusted, 0.0), pairs)) if math.isfinite(squares) else 1.0
 
 
 def _flat(value: Any) -> Iterator[Any]:

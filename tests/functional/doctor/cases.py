@@ -398,6 +398,15 @@ CASES = [
         "from batch to batch",
     ),
     Case(
+        "unlike-inputs",
+        "advice",
+        lambda: Patient(
+            nn.Sequential(nn.BatchNorm1d(32)), values(features=32), [values(features=32, seed=1, shift=0.5)], ("0",)
+        ),
+        lambda: Patient(nn.Sequential(nn.BatchNorm1d(32)), values(features=32), [values(features=32, seed=1)]),
+        "half a standard deviation",
+    ),
+    Case(
         "bias-before-batch-norm",
         "advice",
         lambda: Patient(nn.Sequential(nn.Conv2d(3, 3, 1), nn.BatchNorm2d(3)), images(), layers=("1",)),
