@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import importlib
 import logging
 import os
@@ -10,7 +11,7 @@ import re
 import sys
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stdout, suppress
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -31,7 +32,9 @@ def imported(option: str, path: str) -> Any:
         found: Any = importlib.import_module(module)
         for part in name.split("."):
             found = getattr(found, part)
-    except (Exception, SystemExit) as error:  # whatever the user's own code raises
+    except KeyboardInterrupt:
+        raise
+    except BaseException as error:  # whatever the user's own code raises
         raise UsersCodeError(with_hint(f"{option} {path}: {in_words(error)}")) from error
     return found
 
@@ -51,7 +54,8 @@ def configured(options: argparse.Namespace, *, one_process: bool = False) -> Con
         return configured_fit(options.config, **classes, one_process=one_process)
     except ConfigurationError as error:
         cause = error.__cause__
-        why = f"{options.config}: {in_words(cause)}" if isinstance(cause, SystemExit) else _first_cause(str(error))
+        ends = cause is not None and not isinstance(cause, Exception)
+        why = f"{options.config}: {in_words(cause or error)}" if ends else _first_cause(str(error))
         raise UsersCodeError(with_hint(why)) from error
 
 
@@ -90,13 +94,44 @@ def see_working_folder() -> None:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Inside, what the user's code prints goes to stderr, and libraries say nothing of themselves."""
+    """Inside, what the user's code prints goes to stderr, and libraries say nothing of themselves.
+
+    Raises:
+        UsersCodeError: In the place of what would end the process past all handlers, but for an interrupt.
+    """
     before = logging.root.manager.disable
     # Lightning sets the level of its own logger when it is imported, which happens inside.
     logging.disable(logging.WARNING)
     try:
-        with redirect_stdout(sys.stderr), warnings.catch_warnings():
+        with _stdout_to_stderr(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
+    except (Exception, KeyboardInterrupt):
+        raise
+    except BaseException as error:
+        raise UsersCodeError(in_words(error)) from error
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def _stdout_to_stderr() -> Iterator[None]:
+    """Inside, stdout is stderr: Python's stream, and the file descriptor, to which C code and other processes write."""
+    with redirect_stdout(sys.stderr), ExitStack() as at_the_end:
+        _flush()
+        with suppress(OSError):  # one of the two is closed
+            kept = os.dup(1)
+            at_the_end.callback(os.close, kept)
+            os.dup2(2, 1)
+            at_the_end.callback(os.dup2, kept, 1)
+        at_the_end.callback(_flush)
+        yield
+
+
+def _flush() -> None:
+    """Write out what lies in buffers, of Python and of C, so that it goes where it was written to."""
+    for stream in (sys.__stdout__, sys.stderr):
+        with suppress(AttributeError, OSError, ValueError):  # none there, or closed
+            stream.flush()  # type: ignore[union-attr]
+    with suppress(AttributeError, OSError, TypeError):  # no such library
+        ctypes.CDLL(None).fflush(None)

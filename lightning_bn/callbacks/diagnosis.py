@@ -13,9 +13,11 @@ from lightning_bn.callbacks._doctor.all_rules import FIT_RULES
 from lightning_bn.callbacks._doctor.examined_fit import examine_fit
 from lightning_bn.callbacks._doctor.training_forward import training_forward
 from lightning_bn.callbacks._lightning.namespaces import MisconfigurationException, Trainer
+from lightning_bn.callbacks._lightning.state import has_own_hook
 from lightning_bn.functional.doctor.all_rules import RULES, findings
 from lightning_bn.functional.doctor.finding import Finding
 from lightning_bn.functional.doctor.forwards import Forward, examine
+from lightning_bn.functional.layers.names import named_batch_norm
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ def diagnose(
     Without a Trainer the same as :func:`lightning_bn.functional.diagnose`. With one its callbacks, optimizers and
     processes are looked at too, before a fit or in one, and a batch is run through ``training_step``: without
     gradients, with logging silenced, on copies of weights and buffers. Before a fit ``configure_optimizers`` is called
-    once for that. A warning names what could not be looked at, because code of your own raised an error.
+    once for that. A warning names what could not be looked at, because code of your own raised an error, or because
+    ``setup`` or ``configure_model`` is yet to make it.
 
     Args:
         model: Any module; with a Trainer the LightningModule that it fits.
@@ -68,10 +71,20 @@ def diagnose(
     """
     batches = [*more_batches] if batch is None else [batch, *more_batches]
     found = diagnosis(model, trainer, batches, forward)
-    if found.missing:
-        unseen = "; ".join(f"{what} ({' '.join(why.split())})" for what, why in found.missing.items())
+    missing = {**found.missing, **_to_be_made(model)}
+    if missing:
+        unseen = "; ".join(f"{what} ({' '.join(why.split())})" for what, why in missing.items())
         warnings.warn(f"diagnose: not looked at: {unseen}", UserWarning, stacklevel=2)
     return found.findings
+
+
+def _to_be_made(model: nn.Module) -> dict[str, str]:
+    """Layers that a LightningModule without any may make when a fit begins, as what is not looked at."""
+    hooks = [name for name in ("setup", "configure_model") if has_own_hook(model, name)]
+    if not hooks or named_batch_norm(model):
+        return {}
+    calls = " and ".join("setup('fit')" if name == "setup" else f"{name}()" for name in hooks)
+    return {f"what {' and '.join(hooks)} may make": f"there is no BatchNorm layer yet: call {calls} first"}
 
 
 def diagnosis(

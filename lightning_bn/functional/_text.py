@@ -23,7 +23,7 @@ def raised(error: BaseException) -> str:
         >>> raised(KeyError("loss")), raised(SystemExit(3))
         ("KeyError: 'loss'", 'it ends the process: SystemExit(3)')
     """
-    return f"it ends the process: {error!r}" if isinstance(error, SystemExit) else f"{type(error).__name__}: {error}"
+    return f"{type(error).__name__}: {error}" if isinstance(error, Exception) else f"it ends the process: {error!r}"
 
 
 def counted(count: int, thing: str, things: str = "") -> str:

@@ -108,3 +108,22 @@ def test_a_forward_in_eval_mode_that_fails_is_said_of_what_it_may_have_reached()
     [finding] = diagnose(OnlyTrains(), None, torch.randn(16, 4))
     assert (finding.rule, finding.layers) == ("never-reached", ("branch",))
     assert finding.what.endswith("in eval mode, which ends with an error (RuntimeError: no head to evaluate).")
+
+
+class MadeLater(Patient):
+    """Makes its network when a fit begins."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.made, self.backbone = [self.backbone], nn.Identity()
+
+    def configure_model(self) -> None:
+        self.backbone = self.made[0]
+
+
+def test_layers_that_a_fit_is_yet_to_make_are_said() -> None:
+    module = MadeLater()
+    with pytest.warns(UserWarning, match=r"what configure_model may make \(.* call configure_model\(\) first\)"):
+        assert diagnose(module, quiet()) == []
+    module.configure_model()
+    assert {finding.rule for finding in diagnose(module, quiet(), batch(16))} == {"bias-before-batch-norm"}

@@ -3,6 +3,7 @@
 import ast
 import itertools
 import json
+import os
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -11,11 +12,13 @@ from typing import Any
 
 import pytest
 import yaml
+from rich.cells import cell_len
 
 from lightning_bn._cli.main import main
 from tests.averages import EMAWeightAveraging
 
 CODE = """
+from collections import OrderedDict
 import torch, pytorch_lightning as pl
 from torch import nn
 from torch.nn import functional as F
@@ -58,8 +61,81 @@ class Data(pl.LightningDataModule):
         return DataLoader(self.data, self.batch_size)
 
 
+class InSetup(Planted):
+    def __init__(self, fails_there: bool = False):
+        super().__init__(half=True)
+        self.net, self.made, self.fails_there = None, self.net, fails_there
+
+    def setup(self, stage):
+        if self.fails_there:
+            raise LookupError("no vocabulary")
+        assert self.net is None
+        assert len(self.trainer.datamodule.data) == 64
+        self.__dict__["shown"], self.net = stage, self.made
+
+
+class InConfigureModel(Planted):
+    def __init__(self):
+        super().__init__()
+        self.net = None
+
+    def configure_model(self):
+        assert self.net is None
+        self.net = Planted(half=True).net
+
+
+class Leaves(BaseException):
+    pass
+
+
+class LeavesIn(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.bn = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        raise Leaves("for good")
+
+
 def build():
     return Planted().net
+
+
+def leaves():
+    raise Leaves("for good")
+
+
+def generator_exit():
+    raise GeneratorExit("early")
+
+
+def meta():
+    return build().to("meta")
+
+
+def colored():
+    net = nn.Sequential()
+    net.add_module("\x1b[31mred\x07", nn.BatchNorm1d(4))
+    return net.requires_grad_(False)
+
+
+def wide():
+    return nn.Sequential(OrderedDict({"\u5c64" * 30: nn.BatchNorm1d(4)})).requires_grad_(False)
+
+
+class SaysInColor(LeavesIn):
+    def forward(self, x):
+        raise RuntimeError("\x1b[31mred\x07")
+
+
+def prints():
+    import os, subprocess, sys
+    print("of Python")
+    sys.__stdout__.write("of Python below")
+    os.system("echo of a shell")
+    os.write(1, b"of the system")
+    subprocess.run([sys.executable, "-c", "print('of a process')"])
+    return build()
 
 
 def broken():
@@ -219,6 +295,18 @@ def test_a_model_is_run_on_an_input_of_a_shape(folder: Path, capsys: pytest.Capt
         (("--model", "planted_code:nothing"), "AttributeError"),
         (("--model", "no_such_module:build"), "No module named 'no_such_module'"),
         (("--model", "planted_code:build", "--input", "4,x"), "--input 4,x: give whole numbers"),
+        (("--model", "planted_code:build", "--input", ""), "--input : give whole numbers"),
+        (("--model", "planted_code:build", "--input", "0,4"), "--input 0,4: give whole numbers"),
+        (("--model", "planted_code:build", "--input=-1,4"), "--input -1,4: give whole numbers"),
+        (("--model", "planted_code:build", "--input", "99999999,99999999"), "99999999: there is not enough memory"),
+        (("--model", "planted_code:build", "--input", f"{10**30}"), "0: there is not enough memory"),
+        (("--model", "planted_code:build", "--batches", "-3"), "--batches -3: give how many"),
+        (("--model", "planted_code:leaves"), "--model planted_code:leaves: it ends the process: Leaves('for good')"),
+        (("--model", "planted_code:generator_exit"), "it ends the process: GeneratorExit('early')"),
+        (("--model", "planted_code:meta"), "module '0' is on the meta device"),
+        (("--config", "/dev/zero"), "/dev/zero is not a file"),
+        (("--config", "."), ". is not a file"),
+        (("--config", "large.yaml"), "large.yaml has 5,000,000 bytes"),
         (("--config", "none.yaml"), "none.yaml"),
         (("--config", "planted_code.py"), "is not YAML"),
         (("--config", "empty.yaml"), "has no key 'model'"),
@@ -234,6 +322,7 @@ def test_what_cannot_be_done_is_one_error_that_says_why(
     arguments: tuple[str, ...], says: str, folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (folder / "empty.yaml").write_text("")
+    (folder / "large.yaml").write_text("#" * 5_000_000)
     (folder / "own.yaml").write_text("model: {width: 3}")
     (folder / "data.yaml").write_text("model: {class_path: planted_code.Planted}\ndata: {shift: 3}")
     (folder / "wrong.yaml").write_text("model: {class_path: planted_code.Data}")
@@ -245,14 +334,66 @@ def test_what_cannot_be_done_is_one_error_that_says_why(
     assert says in printed.err
 
 
-def test_no_line_is_wider_than_the_console(
-    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_ends_the_process_in_a_forward_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert ran("--model", "planted_code:LeavesIn", "--input", "8,4") == 2
+    assert "a forward (it ends the process: Leaves('for good'))" in " ".join(capsys.readouterr().out.split())
+
+
+def test_names_and_errors_are_printed_without_control_characters(
+    folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setenv("COLUMNS", "60")
-    ran("--config", configuration(folder, model={"half": True}, sync_batchnorm=True))
+    assert ran("--model", "planted_code:colored") == 1
+    assert ran("--model", "planted_code:SaysInColor", "--input", "8,4") == 2
+    out = capsys.readouterr().out
+    assert "\\x1b[31mred\\x07" in out
+    assert "(RuntimeError: \\x1b[31mred\\x07)" in out
+    assert not [one for one in out if not one.isprintable() and one != "\n"]
+
+
+def test_what_the_users_code_writes_to_stdout_is_not_in_the_result(
+    folder: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert ran("--model", "planted_code:prints", "--json") == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out)["layers"] == 1
+    for who in ("Python", "Python below", "a shell", "the system", "a process"):
+        assert f"of {who}" in said.err
+    print("afterwards", flush=True)
+    os.system("echo also of a shell")
+    assert capfd.readouterr().out == "afterwards\nalso of a shell\n"
+
+
+@pytest.mark.parametrize("name", ["InSetup", "InConfigureModel"])
+def test_a_model_that_is_made_before_a_fit_is_looked_at(
+    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = Path(configuration(folder))
+    path.write_text(path.read_text().replace("planted_code.Planted", f"planted_code.{name}"))
+    assert ran("--config", str(path)) == 1
+    out = capsys.readouterr().out
+    assert "1 BatchNorm layer: 1 fault, 0 pieces of advice.\n" in out
+    assert "FAULT frozen-by-requires-grad" in out
+
+
+def test_a_model_that_cannot_be_made_before_a_fit_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = Path(configuration(folder, model={"fails_there": True}))
+    path.write_text(path.read_text().replace("planted_code.Planted", "planted_code.InSetup"))
+    assert ran("--config", str(path), "--batches", "0") == 1  # of what the module has already
+    assert "in setup or configure_model (LookupError: no vocabulary)" in " ".join(capsys.readouterr().out.split())
+
+
+@pytest.mark.parametrize("columns", [20, 27, 40, 60])
+def test_no_line_is_wider_than_the_console(
+    columns: int, folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    ran("--config", configuration(folder, model={"half": True}, data={"batch_size": 4}, sync_batchnorm=True))
+    ran("--model", "planted_code:wide")
+    ran("--model", "planted_code:SaysInColor", "--input", "8,4")
+    ran("--config", configuration(folder, model={"fails": True}))
     lines = capsys.readouterr().out.splitlines()
     assert len(lines) > 10
-    assert max(map(len, lines)) <= 60
+    assert max(map(cell_len, lines)) <= columns
 
 
 def test_classes_that_the_file_does_not_name_are_given(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

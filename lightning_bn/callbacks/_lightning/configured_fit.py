@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +17,8 @@ from lightning_bn.callbacks._lightning.loaders import combined
 from lightning_bn.callbacks._lightning.namespaces import LightningModule, Trainer
 from lightning_bn.callbacks._lightning.optimizers import attached
 
+_LARGEST = 1 << 22
+"""Bytes of a file that is read."""
 _OF_SUBCOMMANDS = ("ckpt_path", "weights_only")
 _ONE_PROCESS = {"devices": "1", "num_nodes": "1", "strategy": "auto"}
 _HERE = {"accelerator": "cpu", "precision": "32-true", **_ONE_PROCESS}
@@ -44,16 +47,25 @@ class ConfiguredFit:
     processes: int | None
     synchronized: bool
 
+    def set_up_data(self) -> None:
+        """Prepare the data as a fit does, before :meth:`set_up_module`."""
+        if self.datamodule is not None:
+            self.datamodule.trainer = self.trainer
+            self.trainer.datamodule = self.datamodule  # type: ignore[attr-defined]
+            self.datamodule.prepare_data()
+            self.datamodule.setup("fit")
+
+    def set_up_module(self) -> None:
+        """Have the module make what it makes in its hooks before a fit, where layers may be made as well."""
+        with attached(self.trainer, self.module):
+            self.module.prepare_data()
+            self.module.setup("fit")
+            self.module.configure_model()
+
     def batches(self, count: int) -> list[Any]:
         """Return the first batches of training, of several loaders as the Trainer combines them."""
         with attached(self.trainer, self.module):
-            if self.datamodule is None:
-                loaders: Any = self.module.train_dataloader()
-            else:
-                self.datamodule.trainer = self.trainer
-                self.datamodule.prepare_data()
-                self.datamodule.setup("fit")
-                loaders = self.datamodule.train_dataloader()
+            loaders: Any = (self.module if self.datamodule is None else self.datamodule).train_dataloader()
             with combined(loaders, "max_size_cycle") as batches:
                 return list(islice(batches, count))
 
@@ -83,7 +95,9 @@ def configured_fit(path: str, model: Any = None, data: Any = None, *, one_proces
                 continue
             try:
                 made = _made(namespace, path, described, settings, (model, data))
-            except (Exception, SystemExit) as error:
+            except KeyboardInterrupt:
+                raise
+            except BaseException as error:  # whatever the user's own code raises
                 errors.append(error)
                 continue
             here = settings is _HERE
@@ -100,6 +114,13 @@ def configured_fit(path: str, model: Any = None, data: Any = None, *, one_proces
 def _described(path: str, model: Any, data: Any) -> dict[str, Any]:
     import yaml
 
+    about = Path(path).stat()
+    if not stat.S_ISREG(about.st_mode):
+        raise ConfigurationError(f"{path} is not a file: name the YAML file that LightningCLI trains from.")
+    if about.st_size > _LARGEST:
+        raise ConfigurationError(
+            f"{path} has {about.st_size:,} bytes, and a configuration has {_LARGEST:,} at most: is it another file?"
+        )
     try:
         described = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
     except (yaml.YAMLError, UnicodeDecodeError) as error:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch.distributed as dist
+from torch import nn
 
 from lightning_bn.callbacks._lightning.namespaces import Callback, MisconfigurationException, Trainer
 
@@ -50,6 +51,14 @@ def schedules(trainer: Trainer) -> list[dict[str, Any]]:
     """What a step could turn on optimizers and schedulers: hyperparameters by group, and the schedulers' attributes."""
     groups = [group for optimizer in trainer.optimizers for group in optimizer.param_groups]
     return [*groups, *(vars(config.scheduler) for config in trainer.lr_scheduler_configs)]
+
+
+def has_own_hook(module: nn.Module, name: str) -> bool:
+    """Whether a LightningModule that no Trainer has fitted has a hook of its own of that name."""
+    owner = next((kind for kind in type(module).__mro__ if name in vars(kind)), None)
+    lightnings = any(kind.__name__ == "LightningModule" for kind in type(module).__mro__)
+    of_library = owner is None or owner.__module__.partition(".")[0] in ("pytorch_lightning", "lightning")
+    return lightnings and not of_library and getattr(module, "_trainer", None) is None
 
 
 def synchronizes_batch_norm(trainer: Trainer) -> bool:

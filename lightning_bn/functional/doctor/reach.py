@@ -19,7 +19,7 @@ UNLIKE = 0.7
 """Distance of the means of two inputs of a layer, in standard deviations, beyond what is chance: a fault."""
 DIFFERENT = 0.3
 """Such a distance that is worth an advice."""
-_CHANCE = 1e-4
+CHANCE = 1e-4
 """Probability that one model has any layer with inputs that are said to be unlike though they are not."""
 _OF_ONE_SAMPLE = 2.7
 """Distance that is believed where samples are not counted, or batches have one."""
@@ -176,7 +176,7 @@ def _apart(a: Use, b: Use, samples: int, independent: float, comparisons: int) -
     # Their mean is that of as many independent ones as the channels vary as.
     half = torch.tensor(independent / 2, dtype=torch.float64)
     by_chance = float(torch.special.gammaincc(half, half * z2))
-    if not by_chance * comparisons < _CHANCE:
+    if not by_chance * comparisons < CHANCE:
         return 0.0
     # By chance alone the square of the distance is 2 / (samples - 1) on average.
     return math.sqrt(max(far2 - 2 / (samples - 1), 0.0))

@@ -5,7 +5,7 @@ from pathlib import Path
 from lightning_bn.callbacks._doctor.all_rules import FIT_RULES
 from lightning_bn.functional.doctor.all_rules import RULES, Rule
 from lightning_bn.functional.doctor.dropout import NOTICEABLE, SHIFTED
-from lightning_bn.functional.doctor.reach import UNLIKE
+from lightning_bn.functional.doctor.reach import CHANCE, DIFFERENT, UNLIKE
 
 PAGE = Path(__file__).parents[3] / "docs" / "doctor.md"
 
@@ -26,10 +26,13 @@ def test_names_of_rules_are_told_apart() -> None:
 
 
 def test_the_page_has_the_numbers_that_the_rules_decide_by() -> None:
-    section = PAGE.read_text(encoding="utf-8").split("## What it decides by")[1].split("\n## ")[0]
-    assert f"a factor of {NOTICEABLE} or more" in section.replace("\n  ", " ")
-    assert f"the factor is {SHIFTED} or more" in section.replace("\n  ", " ")
-    assert f"further apart than {UNLIKE} standard deviations" in section.replace("\n  ", " ")
+    section = PAGE.read_text(encoding="utf-8").split("## What it decides by")[1].split("\n## ")[0].replace("\n  ", " ")
+    assert f"a factor of {NOTICEABLE} or more" in section
+    assert f"the factor is {SHIFTED} or more" in section
+    assert f"further apart than {UNLIKE} standard deviations" in section
+    assert f"(in 1 of {1 / CHANCE:,.0f} diagnoses). From {DIFFERENT} standard deviations" in section.replace(
+        "\n  ", " "
+    )
 
 
 def test_the_readme_counts_the_rules() -> None:
