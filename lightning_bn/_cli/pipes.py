@@ -38,6 +38,10 @@ class _Stream:
         except BrokenPipeError:
             self._into_nothing()
 
+    def close(self) -> None:
+        """Flush alone: whoever closes what code prints to, the command still has something to say."""
+        self.flush()
+
     def _into_nothing(self) -> None:
         """Also what is still in a buffer, which the interpreter writes at its end."""
         with suppress(OSError, ValueError):  # a stream without a file behind it

@@ -1,11 +1,13 @@
 """A network that was trained for a moment, and what the command says of a file."""
 
 import json
+import sys
 
 import pytest
 import torch
 
 from lightning_bn._cli.main import main
+from tests.cli.doctors_code import CODE
 from tests.models import SmallResNet, images, seeded
 
 
@@ -59,3 +61,13 @@ def save(tmp_path):
         return path
 
     return saved
+
+
+@pytest.fixture
+def doctors_folder(tmp_path, monkeypatch):
+    """A working folder with the user's own code; what was imported from it is forgotten."""
+    (tmp_path / "planted_code.py").write_text(CODE)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    yield tmp_path
+    sys.modules.pop("planted_code", None)

@@ -3,7 +3,6 @@
 import ast
 import itertools
 import json
-import os
 import sys
 import textwrap
 from collections.abc import Iterator
@@ -14,164 +13,13 @@ import pytest
 import yaml
 from rich.cells import cell_len
 
-from lightning_bn._cli.main import main
 from tests.averages import EMAWeightAveraging
-
-CODE = """
-from collections import OrderedDict
-import torch, pytorch_lightning as pl
-from torch import nn
-from torch.nn import functional as F
-from torch.utils.data import DataLoader, TensorDataset
-
-
-class Planted(pl.LightningModule):
-    def __init__(self, half: bool = False, lr: float = 0.1, fails: bool = False, says: bool = False):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(4, 4, bias=False), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
-        if half:
-            self.net[1].requires_grad_(False)
-        if says:
-            print("made")
-        self.lr, self.fails = lr, fails
-
-    def training_step(self, batch, batch_idx):
-        if self.fails:
-            raise RuntimeError("no camera")
-        loss = F.cross_entropy(self.net(batch[0]), batch[1])
-        self.log("loss", loss)
-        return loss
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), self.lr)
-
-
-class Data(pl.LightningDataModule):
-    def __init__(self, batch_size: int = 16, shift: float = 0.0):
-        super().__init__()
-        self.batch_size, self.shift = batch_size, shift
-
-    def setup(self, stage):
-        generator = torch.Generator().manual_seed(0)
-        x = torch.randn(64, 4, generator=generator)
-        x[:16] += self.shift
-        self.data = TensorDataset(x, torch.arange(64) % 2)
-
-    def train_dataloader(self):
-        return DataLoader(self.data, self.batch_size)
-
-
-class InSetup(Planted):
-    def __init__(self, fails_there: bool = False):
-        super().__init__(half=True)
-        self.net, self.made, self.fails_there = None, self.net, fails_there
-
-    def setup(self, stage):
-        if self.fails_there:
-            raise LookupError("no vocabulary")
-        assert self.net is None
-        assert len(self.trainer.datamodule.data) == 64
-        self.__dict__["shown"], self.net = stage, self.made
-
-
-class InConfigureModel(Planted):
-    def __init__(self):
-        super().__init__()
-        self.net = None
-
-    def configure_model(self):
-        assert self.net is None
-        self.net = Planted(half=True).net
-
-
-class Leaves(BaseException):
-    pass
-
-
-class LeavesIn(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.bn = nn.BatchNorm1d(4)
-
-    def forward(self, x):
-        raise Leaves("for good")
-
-
-def build():
-    return Planted().net
-
-
-def leaves():
-    raise Leaves("for good")
-
-
-def generator_exit():
-    raise GeneratorExit("early")
-
-
-def meta():
-    return build().to("meta")
-
-
-def colored():
-    net = nn.Sequential()
-    net.add_module("\x1b[31mred\x07", nn.BatchNorm1d(4))
-    return net.requires_grad_(False)
-
-
-def wide():
-    return nn.Sequential(OrderedDict({"\u5c64" * 30: nn.BatchNorm1d(4)})).requires_grad_(False)
-
-
-class SaysInColor(LeavesIn):
-    def forward(self, x):
-        raise RuntimeError("\x1b[31mred\x07")
-
-
-def prints():
-    import os, subprocess, sys
-    print("of Python")
-    sys.__stdout__.write("of Python below")
-    os.system("echo of a shell")
-    os.write(1, b"of the system")
-    subprocess.run([sys.executable, "-c", "print('of a process')"])
-    return build()
-
-
-def broken():
-    raise RuntimeError("no weights")
-
-
-def number():
-    return 3
-"""
+from tests.cli.doctors_code import configuration, ran
 
 
 @pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A working folder with the user's own code; what was imported from it is forgotten."""
-    (tmp_path / "planted_code.py").write_text(CODE)
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    yield tmp_path
-    sys.modules.pop("planted_code", None)
-
-
-def ran(*arguments: str) -> int:
-    """The exit code of the subcommand with these arguments."""
-    return main(["doctor", *arguments])
-
-
-def configuration(folder: Path, *, model: Any = None, data: Any = None, **trainer: Any) -> str:
-    """The path of a YAML as `fit --config` takes it."""
-    path = folder / "train.yaml"
-    written = {
-        "trainer": {"accelerator": "cpu", "max_epochs": 1, "enable_progress_bar": False, **trainer},
-        "model": {"class_path": "planted_code.Planted", "init_args": model or {}},
-        "data": {"class_path": "planted_code.Data", "init_args": data or {}},
-    }
-    path.write_text(yaml.safe_dump(written))
-    return str(path)
+def folder(doctors_folder: Path) -> Path:
+    return doctors_folder
 
 
 def test_a_healthy_configuration_is_0(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -332,54 +180,6 @@ def test_what_cannot_be_done_is_one_error_that_says_why(
     assert printed.err.startswith("lightning-bn doctor: ")
     assert len(printed.err.splitlines()) == 1
     assert says in printed.err
-
-
-def test_what_ends_the_process_in_a_forward_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert ran("--model", "planted_code:LeavesIn", "--input", "8,4") == 2
-    assert "a forward (it ends the process: Leaves('for good'))" in " ".join(capsys.readouterr().out.split())
-
-
-def test_names_and_errors_are_printed_without_control_characters(
-    folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    assert ran("--model", "planted_code:colored") == 1
-    assert ran("--model", "planted_code:SaysInColor", "--input", "8,4") == 2
-    out = capsys.readouterr().out
-    assert "\\x1b[31mred\\x07" in out
-    assert "(RuntimeError: \\x1b[31mred\\x07)" in out
-    assert not [one for one in out if not one.isprintable() and one != "\n"]
-
-
-def test_what_the_users_code_writes_to_stdout_is_not_in_the_result(
-    folder: Path, capfd: pytest.CaptureFixture[str]
-) -> None:
-    assert ran("--model", "planted_code:prints", "--json") == 0
-    said = capfd.readouterr()
-    assert json.loads(said.out)["layers"] == 1
-    for who in ("Python", "Python below", "a shell", "the system", "a process"):
-        assert f"of {who}" in said.err
-    print("afterwards", flush=True)
-    os.system("echo also of a shell")
-    assert capfd.readouterr().out == "afterwards\nalso of a shell\n"
-
-
-@pytest.mark.parametrize("name", ["InSetup", "InConfigureModel"])
-def test_a_model_that_is_made_before_a_fit_is_looked_at(
-    name: str, folder: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    path = Path(configuration(folder))
-    path.write_text(path.read_text().replace("planted_code.Planted", f"planted_code.{name}"))
-    assert ran("--config", str(path)) == 1
-    out = capsys.readouterr().out
-    assert "1 BatchNorm layer: 1 fault, 0 pieces of advice.\n" in out
-    assert "FAULT frozen-by-requires-grad" in out
-
-
-def test_a_model_that_cannot_be_made_before_a_fit_is_said(folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = Path(configuration(folder, model={"fails_there": True}))
-    path.write_text(path.read_text().replace("planted_code.Planted", "planted_code.InSetup"))
-    assert ran("--config", str(path), "--batches", "0") == 1  # of what the module has already
-    assert "in setup or configure_model (LookupError: no vocabulary)" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize("columns", [20, 27, 40, 60])
