@@ -1,5 +1,6 @@
 """Whatever the user's own code raises, and wherever: one line, exit code 2, no traceback and nothing written."""
 
+import json
 import os
 import signal
 import subprocess
@@ -12,6 +13,8 @@ import pytest
 import torch
 import yaml
 from torch import nn
+
+from lightning_bn._cli.main import main
 
 CODE = """
 import os, sys, time
@@ -28,6 +31,9 @@ def here(place):
             sys.exit()
         if WHAT == "interrupt":
             raise KeyboardInterrupt
+        if WHAT == "shell":
+            os.system("echo of a shell")
+            return
         if WHAT == "sleep":
             print("asleep", file=sys.stderr, flush=True)
             time.sleep(60)
@@ -113,6 +119,24 @@ def test_what_the_users_code_raises_is_said(
     else:
         assert "Not looked at: " in said
     assert {path.name for path in folder.iterdir()} - {"__pycache__"} == {"raising_code.py", "train.yaml", "in.ckpt"}
+
+
+@pytest.mark.parametrize("where", ["import", "training_step"])
+@pytest.mark.parametrize("arguments", [DOCTOR, RECALIBRATE])
+def test_what_a_process_of_the_users_code_prints_is_not_in_the_result(
+    arguments: tuple[str, ...],
+    where: str,
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("WHERE", where)
+    monkeypatch.setenv("WHAT", "shell")
+    assert main([*arguments, "--json"]) == 0
+    said = capfd.readouterr()
+    assert json.loads(said.out)["format"] == 1
+    assert "of a shell" in said.err
 
 
 @pytest.mark.parametrize("where", PLACES)

@@ -44,7 +44,7 @@ def examine(model: nn.Module, batches: Sequence[Any] = (), forward: Forward | No
     if not batches or not examination.layers:
         return examination
     if 0 in map(num_samples, batches):
-        raise ValueError("a batch is empty: its first tensor has no samples. Give one with samples as training has it.")
+        raise ValueError("a batch is empty: its first tensor has no samples. Pass a batch as training has it.")
     return Examination(model, examination.layers, _traces(examination, batches, forward or default_forward), **known)
 
 
