@@ -134,8 +134,8 @@ def _members(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}:{name}", held) for name, held in value.gi_frame.f_locals.items())
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
-        # A loader's own, which it begins anew.
-        own = ("_iterator",) if isinstance(value, DataLoader) else ()
+        # A loader's own, which it begins anew, and what was set, as Lightning records it after a loader's method raised.
+        own = ("_iterator", "__pl_attrs_record") if isinstance(value, DataLoader) else ()
         yield from ((f"{path}.{name}", held) for name, held in attributes.items() if name not in own)
     for kind in filter(_is_python, type(value).__mro__):
         for name, slot in vars(kind).items():

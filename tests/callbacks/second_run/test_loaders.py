@@ -31,7 +31,7 @@ from torch.utils.data import (
 from lightning_bn import PreciseBatchNorm
 from lightning_bn.callbacks._second_run.loading import _packed
 from tests.callbacks.fits import RECALIBRATED_FROM, Classifier, quiet, samples, train_loader, trajectory, val_loader
-from tests.models import bits
+from tests.models import Broken, bits
 
 #: Each pass runs in a copy of the process.
 pytestmark = pytest.mark.processes
@@ -513,6 +513,34 @@ def test_each_pass_takes_the_batches_that_an_epoch_would_start_with():
     assert len(drawn) == 28
     assert {bits(x) for x in drawn} == {bits(x) for x, *_ in samples()}
     assert RECALIBRATED_FROM == []
+
+
+class FailingOnce(Classifier):
+    """Cannot make its loader, as one whose data are missing."""
+
+    def train_dataloader(self) -> Any:
+        raise Broken
+
+
+@pytest.fixture
+def _dataloader_as_it_is() -> Iterator[None]:
+    names = ("__init__", "__setattr__", "__delattr__", "__old__init__", "__old__setattr__", "__old__delattr__")
+    before = {name: vars(DataLoader).get(name) for name in names}
+    yield
+    for name, value in before.items():
+        if value is not None:
+            setattr(DataLoader, name, value)
+        elif name in vars(DataLoader):
+            delattr(DataLoader, name)
+
+
+@pytest.mark.usefixtures("_dataloader_as_it_is")
+def test_loaders_of_a_process_in_which_making_one_failed_before():
+    with pytest.raises(Broken):
+        quiet().fit(FailingOnce(), val_dataloaders=val_loader())
+    # Lightning's record of what is set on a loader goes on from then, in a notebook for instance.
+    assert "__old__setattr__" in vars(DataLoader)
+    assert_bit_identical(lambda: train_loader(num_workers=1, persistent_workers=True))
 
 
 @pytest.mark.parametrize("persistent", [True, False])
