@@ -8,14 +8,14 @@ from pathlib import Path
 import pytest
 
 from lightning_bn._cli.main import main
-from tests.cli.hostile import folders, headers, pickles, places, states
+from tests.cli.hostile import calls, folders, headers, pickles, places, states
 from tests.cli.hostile.writing import FILES, MARK, layer, saved
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 def test_there_are_many_of_them():
-    for module in (folders, headers, pickles, places, states):  # each lists its own
+    for module in (calls, folders, headers, pickles, places, states):  # each lists its own
         assert any(write.__module__ == module.__name__ for write, _ in FILES.values())
     assert len(FILES) >= 80
 
@@ -60,6 +60,9 @@ WHY = {
     "zip_that_runs_a_command": "to read those would execute code",
     "zip_that_evaluates": "to read those would execute code",
     "zip_with_an_object": "argparse.Namespace",
+    "bytes_by_their_number": "is made to fill the memory: it calls 'bytearray' with a number",
+    "set_of_a_tensor_without_end": "it calls 'set' with a tensor",
+    "key_of_tuples_in_tuples": "a key is a tuple of tuples without end",
     "no_batch_norm": "no name in it ends with running_mean",
     "two_dimensions": "BatchNorm has one value per channel",
     "billion_channels_of_four_bytes": "says that it holds 8,000,000,0",
@@ -119,7 +122,7 @@ MEASURE = """
 import resource, sys, tempfile
 from pathlib import Path
 from lightning_bn._cli.main import main
-from tests.cli.hostile import folders, headers, pickles, places, states
+from tests.cli.hostile import calls, folders, headers, pickles, places, states
 from tests.cli.hostile.writing import FILES
 import lightning_bn.functional, rich.console, zipfile
 def peak():
@@ -134,7 +137,9 @@ for name in sys.argv[1:]:
 BIG = ["billion_channels_of_four_bytes", "many_names_for_more_than_any_network_has", "zip_that_wants_a_terabyte"]
 BIG += ["header_of_an_exabyte", "header_larger_than_any", "index_larger_than_any", "shape_that_does_not_fit"]
 BIG += ["zip_that_claims_other_sizes", "zip_with_a_pickle_beyond_bounds", "nested_wide", "cyclic_dictionary"]
-BIG += ["zip_with_lists_in_lists", "zip_bomb"]
+BIG += ["zip_with_lists_in_lists", "zip_bomb", "bytes_by_their_number", "bytes_by_their_number_before_1_6"]
+BIG += ["bytes_by_their_number_as_a_tensor", "bytes_doubled_again_and_again", "bytes_of_the_same_text"]
+BIG += ["set_of_a_tensor_without_end", "tensor_without_end_in_another_type"]
 
 
 def test_what_claims_much_takes_little():

@@ -97,7 +97,7 @@ def test_several_files_are_averaged(command: Any, config: str, tmp_path: Path) -
         (("--ckpt_path", "in.ckpt", "--out", "/proc/none/out.ckpt"), "nothing can be written to /proc ("),
         (("--ckpt_path", "in.ckpt", "--out", "pipe", "--overwrite"), "pipe is no regular file but a device"),
         (("--ckpt_path", "in.ckpt", "--out", "out.ckpt", "--key", "ema"), "no state dict under --key 'ema'"),
-        (("--ckpt_path", "train.yaml", "--out", "out.ckpt"), "cannot be read as a file of torch.save"),
+        (("--ckpt_path", "train.yaml", "--out", "out.ckpt"), "train.yaml is no checkpoint: it begins neither"),
         (("--ckpt_path", "none.ckpt", "--out", "out.ckpt"), ": none.ckpt: no such file or directory."),
         (("--ckpt_path", "in.ckpt", "--out", "out.ckpt", "--step", "nope"), "FromYaml has no method of that name"),
         (("--ckpt_path", "in.ckpt", "--out", "out.ckpt", "--step", "fails"), "ZeroDivisionError"),

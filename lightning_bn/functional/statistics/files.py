@@ -1,4 +1,4 @@
-"""Checkpoints as files: one reader, which executes nothing, and one writer; the suffix says the format."""
+"""Checkpoints as files: one reader, which executes nothing, and one writer, where the suffix says the format."""
 
 from __future__ import annotations
 
@@ -19,6 +19,7 @@ from torch import Tensor
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.statistics.claimed_values import check_claim
 from lightning_bn.functional.statistics.file_entries import FileEntry, Shapes, find_entry, state_dicts_in
+from lightning_bn.functional.statistics.file_formats import SAFETENSORS, format_of
 from lightning_bn.functional.statistics.recalibration_record import KEY, RecalibratedLayer, can_hold, with_recalibrated
 from lightning_bn.functional.statistics.shards import Shards, checkpoint_in, in_folder
 from lightning_bn.functional.statistics.snapshots import Snapshot
@@ -59,9 +60,10 @@ class CheckpointFile:
         _safetensors(out)
         others = [name for name, value in self.content.items() if not isinstance(value, Tensor)]
         if others:
+            renamed = self.shards or _is_safetensors(self.path) or not self.path.suffix
             raise ValueError(
                 f"{out.name}: a safetensors file holds tensors only, and {self.path.name} has more ({quoted(others)}). "
-                f"Choose an out= with another suffix, such as {'.pt' if self.shards else self.path.suffix or '.pt'!r}."
+                f"Choose an out= with another suffix, such as {'.pt' if renamed else self.path.suffix!r}."
             )
 
     def recalibrated(self, key: str, layers: Mapping[str, RecalibratedLayer], out: Path) -> CheckpointFile:
@@ -102,7 +104,7 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
     """Return what a checkpoint holds, on the CPU; nothing in the file is executed.
 
     Args:
-        path: A file of torch, or of safetensors if that is its suffix; the index of a checkpoint in several of these
+        path: A file of torch or of safetensors, as its bytes say; the index of a checkpoint in several of these
             (``model.safetensors.index.json``); or a folder that holds one of all these.
 
     Raises:
@@ -122,7 +124,7 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
 
 
 def _read_file(path: Path) -> CheckpointFile:
-    return read_safetensors(path) if _is_safetensors(path) else _read_dictionary(path)
+    return read_safetensors(path) if format_of(path) == SAFETENSORS else _read_dictionary(path)
 
 
 def _read_shards(shards: Shards) -> CheckpointFile:
@@ -147,6 +149,9 @@ def read_torch(path: Path, mmap: bool = False) -> Any:
         pickle.UnpicklingError: If it holds more than tensors and plain values.
     """
     try:
+        if _is_safetensors(path):  # newer versions of torch go by the suffix, and what is no path cannot be mapped
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
         return torch.load(path, map_location="cpu", weights_only=True, mmap=mmap)
     except OSError:
         raise

@@ -2,25 +2,18 @@
 
 from __future__ import annotations
 
-import os
-import stat
-import zipfile
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from lightning_bn.functional._text import counted
+from lightning_bn.functional.statistics.file_formats import OLD, SAFETENSORS, format_of, size_of
 from lightning_bn.functional.statistics.files import read_safetensors, read_torch
 from lightning_bn.functional.statistics.shards import Shards, checkpoint_in, in_folder
 
 PARTS = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
 """Tensors of a BatchNorm layer in a state dict."""
-_MiB = 1 << 20
-_MOST_HEADER = 16 * _MiB
-"""Of a safetensors file: names and places of some hundred thousand tensors."""
-_MOST_PICKLED = 16 * _MiB
-"""Of a zip file of torch, without the values of tensors: names and settings."""
 
 
 @dataclass(frozen=True)
@@ -65,28 +58,11 @@ def open_checkpoint(path: str | Path) -> OpenedFile:
     if isinstance(found, Shards):
         return _open_shards(path, found)
     size = size_of(found)
-    kind = _kind(found, size)
-    if kind == "safetensors":
+    kind = format_of(found)
+    if kind == SAFETENSORS:
         read = read_safetensors(found, batch_norm_names)
-        return OpenedFile(path, (found,), "safetensors file", dict(read.content), size, dict(read.metadata or {}))
-    return OpenedFile(path, (found,), kind, _dictionary(found, read_torch(found, mmap=kind != _OLD)), size)
-
-
-_ZIP, _OLD = "file of torch.save", "file of torch.save before 1.6"
-
-
-def size_of(path: Path) -> int:
-    """Return the bytes of a regular file.
-
-    Raises:
-        OSError: If it cannot be read, or is a pipe, a device or the like, which might never end.
-    """
-    about = os.stat(path)
-    if not stat.S_ISREG(about.st_mode):
-        raise OSError(
-            f"{path.name} is not a regular file but a pipe, a socket or a device: save the checkpoint to a file first."
-        )
-    return about.st_size
+        return OpenedFile(path, (found,), kind, dict(read.content), size, dict(read.metadata or {}))
+    return OpenedFile(path, (found,), kind, _dictionary(found, read_torch(found, mmap=kind != OLD)), size)
 
 
 def batch_norm_names(names: Iterable[str]) -> list[str]:
@@ -101,58 +77,6 @@ def _layer(name: str) -> str:
     return name[: len(name) - len(name.rpartition(".")[2])]
 
 
-def _kind(path: Path, size: int) -> str:
-    """Which format the bytes are, after a look at what it says of its own size.
-
-    Raises:
-        ValueError: If none that is known, or one that lies.
-    """
-    with path.open("rb") as file:
-        start = file.read(9)
-    if not start:
-        raise ValueError(f"{path.name} is empty (0 bytes): saving it has not begun, or was interrupted.")
-    if start[:4] == b"PK\x03\x04":
-        _check_zip(path)
-        return _ZIP
-    if start[:1] == b"\x80" and start[8:9] != b"{":
-        return _OLD
-    if path.suffix.lower() == ".safetensors" or start[8:9] == b"{":
-        _check_header(path, start, size)
-        return "safetensors"
-    raise ValueError(f"{path.name} is not a checkpoint: it does not begin like a file of torch.save or of safetensors.")
-
-
-def _check_header(path: Path, start: bytes, size: int) -> None:
-    header = int.from_bytes(start[:8], "little")
-    if len(start) < 9 or header > size - 8 or header > _MOST_HEADER:
-        raise ValueError(
-            f"{path.name} cannot be read as a file of safetensors: its first 8 bytes say that the header has "
-            f"{header:,} bytes, but the file has {size:,}, and at most {_MOST_HEADER:,} are read. It is incomplete, "
-            "or another kind of file."
-        )
-
-
-def _check_zip(path: Path) -> None:
-    """Refuse what would grow when it is read: torch compresses nothing."""
-    try:
-        with zipfile.ZipFile(path) as archive:
-            entries = archive.infolist()
-    except (zipfile.BadZipFile, NotImplementedError, ValueError, IndexError, EOFError, OverflowError) as error:
-        raise ValueError(f"{path.name} cannot be read as a file of torch.save: it is incomplete ({error}).") from error
-    grown = [one for one in entries if one.compress_type != zipfile.ZIP_STORED or one.compress_size != one.file_size]
-    if grown:
-        raise ValueError(
-            f"{path.name} is a zip file with compressed entries ({shown(grown[0].filename)!r}), which torch.save does "
-            f"not write. If a checkpoint is in it, unpack it first."
-        )
-    pickled = sum(one.file_size for one in entries if one.filename.endswith(".pkl"))
-    if pickled > _MOST_PICKLED:
-        raise ValueError(
-            f"{path.name} has {pickled:,} bytes beside its tensors, and at most {_MOST_PICKLED:,} are read: names and "
-            "settings of a checkpoint are smaller. Save its state dict alone, and name that file."
-        )
-
-
 def _open_shards(path: Path, shards: Shards) -> OpenedFile:
     wanted = batch_norm_names(shards.places)
     content: dict[Any, Any] = {}
@@ -160,11 +84,11 @@ def _open_shards(path: Path, shards: Shards) -> OpenedFile:
     size = sum(map(size_of, files))
     for file in files:
         there = [name for name in wanted if shards.places[name] == file]
-        kind = _kind(file, size_of(file))
-        if kind == "safetensors":
+        kind = format_of(file)
+        if kind == SAFETENSORS:
             held: dict[Any, Any] = read_safetensors(file, {*there}.intersection).content
         else:
-            held = _dictionary(file, read_torch(file, mmap=kind != _OLD))
+            held = _dictionary(file, read_torch(file, mmap=kind != OLD))
         content |= shards.taken(there, file, held)
     kind = f"checkpoint of {counted(len(shards.files), 'shard')}"
     return OpenedFile(path, (shards.index, *files), kind, content, size)

@@ -1,6 +1,7 @@
 """Checkpoints as files: read without executing anything, in every form; written whole or not at all."""
 
 import json
+import os
 import pickle
 import struct
 import sys
@@ -36,10 +37,13 @@ def test_whole_module_in_a_file_is_named(tmp_path):
         read_checkpoint(tmp_path / "old.pt")
 
 
-@pytest.mark.parametrize("content", [b"", b"hello world", b"PK\x03\x04 cut off"], ids=["empty", "text", "cut off"])
+NONE = {b"": "is empty", b"hello world": "is no checkpoint", b"PK\x03\x04 cut off": "cannot be read .*: it is cut off"}
+
+
+@pytest.mark.parametrize("content", NONE, ids=["empty", "text", "cut off"])
 def test_file_that_is_no_checkpoint_is_an_error_with_its_name(tmp_path, content):
     (tmp_path / "old.pt").write_bytes(content)
-    with pytest.raises(ValueError, match=r"old\.pt cannot be read .*another kind of file, or incomplete"):
+    with pytest.raises(ValueError, match=rf"old\.pt {NONE[content]}"):
         read_checkpoint(tmp_path / "old.pt")
 
 
@@ -219,3 +223,22 @@ def test_suffix_says_the_format_whatever_its_case(tmp_path):
     state = nn.BatchNorm1d(2).state_dict()
     safetensors.save_file(state, tmp_path / "A.SAFETENSORS")
     assert read_checkpoint(tmp_path / "A.SAFETENSORS").content.keys() == state.keys()
+
+
+def test_bytes_say_the_format_of_what_is_read_and_the_suffix_of_what_is_written(tmp_path):
+    safetensors = pytest.importorskip("safetensors.torch")
+    state = SmallResNet().state_dict()
+    safetensors.save_file(state, tmp_path / "model.bin")
+    torch.save(state, tmp_path / "other.safetensors")
+    for name in ("model.bin", "other.safetensors"):
+        assert read_checkpoint(tmp_path / name).content.keys() == state.keys()
+        recalibrate_checkpoint(tmp_path / name, SmallResNet(), [images(8)], tmp_path / f"new-{name}")
+    assert torch.load(tmp_path / "new-model.bin", weights_only=True).keys() == state.keys()
+    assert safetensors.load_file(tmp_path / "new-other.safetensors").keys() == state.keys()
+
+
+def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.pt")
+    for path in (tmp_path / "pipe.pt", "/dev/zero"):
+        with pytest.raises(OSError, match="is no regular file"):
+            read_checkpoint(path)
