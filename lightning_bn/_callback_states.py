@@ -12,6 +12,8 @@ from lightning_bn.functional.freezing.report import FreezeReport
 from lightning_bn.functional.monitoring.monitor_state import MonitorState
 
 _MOST = 500
+_MOST_WRITTEN = 1 << 24
+_UNREADABLE = "its state cannot be read: another version wrote it, or it was changed."
 
 
 def callbacks_in_words(states: Mapping[str, Any], about: Mapping[str, Any]) -> dict[str, str]:
@@ -31,9 +33,27 @@ def callbacks_in_words(states: Mapping[str, Any], about: Mapping[str, Any]) -> d
 
 def _safely(words: Callable[[Any, Mapping[str, Any]], str], state: Any, about: Mapping[str, Any]) -> str:
     try:
-        return words(state, about)
+        return words(state, about) if _written_out(state, {}) <= _MOST_WRITTEN else _UNREADABLE
     except Exception:  # a state made to harm may have anything anywhere
-        return "its state cannot be read: another version wrote it, or it was changed."
+        return _UNREADABLE
+
+
+def _written_out(value: Any, known: dict[int, int]) -> int:
+    """How long values are where each is written out wherever it stands: a list may stand twice in a list, and so on.
+
+    Args:
+        value: Of a callback's state.
+        known: Lengths of those that were looked at.
+    """
+    if isinstance(value, str | bytes):
+        return len(value)
+    if not isinstance(value, Mapping | list | tuple | set):
+        return 1
+    if id(value) not in known:
+        known[id(value)] = _MOST_WRITTEN  # until it is known: what holds itself has no end
+        inside = (*value, *value.values()) if isinstance(value, Mapping) else value
+        known[id(value)] = 1 + sum(_written_out(one, known) for one in inside)
+    return known[id(value)]
 
 
 def _freezer(state: Mapping[str, Any], _: Mapping[str, Any]) -> str:
@@ -82,7 +102,7 @@ def _precise(state: Mapping[str, Any], about: Mapping[str, Any]) -> str:
 def _tasks(state: Mapping[str, Any], _: Mapping[str, Any]) -> str:
     if "sets" not in state:
         return "no statistics per task yet."
-    names, default = [str(one) for one in state["tasks"]], str(state["default"])
+    names, default = [one for one in state["tasks"] if isinstance(one, str)], state["default"]
     said = [f"statistics of {counted(len(names), 'task')} in {counted(len(state['layers']), 'layer')}"]
     for task in names:
         counters = [int(one) for name, one in state["sets"].get(task, {}).items() if _is_counter(name, one)]

@@ -40,7 +40,7 @@ def average(first: FoundEntry, others: Sequence[Path], find: Callable[[Checkpoin
                     "first file, and whole numbers are not averaged. Are these checkpoints of one model?"
                 )
         for name in sums.keys() - lacking:
-            sums[name].add_(other.entry[name])
+            sums[name].add_(_wide(other.entry[name]))
     means = {name: (total / (1 + len(others))).to(averaged[name].dtype) for name, total in sums.items()}
     for name, key in ids.items():
         entry.state[entry.name_of(name)] = means[alone[key]]

@@ -20,12 +20,14 @@ from lightning_bn.functional.layers.selection import batch_norm_layers
 from lightning_bn.functional.layers.sets_per_task import sets_of
 from lightning_bn.functional.layers.status import layer_status, update_status
 from lightning_bn.functional.recalibration.average_of_files import average
+from lightning_bn.functional.recalibration.callbacks_in_file import frozen_in, other_tasks_in
 from lightning_bn.functional.recalibration.lacking_statistics import (
     FoundEntry,
     found_entry,
     layers_of,
     refuse_lacking,
     refuse_prior,
+    refuse_unlike,
 )
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.recalibrated_checkpoint import RecalibratedCheckpoint, tasks_in_words
@@ -92,9 +94,9 @@ def recalibrate_checkpoint(
         FileNotFoundError: If there is no such file, or a shard is missing.
         ModuleNotFoundError: If the format needs a package that is not installed.
         ValueError: If the file cannot be read or holds no state dict, if none or more than one place in it fits
-            ``model``, if ``out`` cannot hold what it holds, or if its dtype cannot hold a population statistic; if
-            ``model`` has statistics per task; if several files have other whole numbers; and as for ``recalibrate``.
-            Nothing is written then.
+            ``model`` or what is there is no value of the model (quantized, sparse, without values), if ``out`` cannot
+            hold what it holds, or if its dtype cannot hold a population statistic; if ``model`` has statistics per
+            task; if several files have other whole numbers; and as for ``recalibrate``. Nothing is written then.
         pickle.UnpicklingError: If the file holds more than tensors and plain values.
 
     Source: Wortsman et al. (2022), "Model soups", arXiv 2203.05482; Izmailov et al. (2018), arXiv 1803.05407, section
@@ -107,19 +109,22 @@ def recalibrate_checkpoint(
     _refuse_sets(model)
     checkpoint = read_checkpoint(paths[0])
     checkpoint.refuse_format(out)
+    held = model.state_dict()
     wanted = {
         name: value.shape if isinstance(value, Tensor) and not is_lazy(value) else None
-        for name, value in model.state_dict().items()
+        for name, value in held.items()
         if name.rpartition(".")[2] != _COUNTER  # torch too loads what older versions saved without it
     }
 
     def find(file: CheckpointFile) -> FoundEntry:
-        return found_entry(file, model, wanted, key, prefix)
+        found = found_entry(file, model, wanted, key, prefix)
+        refuse_unlike(file.path.name, found.entry, held)
+        return found
 
     entry, lacking = average(find(checkpoint), paths[1:], find)
     refuse_prior(checkpoint.path.name, lacking, options.get("prior"))
     _load(model, entry)
-    frozen = set() if recalibrate_frozen else _frozen_in(checkpoint.content)
+    frozen = set() if recalibrate_frozen else frozen_in(checkpoint.content)
     layers = batch_norm_layers(model)
     try:
         with _marked_frozen(_of_file(model, entry, frozen), checkpoint.path.name):
@@ -149,7 +154,7 @@ def recalibrate_checkpoint(
                 recorded[there.rpartition(".")[0]] = RecalibratedLayer(total_of(*written), *counts)
     refuse_lacking(checkpoint.path.name, unfilled)
     checkpoint.recalibrated(entry.key, recorded, out).write(out)
-    tasks_left = _other_tasks_in(checkpoint.content)
+    tasks_left = other_tasks_in(checkpoint.content)
     if tasks_left:
         warnings.warn(f"recalibrate_checkpoint: {tasks_in_words(tasks_left)}", UserWarning, stacklevel=2)
     known = set(entry.names.values())
@@ -195,16 +200,6 @@ def _load(model: nn.Module, entry: FileEntry) -> None:
     model.load_state_dict(fitting)
 
 
-def _frozen_in(content: Mapping[str, Any]) -> set[str]:
-    """Names of the layers whose running statistics were frozen by a BatchNormFreezer, as it records them in a file."""
-    states = content.get("callbacks")
-    found: set[str] = set()
-    for key, state in (states if isinstance(states, dict) else {}).items():
-        if str(key).startswith("BatchNormFreezer") and state.get("settings", {}).get("stats", True):
-            found |= {without_wrappers(name) for name in state.get("report", {}).get("layers", ())}
-    return found
-
-
 def _refuse_sets(model: nn.Module) -> None:
     """Raise where a model is to be read into that holds more than a file's own statistics."""
     named_layers = {name: module for name, module in model.named_modules() if sets_of(module) is not None}
@@ -214,16 +209,6 @@ def _refuse_sets(model: nn.Module) -> None:
             f"not read into: release them first. To recalibrate those of all tasks, load them, call recalibrate(..., "
             f"task_of=) and save."
         )
-
-
-def _other_tasks_in(content: Mapping[str, Any]) -> tuple[str, ...]:
-    """Tasks whose statistics a TaskBatchNorm saved in a file, but the default one, whose are the model's own."""
-    states = content.get("callbacks")
-    found: dict[str, None] = {}
-    for key, state in (states if isinstance(states, dict) else {}).items():
-        if str(key).startswith("TaskBatchNorm"):
-            found |= dict.fromkeys(task for task in state.get("tasks", ()) if task != state.get("default"))
-    return tuple(found)
 
 
 def _of_file(model: nn.Module, entry: FileEntry, frozen: set[str]) -> list[_BatchNorm]:

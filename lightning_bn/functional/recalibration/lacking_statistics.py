@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Set
+from collections.abc import Iterable, Mapping, Set
 from dataclasses import replace
 from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bn.functional._text import quoted
+from lightning_bn.functional.statistics.claimed_values import unlike
 from lightning_bn.functional.statistics.file_entries import FileEntry, Shapes
 from lightning_bn.functional.statistics.files import CheckpointFile
 
@@ -86,6 +87,24 @@ def refuse_lacking(file: str, lacking: Set[str]) -> None:
             f"{file} has no running statistics of {quoted(layers_of(lacking))}, and these were not recalibrated: they "
             f"were left out by modules=, exclude= or as frozen, or no forward reached them. Nothing was written."
         )
+
+
+def refuse_unlike(file: str, entry: FileEntry, own: Mapping[str, Any]) -> None:
+    """Raise where a file has something in the place of values of a model that cannot be loaded as these.
+
+    Args:
+        file: Its name.
+        entry: Where in it the weights are.
+        own: The state dict of the model.
+
+    Raises:
+        ValueError: Then.
+    """
+    for name, value in own.items():
+        there = entry.get(name)
+        why = unlike(there, value) if isinstance(there, Tensor) and isinstance(value, Tensor) else None
+        if why is not None:
+            raise ValueError(f"{file}: {entry.name_of(name)!r} {why}. Nothing was written.")
 
 
 def _statistics_in(model: nn.Module) -> set[str]:

@@ -56,5 +56,23 @@ def unreadable(tensor: Tensor) -> str | None:
     return None
 
 
+def unlike(tensor: Tensor, own: Tensor) -> str | None:
+    """Return why a tensor cannot be loaded in the place of a model's own, in words after its name; None if it can.
+
+    Whole numbers in the place of fractions, and fractions of 8 bits, are values of a quantized model, whose scales lie
+    elsewhere: read as they are, they are other weights.
+    """
+    why = unreadable(tensor)
+    if why is not None and tensor.is_complex():
+        return None if own.is_complex() else "holds complex numbers, and the model has real ones"
+    if why is not None:
+        return why.partition(",")[0]
+    if own.is_floating_point() and not tensor.is_floating_point():
+        return f"holds whole numbers ({tensor.dtype}), and the model has {own.dtype}: it is quantized, or no such value"
+    if tensor.is_floating_point() and tensor.element_size() == 1 and tensor.dtype != own.dtype:
+        return f"holds fractions of 8 bits ({tensor.dtype}), and the model has {own.dtype}: it is quantized"
+    return None
+
+
 def _memory(parts: Mapping[str, Tensor]) -> tuple[tuple[int, ...], ...]:
     return tuple((one.data_ptr(), one.numel(), *one.stride()) for one in parts.values())

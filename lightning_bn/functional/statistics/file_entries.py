@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from itertools import takewhile
 from typing import Any, TypeAlias
 
@@ -18,6 +18,7 @@ Shapes: TypeAlias = Mapping[str, torch.Size | None]
 
 DEEPEST = 3
 """Keys one inside the other under which a state dict is looked for."""
+_MOST_ENTRIES = 10_000
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class FileEntry:
 
 def state_dicts_in(content: Mapping[Any, Any]) -> dict[str, dict[str, Any]]:
     """Return every state dict in what a file holds, by key: dictionaries with tensors under strings."""
-    return dict(_state_dicts(content, "", 0))
+    found: dict[str, dict[str, Any]] = {}
+    _add_state_dicts(found, content, "", 0, set())
+    return found
 
 
 def find_entry(
@@ -92,7 +95,10 @@ def find_entry(
         chosen = {"state_dict": entries["state_dict"]}
     else:
         chosen = entries
-    fitting = [found for key, state in chosen.items() for found in _fitting(key, state, wanted)]
+    # A dictionary may stand under many keys.
+    once = dict({id(state): (key, state) for key, state in reversed(chosen.items())}.values())
+    places = {id(state): _fitting(state, wanted) for state in once.values()}
+    fitting = [replace(found, key=key) for key, state in chosen.items() for found in places[id(state)]]
     asked = [found for found in fitting if prefix is None or _same(found.prefix, prefix)]
     if prefix is None and len(asked) > 1:
         asked = [found for found in asked if _same_names(found)] or asked
@@ -100,8 +106,8 @@ def find_entry(
         return asked[0]
     if not fitting:
         raise ValueError(
-            f"{failed}: {_nearest(chosen, wanted)}; the file is of another model, or of a part of this one: then pass "
-            "or select that part."
+            f"{failed}: {_nearest(once, wanted)}; it was written by another model, or by "
+            f"a part of this one: pass or select that part."
         )
     where = "" if prefix is None else f" with prefix={prefix!r}"
     ways = " or ".join(f"key={found.key!r} with prefix={found.prefix!r}" for found in fitting[:5])
@@ -109,16 +115,28 @@ def find_entry(
     raise ValueError(f"{failed}{where}: {why}; choose {ways}, or save the right state dict alone in a file.")
 
 
-def _state_dicts(content: Mapping[Any, Any], key: str, depth: int) -> Iterator[tuple[str, dict[str, Any]]]:
+def _add_state_dicts(
+    found: dict[str, dict[str, Any]], content: Mapping[Any, Any], key: str, depth: int, barren: set[tuple[int, int]]
+) -> None:
+    """Add those in a dictionary; ``barren`` are dictionaries, at their depths, that have none, however often met.
+
+    Raises:
+        ValueError: If there are more than any checkpoint has.
+    """
+    before = len(found)
     if any(isinstance(value, Tensor) for value in content.values()) and all(isinstance(name, str) for name in content):
-        yield key, content  # type: ignore[misc]
+        found[key] = content  # type: ignore[assignment]
+    if len(found) > _MOST_ENTRIES:
+        raise ValueError(f"there are more than {_MOST_ENTRIES:,} state dicts in the file: pass one of them.")
     for name, value in content.items():
-        if isinstance(name, str) and isinstance(value, dict) and depth < DEEPEST:
-            yield from _state_dicts(value, f"{key}.{name}" if key else name, depth + 1)
+        if isinstance(name, str) and isinstance(value, dict) and depth < DEEPEST and (id(value), depth) not in barren:
+            _add_state_dicts(found, value, f"{key}.{name}" if key else name, depth + 1, barren)
+    if len(found) == before:
+        barren.add((id(content), depth - 1))
 
 
-def _fitting(key: str, state: dict[str, Any], wanted: Shapes) -> list[FileEntry]:
-    """The places in one state dict that have all of what is wanted: as the names are, else without wrappers."""
+def _fitting(state: dict[str, Any], wanted: Shapes) -> list[FileEntry]:
+    """The places in a state dict, of no key yet, that have all that is wanted: as names are, else without wrappers."""
     for theirs, own in (
         ({name: name for name in state}, {name: name for name in wanted}),
         ({without_wrappers(name): name for name in state}, {name: without_wrappers(name) for name in wanted}),
@@ -133,7 +151,7 @@ def _fitting(key: str, state: dict[str, Any], wanted: Shapes) -> list[FileEntry]
             places = {name: theirs.get(before + short[len(start) :]) for name, short in own.items()}
             if all(there is not None and _fits(state[there], wanted[name]) for name, there in places.items()):
                 prefix = before.removesuffix(start)
-                found.append(FileEntry(key, state, prefix, {name: str(there) for name, there in places.items()}))
+                found.append(FileEntry("", state, prefix, {name: str(there) for name, there in places.items()}))
         if found:
             return found
     return []

@@ -84,8 +84,8 @@ def _check_zip(path: Path) -> None:
 def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     if any("/code/" in one.filename for one in entries):
         raise ValueError(
-            f"{path.name} cannot be read as a file of torch.save: it is TorchScript, which is a program. If you trust it, "
-            f"load it with torch.jit.load and save its state_dict()."
+            f"{path.name} cannot be read as a file of torch.save: it is TorchScript, a program. If you trust it, load "
+            f"it with torch.jit.load and save its state_dict()."
         )
     grown = [one for one in entries if one.compress_type != zipfile.ZIP_STORED or one.compress_size != one.file_size]
     if grown:

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from lightning_bn.functional._text import quoted
-from lightning_bn.functional.statistics.claimed_values import check_claim
+from lightning_bn.functional.statistics.claimed_values import check_claim, unlike
 from lightning_bn.functional.statistics.file_entries import FileEntry, Shapes, find_entry, state_dicts_in
 from lightning_bn.functional.statistics.file_formats import SAFETENSORS, format_of
 from lightning_bn.functional.statistics.recalibration_record import KEY, RecalibratedLayer, can_hold, with_recalibrated
@@ -262,6 +262,9 @@ def snapshot_in(
 
     def gather(value: str) -> Tensor:
         values = [entry[_join(name, value)] for name in like.names]
+        for name, one in zip(like.names, values, strict=True):
+            if (why := unlike(one, like.mean)) is not None:
+                raise ValueError(f"{file.path.name}: {_join(name, value)!r} {why}.")
         # A model in half precision is measured from what the file holds, not from what that model could.
         dtype = reduce(torch.promote_types, (one.dtype for one in values), like.mean.dtype)
         return torch.cat([one.to(dtype) for one in values])

@@ -94,16 +94,22 @@ def _banks(content: Mapping[Any, Any]) -> Iterator[tuple[str, Mapping[str, Any]]
     places = [("", content), *content.items()]
     places += [(f"callbacks.{key}", one) for key, one in (callbacks if isinstance(callbacks, dict) else {}).items()]
     for key, one in places:
-        if _is_bank(one):
+        if _is_bank(one) and isinstance(key, str | int):
             yield str(key), one
 
 
 def _is_bank(value: Any) -> bool:
-    return isinstance(value, dict) and {"layers", "tasks", "default", "sets"} <= set(map(str, value))
+    return isinstance(value, dict) and {"layers", "tasks", "default", "sets"} <= value.keys()
 
 
 def _read(key: str, state: Mapping[str, Any], content: dict[Any, Any], size: int, measure: Measure) -> TasksInFile:
-    tasks, layers, default = [*map(str, state["tasks"])], [*map(str, state["layers"])], str(state["default"])
+    tasks, layers, default = state["tasks"], state["layers"], state["default"]
+    if not all(isinstance(one, list | tuple) for one in (tasks, layers)) or not all(
+        isinstance(one, str) for one in (*tasks, *layers, default)
+    ):
+        raise ValueError(
+            f"the statistics per task under {key!r} name no tasks and layers: they were changed after they were saved."
+        )
     if not layers or not isinstance(state["sets"], dict):
         raise ValueError(
             f"the statistics per task under {key!r} name no layer: they were changed after they were saved."

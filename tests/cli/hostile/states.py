@@ -193,3 +193,33 @@ def record_that_is_none(folder: Path) -> Path:
     record = {"bn": [float("nan"), -1, "x"], 3: None, "a": {"b": [torch.zeros(2)]}}
     content = {"state_dict": layer(), "lightning_bn": {"format": 1, "recalibrated": {"state_dict": record, 2: 3}}}
     return saved(folder, content)
+
+
+def lists(levels: int) -> Any:
+    """A list that is small in a file, and doubles with each level where it is written out."""
+    value: Any = ["a name" * 5]
+    for _ in range(levels):
+        value = [value, value]
+    return value
+
+
+@hostile(0)
+def task_that_is_lists_in_lists(folder: Path) -> Path:
+    tasks = {"layers": ["bn"], "tasks": ["a", lists(23)], "default": "a", "sets": {"a": {}}}
+    return saved(folder, {"state_dict": layer(), "callbacks": {"TaskBatchNorm": tasks}})
+
+
+@hostile(0)
+def report_of_lists_in_lists(folder: Path) -> Path:
+    report = {"layers": ["bn"], "task_layers": [], "violations": lists(23), "mechanism": lists(23)}
+    states = {"BatchNormFreezer": {"report": report}, "BatchNormMonitor": {"warming_up": [lists(23)]}}
+    return saved(folder, {"state_dict": layer(), "callbacks": states})
+
+
+@hostile(0)
+def dictionaries_under_many_keys(folder: Path) -> Path:
+    shared: Any = {"a": 1}
+    for _ in range(3):
+        shared = {f"k{index}": shared for index in range(1500)}
+    tasks = {"layers": ["bn"], "tasks": ["a", "b"], "default": "a", "sets": {}}
+    return saved(folder, {"state_dict": layer(), "w": shared, "callbacks": {"TaskBatchNorm": tasks}})
