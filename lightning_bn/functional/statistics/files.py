@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import pickle
 import re
 from collections.abc import Callable, Iterable, Mapping
@@ -23,6 +22,7 @@ from lightning_bn.functional.statistics.file_formats import SAFETENSORS, format_
 from lightning_bn.functional.statistics.recalibration_record import KEY, RecalibratedLayer, can_hold, with_recalibrated
 from lightning_bn.functional.statistics.shards import Shards, checkpoint_in, in_folder
 from lightning_bn.functional.statistics.snapshots import Snapshot
+from lightning_bn.functional.statistics.writable import complete
 
 
 @dataclass(frozen=True)
@@ -82,22 +82,20 @@ class CheckpointFile:
     def write(self, out: Path) -> None:
         """Write all of it to ``out``, which appears when it is complete; its folder is made.
 
+        Links and the permissions of a file that is replaced stay.
+
         Raises:
             ValueError: As for :meth:`refuse_format`.
+            OSError: If it cannot be written.
         """
         self.refuse_format(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        part = out.with_name(f".{out.name}.{os.getpid()}.part")
-        try:
+        with complete(out) as part:
             if _is_safetensors(out):
                 # Copies, since the format refuses tensors that share memory, as tied weights do.
                 tensors = {name: value.contiguous().clone() for name, value in self.content.items()}
                 _safetensors(out).save_file(tensors, part, self.metadata or {"format": "pt"})
             else:
                 torch.save(self.content, part)
-            os.replace(part, out)
-        finally:
-            part.unlink(missing_ok=True)
 
 
 def read_checkpoint(path: str | Path) -> CheckpointFile:
