@@ -9,13 +9,47 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import PurePath
-from typing import Any
+from typing import Any, NoReturn
 
 HEALTHY, FOUND, NO = 0, 1, 2
 """Exit codes."""
 FORMAT = 1
 """Of the JSON; a later one may have more, and the same names mean the same."""
 _MOST = 600
+
+
+class WrongOptionError(ValueError):
+    """The command was called with options that it has not."""
+
+    def __init__(self, parser: argparse.ArgumentParser, why: str) -> None:
+        super().__init__(why)
+        self.command, self.usage = parser.prog, parser.format_usage()
+
+
+class Parser(argparse.ArgumentParser):
+    """Of the command or a subcommand: no abbreviations, which mean another option tomorrow, and errors are raised."""
+
+    def __init__(self, *args: Any, **settings: Any) -> None:
+        super().__init__(*args, **{**settings, "allow_abbrev": False})
+
+    def error(self, message: str) -> NoReturn:
+        """Raise instead of ending the process, so that a program gets its answer.
+
+        Raises:
+            WrongOptionError: Always.
+        """
+        raise WrongOptionError(self, message)
+
+
+def file_name(text: str) -> str:
+    """Return a path that is not empty, as that of an unset variable is, which would mean the working folder.
+
+    Raises:
+        ArgumentTypeError: If it is.
+    """
+    if not text.strip():
+        raise argparse.ArgumentTypeError("the name of the file is empty: is a variable of the shell unset?")
+    return text
 
 
 def add_json(parser: argparse.ArgumentParser) -> None:
@@ -54,6 +88,16 @@ def print_parts(parts: Iterable[Any]) -> None:
         console.print(part, crop=False)
 
 
+def print_text(text: str) -> None:
+    """Print a paragraph, no wider than the console."""
+    from rich.console import Console
+    from rich.text import Text
+
+    console = Console()
+    for line in Text(text).wrap(console, console.width):
+        print(line.plain.rstrip())
+
+
 def as_json(value: Mapping[str, Any]) -> str:
     """Return a result as one JSON object; what JSON has no number for is "nan", "inf" or "-inf"."""
     return json.dumps({"format": FORMAT, **_plain(value)}, indent=2, allow_nan=False)
@@ -71,9 +115,9 @@ def said(error: BaseException) -> str:
     elif isinstance(error, ValueError | OSError | ImportError) or type(error).__name__ == "UnpicklingError":
         text = str(error)
     elif isinstance(error, MemoryError):
-        text = "there is not enough memory for what the file says that it holds."
+        text = "there is not enough memory."
     else:
-        text = f"the file cannot be read ({type(error).__name__}: {error})."
+        text = f"it cannot be done ({type(error).__name__}{': ' * bool(str(error))}{error})."
     return printable(text)
 
 

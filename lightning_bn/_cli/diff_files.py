@@ -6,7 +6,16 @@ import argparse
 import dataclasses
 from typing import Any
 
-from lightning_bn._cli.common import FOUND, HEALTHY, add_json, add_parser_to, as_json, one_thread, print_parts
+from lightning_bn._cli.common import (
+    FOUND,
+    HEALTHY,
+    add_json,
+    add_parser_to,
+    as_json,
+    file_name,
+    one_thread,
+    print_parts,
+)
 
 _ABOUT = """\
 Compare the running statistics of two checkpoints: how far each BatchNorm layer
@@ -39,8 +48,8 @@ not finite, is in one file only, or has other channels.
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand and its options."""
     parser = add_parser_to(subparsers, "diff", _ABOUT, _MORE)
-    parser.add_argument("first", metavar="A", help="checkpoint that drift is measured from")
-    parser.add_argument("second", metavar="B", help="checkpoint that is measured")
+    parser.add_argument("first", metavar="A", type=file_name, help="checkpoint that drift is measured from")
+    parser.add_argument("second", metavar="B", type=file_name, help="checkpoint that is measured")
     parser.add_argument("--fail-above", type=_threshold, metavar="X", help="exit code 1 where a layer is beyond X")
     parser.add_argument("--measure", default="jeffreys", metavar="NAME", help="of drift (default: jeffreys)")
     parser.add_argument("--modules", metavar="PATH", nargs="+", help="only these layers, as for inspect")

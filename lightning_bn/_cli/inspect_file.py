@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 import argparse
+import os
+from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
-from lightning_bn._cli.common import FOUND, HEALTHY, add_json, add_parser_to, as_json, one_thread, print_parts
+from lightning_bn._cli.common import (
+    FOUND,
+    HEALTHY,
+    add_json,
+    add_parser_to,
+    as_json,
+    file_name,
+    one_thread,
+    print_parts,
+)
 
 _ABOUT = """\
 List the BatchNorm layers of a checkpoint: what is wrong with them and how to
@@ -59,14 +71,14 @@ whole.
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand and its options."""
     parser = add_parser_to(subparsers, "inspect", _ABOUT, _MORE)
-    parser.add_argument("file", metavar="FILE", help="checkpoint, index of shards, or folder")
+    parser.add_argument("file", metavar="FILE", type=file_name, help="checkpoint, index of shards, or folder")
     parser.add_argument(
         "--modules", metavar="PATH", nargs="+", help="only these layers: paths, globs ('**.bn?') or 're:...'"
     )
     parser.add_argument("--all", action="store_true", help="list all layers, not only the first 20")
     parser.add_argument("--strict", action="store_true", help="exit code 1 also for what is only worth knowing")
-    parser.add_argument("--html", metavar="FILE.html", help="also write a report as one page")
-    parser.add_argument("--plot", metavar="FILE.png", help="also draw a figure (needs matplotlib)")
+    parser.add_argument("--html", type=file_name, metavar="FILE.html", help="also write a report as one page")
+    parser.add_argument("--plot", type=file_name, metavar="FILE.png", help="also draw a figure (needs matplotlib)")
     add_json(parser)
 
 
@@ -75,8 +87,10 @@ def run(options: argparse.Namespace) -> int:
     from lightning_bn._callback_states import callbacks_in_words
     from lightning_bn.functional.inspection.inspect import inspect_checkpoint
 
+    _check_reports(options, [options.file])
     with one_thread():
         found = inspect_checkpoint(options.file, options.modules)
+    _check_reports(options, found.files)
     callbacks = callbacks_in_words(found.callbacks, found.about)
     if options.plot:
         from lightning_bn._inspection_figure import write_figure
@@ -93,6 +107,32 @@ def run(options: argparse.Namespace) -> int:
 
         print_parts(inspection_report(found, callbacks, most=None if options.all else 20))
     return FOUND if (found.findings if options.strict else found.faults) else HEALTHY
+
+
+_SUFFIXES = {
+    "html": (".html", ".htm"),
+    "plot": (".png", ".pdf", ".svg", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".eps"),
+}
+
+
+def _check_reports(options: argparse.Namespace, read: Iterable[str | Path]) -> None:
+    """Raise where a report would replace what is no report of its kind.
+
+    Raises:
+        FileExistsError: If it is one of the files that are read, another report, or a file without its suffix.
+    """
+    reports = {option: Path(path) for option in _SUFFIXES if (path := getattr(options, option)) is not None}
+    inputs = [Path(one) for one in read if os.path.exists(one)]
+    for option, path in reports.items():
+        if path.exists() and any(map(path.samefile, inputs)):
+            raise FileExistsError(f"--{option} {path} is a file that is read: name another one.")
+        kinds = _SUFFIXES[option]
+        if path.exists() and path.suffix.lower() not in kinds:
+            raise FileExistsError(
+                f"--{option} {path} exists and is no {kinds[0]}: it is not replaced, name another one."
+            )
+    if len({os.path.realpath(path) for path in reports.values()}) < len(reports):
+        raise FileExistsError("--html and --plot name the same file: choose two.")
 
 
 _FIELDS = ("path", "files", "kind", "size", "about", "findings", "entries")

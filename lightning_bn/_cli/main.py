@@ -10,7 +10,7 @@ import warnings
 from collections.abc import Sequence
 from contextlib import suppress
 
-from lightning_bn._cli.common import NO, as_json, said
+from lightning_bn._cli.common import NO, Parser, WrongOptionError, as_json, said
 from lightning_bn._cli.pipes import whoever_reads
 
 SUBCOMMANDS = {
@@ -74,13 +74,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         with suppress(AttributeError, ValueError):  # a name from a file may have what a console cannot show
             stream.reconfigure(errors="replace")  # type: ignore[union-attr]
+    unwritten: list[OSError] = []
     try:
-        with whoever_reads(), warnings.catch_warnings():
+        with whoever_reads(unwritten), warnings.catch_warnings():
             # What a library says of its own future is nothing to the reader of a file.
             warnings.simplefilter("ignore")
-            return _run(arguments)
+            code = _run(arguments)
     except KeyboardInterrupt:
         return 130
+    except SystemExit:  # of --help
+        if not unwritten:
+            raise
+        return NO
+    return NO if unwritten else code
 
 
 def _run(arguments: list[str]) -> int:
@@ -94,20 +100,25 @@ def _run(arguments: list[str]) -> int:
         command = f"lightning-bn {options.command}"
         code: int = importlib.import_module(SUBCOMMANDS[options.command][0]).run(options)
         return code
-    except Exception as error:  # whatever a file made to harm may raise in a library: one line, no traceback
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # whatever a file made to harm or code of the user may raise: one line, no traceback
         why = said(error)
         if "--json" in arguments:
             print(as_json({"error": why}))
+        if isinstance(error, WrongOptionError):
+            print(error.usage, end="", file=sys.stderr)
+            command = error.command
         print(f"{command}: {why}", file=sys.stderr)
         return NO
 
 
-def _parser(arguments: Sequence[str]) -> argparse.ArgumentParser:
+def _parser(arguments: Sequence[str]) -> Parser:
     """Of all subcommands, with the options of the one that is named."""
     from lightning_bn import __version__
 
     form = argparse.RawDescriptionHelpFormatter
-    parser = argparse.ArgumentParser("lightning-bn", description=_ABOUT, epilog=_EXAMPLES, formatter_class=form)
+    parser = Parser("lightning-bn", description=_ABOUT, epilog=_EXAMPLES, formatter_class=form)
     parser.add_argument("--version", action="version", version=f"lightning-bn {__version__}")
     subparsers = parser.add_subparsers(dest="command", title="commands", metavar="COMMAND")
     named = next((one for one in arguments if not one.startswith("-")), None)

@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import os
 import re
-import shutil
 import sys
-import textwrap
 from pathlib import Path
 from typing import Any
 
-from lightning_bn._cli.common import HEALTHY, add_json, add_parser_to, as_json
+from lightning_bn._cli.common import HEALTHY, add_json, add_parser_to, as_json, file_name, print_text
 from lightning_bn._cli.users_code import UsersCodeError, configured, in_words, quiet
 
 _ABOUT = """\
@@ -21,7 +19,9 @@ of it. Useful where the saved ones are off: for averaged weights, after weights
 were changed, or after training with small batches.
 
 Model, data, device and precision are taken from the YAML that trained it. No
-weight changes; all else in the file stays as it is.
+weight changes; all else in the file stays as it is. A record of what was
+recalibrated, which `lightning-bn inspect` reads, is added where there is a
+place for it.
 """
 _MORE = """\
 examples:
@@ -60,12 +60,22 @@ _FLAGS = ("recalibrate_frozen", "containers_in_eval", "overwrite")
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand and its options."""
     parser = add_parser_to(subparsers, "recalibrate", _ABOUT, _MORE)
-    parser.add_argument("--config", metavar="FILE", required=True, help="YAML of LightningCLI, as `fit --config`")
     parser.add_argument(
-        "--ckpt_path", metavar="FILE", required=True, help="the checkpoint, its index, or a folder with it"
+        "--config", metavar="FILE", type=file_name, required=True, help="YAML of LightningCLI, as `fit --config`"
     )
-    parser.add_argument("--out", metavar="FILE", required=True, help="file to write; its suffix says the format")
-    parser.add_argument("--average_with", metavar="FILE", nargs="+", default=[], help="more checkpoints of the model")
+    parser.add_argument(
+        "--ckpt_path",
+        metavar="FILE",
+        type=file_name,
+        required=True,
+        help="the checkpoint, its index, or a folder with it",
+    )
+    parser.add_argument(
+        "--out", metavar="FILE", type=file_name, required=True, help="file to write; its suffix says the format"
+    )
+    parser.add_argument(
+        "--average_with", metavar="FILE", type=file_name, nargs="+", default=[], help="more checkpoints of the model"
+    )
     parser.add_argument("--model", metavar="PATH:NAME", help="the model's class, where the YAML does not name it")
     parser.add_argument("--data", metavar="PATH:NAME", help="the datamodule's class, likewise")
     parser.add_argument(
@@ -111,9 +121,8 @@ def run(options: argparse.Namespace) -> int:
         of_result = {"layers": result.layers, "frozen": result.frozen, **result.metrics()}
         print(as_json({name: getattr(done, name) for name in names} | of_result))
     else:
-        width = max(shutil.get_terminal_size().columns, 40)
-        for text in (_as_options(str(done)), error_in_words(done.recalibration)):
-            print("\n".join(textwrap.wrap(text, width)))
+        print_text(_as_options(str(done)))
+        print_text(error_in_words(done.recalibration))
     return HEALTHY
 
 
@@ -126,7 +135,7 @@ def _check_out(options: argparse.Namespace) -> None:
         raise FileExistsError(
             f"{out} is the checkpoint itself: choose another out=, or pass overwrite=True to replace it."
         )
-    check_out(out, options.overwrite)
+    check_out(options.out, options.overwrite)
 
 
 def _as_options(text: str) -> str:

@@ -6,7 +6,16 @@ import argparse
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from lightning_bn._cli.common import FOUND, HEALTHY, add_json, add_parser_to, as_json, one_thread, print_parts
+from lightning_bn._cli.common import (
+    FOUND,
+    HEALTHY,
+    add_json,
+    add_parser_to,
+    as_json,
+    file_name,
+    one_thread,
+    print_parts,
+)
 
 if TYPE_CHECKING:
     from lightning_bn.functional.tasks.in_file import TasksInFile
@@ -33,7 +42,7 @@ or are not finite.
 def add_parser(subparsers: Any) -> None:
     """Add the subcommand and its options."""
     parser = add_parser_to(subparsers, "tasks", _ABOUT, _MORE)
-    parser.add_argument("file", metavar="FILE", help="checkpoint with statistics of several tasks")
+    parser.add_argument("file", metavar="FILE", type=file_name, help="checkpoint with statistics of several tasks")
     parser.add_argument(
         "--above", type=float, metavar="X", help="drift from which on a layer needs a set for each task (default: 0.1)"
     )

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import closing
-from pathlib import Path
 from typing import Any, Optional, Union
 
 from lightning_bn.callbacks._lightning.namespaces import Callback, LightningModule, MisconfigurationException, Trainer
@@ -21,8 +20,9 @@ class RecalibrateCommand:
 
     ``python cli.py recalibrate --config train.yaml --ckpt_path in.ckpt --out out.ckpt`` writes a copy of a checkpoint
     whose running statistics are those of the training data, with model and data of the YAML file that trained it. No
-    weight changes, and everything else in the file stays as it is. With ``--average_with`` the average of several files
-    (a "model soup") is recalibrated.
+    weight changes, and everything else in the file stays as it is; a record of what was recalibrated, which
+    ``lightning-bn inspect`` reads, is added where there is a place for it. With ``--average_with`` the average of
+    several files (a "model soup") is recalibrated.
 
     Callbacks and loggers of the YAML file take no part, and nothing is trained.
 
@@ -135,7 +135,7 @@ def recalibrated(
             f"recalibrate runs in one process, and the Trainer has {trainer.world_size}: add --trainer.devices=1 "
             f"--trainer.num_nodes=1."
         )
-    check_out(Path(str(out)), options["overwrite"])
+    check_out(str(out), options["overwrite"])
     check_step(model, step)
     rule = StoppingRule(num_batches, num_samples, max_standard_error)
     others = [average_with] if isinstance(average_with, str) else average_with or []

@@ -64,6 +64,7 @@ WHY = {
     "set_of_a_tensor_without_end": "it calls 'set' with a tensor",
     "key_of_tuples_in_tuples": "a key is a tuple of tuples without end",
     "no_batch_norm": "no name in it ends with running_mean",
+    "nested_deep": "under 8 keys one inside the other, as is searched, but under",
     "two_dimensions": "BatchNorm has one value per channel",
     "billion_channels_of_four_bytes": "says that it holds 8,000,000,0",
     "many_names_for_more_than_any_network_has": "At most 67,108,864 are read",

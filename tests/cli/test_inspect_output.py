@@ -1,5 +1,6 @@
 """What `lightning-bn inspect` prints, its page and its figure."""
 
+import json
 import re
 import sys
 
@@ -97,6 +98,41 @@ def test_a_figure_in_a_format_that_is_none_is_an_error(state, save, command, tmp
     code, said = command("inspect", save(state), "--plot", tmp_path / "figure.docx")
     assert code == 2
     assert "docx" in said
+
+
+@pytest.mark.parametrize("option", ["--html", "--plot"])
+def test_a_report_replaces_reports_alone(option, state, save, command, tmp_path):
+    path = save(state, "file.pt")
+    suffix = {"--html": "html", "--plot": "png"}[option]
+    (tmp_path / f"link.{suffix}").symlink_to(path)
+    (tmp_path / f"hard.{suffix}").hardlink_to(path)
+    (tmp_path / "notes.txt").write_text("mine")
+    before = path.read_bytes()
+    for name in ("file.pt", f"link.{suffix}", f"hard.{suffix}"):
+        code, said = command("inspect", path, option, name)
+        assert (code, said) == (2, f"lightning-bn inspect: {option} {name} is a file that is read: name another one.\n")
+    code, said = command("inspect", path, option, "notes.txt")
+    assert code == 2
+    assert f"{option} notes.txt exists and is no .{suffix}" in said
+    assert (path.read_bytes(), (tmp_path / "notes.txt").read_text()) == (before, "mine")
+
+
+@pytest.mark.parametrize("option", ["--html", "--plot"])
+def test_a_report_replaces_no_shard_and_no_other_report_of_the_same_run(option, state, command, tmp_path):
+    save_file = pytest.importorskip("safetensors.torch").save_file
+    suffix = {"--html": "html", "--plot": "png"}[option]
+    shard = tmp_path / f"one.{suffix}"
+    save_file(state, shard)
+    index = tmp_path / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": dict.fromkeys(state, shard.name)}))
+    before = shard.read_bytes()
+    code, said = command("inspect", tmp_path, option, shard.name)
+    assert code == 2
+    assert "is a file that is read" in said
+    assert shard.read_bytes() == before
+    code, said = command("inspect", index, "--html", "both", "--plot", "both")
+    assert (code, said) == (2, "lightning-bn inspect: --html and --plot name the same file: choose two.\n")
+    assert not (tmp_path / "both").exists()
 
 
 def test_where_matplotlib_is_missing_its_extra_is_named(state, save, command, monkeypatch):

@@ -1,6 +1,7 @@
 """The command itself: help, subcommands, exit codes, and what it imports."""
 
 import gc
+import json
 import os
 import re
 import subprocess
@@ -12,6 +13,7 @@ import torch
 
 from lightning_bn import __version__
 from lightning_bn._cli.main import SUBCOMMANDS, main
+from lightning_bn.functional import inspect_checkpoint
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -63,9 +65,57 @@ def test_the_version_is_that_of_the_package(capsys):
 
 @pytest.mark.parametrize("arguments", [["inspekt"], ["inspect"], ["inspect", "a", "--nothing"], ["diff", "a"]])
 def test_wrong_arguments_are_exit_code_2(arguments, capsys):
-    with pytest.raises(SystemExit, match="2"):
-        main(arguments)
-    assert "usage: lightning-bn" in capsys.readouterr().err
+    assert main(arguments) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err.startswith("usage: lightning-bn")
+    assert main([*arguments, "--json"]) == 2
+    again = capsys.readouterr()
+    assert again.err == said.err
+    assert said.err.endswith(f": {json.loads(again.out)['error']}\n")
+
+
+@pytest.mark.parametrize(
+    "arguments", [["inspect", "a", "--js"], ["inspect", "a", "--stri"], ["diff", "a", "b", "--al"]]
+)
+def test_an_abbreviation_is_no_option(arguments, capsys):
+    assert main(arguments) == 2
+    assert f"unrecognized arguments: {arguments[-1]}" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["inspect", ""],
+        ["diff", "a.pt", ""],
+        ["tasks", ""],
+        ["inspect", "a.pt", "--html", ""],
+        ["recalibrate", "--config", "a.yaml", "--ckpt_path", "", "--out", "b.ckpt"],
+    ],
+)
+def test_the_name_of_an_unset_variable_is_none(arguments, capsys):
+    assert main(arguments) == 2
+    assert "the name of the file is empty" in capsys.readouterr().err
+    with pytest.raises(ValueError, match="the name of the file is empty"):
+        inspect_checkpoint("")
+
+
+RAISES = """
+class Ends(BaseException):
+    pass
+def generator(): raise GeneratorExit
+def own(): raise Ends("enough")
+"""
+
+
+@pytest.mark.parametrize(("name", "why"), [("generator", "GeneratorExit"), ("own", "Ends: enough")])
+def test_whatever_the_users_code_raises_is_one_line(name, why, tmp_path, monkeypatch, capsys):
+    (tmp_path / f"raises_{name}.py").write_text(RAISES)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    assert main(["doctor", "--model", f"raises_{name}:{name}"]) == 2
+    [line] = capsys.readouterr().err.splitlines()
+    assert why in line
+    assert "file" not in line
 
 
 HEALTHY_FILE = """
@@ -112,6 +162,39 @@ def test_a_reader_that_stops_early_changes_neither_the_exit_code_nor_the_words(a
     )
     assert done.returncode == code
     assert done.stderr == ""
+
+
+def shell(command, folder):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = f"{sys.executable} -m lightning_bn {command}"
+    return subprocess.run(command, shell=True, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+
+
+@pytest.mark.parametrize(
+    "arguments", ["inspect well.pt", "inspect ill.pt --json", "inspect none.pt --json", "--help", "inspect --help"]
+)
+def test_a_full_disk_is_exit_code_2_and_a_line(arguments, files):
+    if not Path("/dev/full").exists():
+        pytest.skip("needs /dev/full")
+    done = shell(f"{arguments} > /dev/full", files)
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1] == "lightning-bn: the output cannot be written (No space left on device)."
+    assert "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        ("inspect well.pt >&-", 0, ""),
+        ("inspect ill.pt --json >&-", 1, ""),
+        ("inspect none.pt >&-", 2, "lightning-bn inspect: none.pt: no such file or directory.\n"),
+        ("inspect ill.pt >&- 2>&-", 1, ""),
+        ("inspect none.pt 2>&-", 2, ""),
+    ],
+)
+def test_a_closed_stream_changes_no_exit_code(arguments, code, said, files):
+    done = shell(arguments, files)
+    assert (done.returncode, done.stdout, done.stderr) == (code, "", said)
 
 
 def test_what_was_read_before_it_stopped_is_the_beginning(files):

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from rich.cells import cell_len
 from torch import Tensor, nn
 
 from lightning_bn.functional import recalibrate
@@ -56,6 +57,18 @@ def test_the_statistics_are_those_of_the_training_data_in_one_process(
     assert {path.name for path in tmp_path.iterdir()} == {"in.ckpt", "out.ckpt", "train.yaml"}
 
 
+def test_lines_are_no_wider_than_the_console_in_any_script(
+    command: Any, config: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "30")
+    code, said = command(
+        "recalibrate", "--config", config, "--ckpt_path", "in.ckpt", "--out", f"{'重新校准' * 10}.ckpt"
+    )
+    assert code == 0
+    assert 20 < max(map(cell_len, said.splitlines())) <= 30
+    assert "weights as saved" in said
+
+
 def test_classes_that_the_file_does_not_name_are_given(command: Any, tmp_path: Path, config: str) -> None:
     (tmp_path / "own.yaml").write_text(yaml.safe_dump({"trainer": {"accelerator": "cpu"}, "model": {"width": 8}}))
     named = ("recalibrate", "--config", "own.yaml", "--ckpt_path", "in.ckpt", "--out", "out.ckpt")
@@ -91,7 +104,10 @@ def test_several_files_are_averaged(command: Any, config: str, tmp_path: Path) -
             ("--ckpt_path", "none.ckpt", "--out", "train.yaml"),
             "train.yaml exists: choose another --out, or pass --over",
         ),
-        (("--ckpt_path", "in.ckpt", "--out", "sub"), "sub is a folder: name the file to write, for"),
+        (("--ckpt_path", "in.ckpt", "--out", "sub"), "sub is a folder: name the file that is to be written, for"),
+        (("--ckpt_path", "in.ckpt", "--out", "./"), ". is a folder: name the file that is to be written, for"),
+        (("--ckpt_path", "in.ckpt", "--out", "new/"), "new is a folder: name the file that is to be written, for"),
+        (("--ckpt_path", "pipe", "--out", "out.ckpt"), "pipe is no regular file but a pipe, a socket or a device"),
         (("--ckpt_path", "in.ckpt", "--out", "in.ckpt/out.ckpt"), "in.ckpt is not a folder: choose another --out"),
         (("--ckpt_path", "in.ckpt", "--out", "dangling/out.ckpt"), "dangling is not a folder: choose another --out"),
         (("--ckpt_path", "in.ckpt", "--out", "/proc/none/out.ckpt"), "nothing can be written to /proc ("),

@@ -14,7 +14,8 @@ from lightning_bn.functional.statistics.claimed_values import unreadable
 from lightning_bn.functional.statistics.opened_files import PARTS, shown
 
 Role: TypeAlias = Literal["model", "averaged", "in training", "task"]
-_DEEPEST = 8
+DEEPEST = 8
+"""Keys one inside the other under which BatchNorm layers are looked for."""
 _MOST_VISITED = 200_000
 _AVERAGED = re.compile(
     r"(?:^|_)(?:ema|swa|avg|averaged?|averages|teacher)(?:_|$|[0-9])|^(?:ema|swa)|(?:ema|swa)$", re.I
@@ -63,7 +64,12 @@ def entries_in(content: Mapping[Any, Any]) -> list[Entry]:
     return sorted(found, key=lambda one: (one.path != ("state_dict",) or bool(one.prefix), order[one.role], one.path))
 
 
-def _states(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+def deeper_than_searched(content: Mapping[Any, Any]) -> str:
+    """Return the key of a state dict with BatchNorm layers that is too deep to be found; empty if there is none."""
+    return next((".".join(path) for path, _ in _states(content, _MOST_VISITED) if len(path) > DEEPEST), "")
+
+
+def _states(content: Mapping[Any, Any], deepest: int = DEEPEST) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
     """Dictionaries with tensors of BatchNorm layers, each once, outer ones first."""
     seen: set[int] = set()
     waiting: list[tuple[tuple[str, ...], Any]] = [((), content)]
@@ -78,7 +84,7 @@ def _states(content: Mapping[Any, Any]) -> Iterator[tuple[tuple[str, ...], Mappi
             inside = value.items()
         else:
             inside = enumerate(value)  # type: ignore[assignment]
-        if len(path) < _DEEPEST:
+        if len(path) < deepest:
             below = [(name, one) for name, one in inside if isinstance(one, Mapping | list | tuple)]
             waiting += [((*path, shown(name)), one) for name, one in below]
 

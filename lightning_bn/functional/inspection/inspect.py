@@ -9,7 +9,7 @@ from typing import Any
 
 from lightning_bn.functional._text import counted, quoted
 from lightning_bn.functional.inspection.averages import of_averages
-from lightning_bn.functional.inspection.entries import Entry, Role, bare, entries_in
+from lightning_bn.functional.inspection.entries import DEEPEST, Entry, Role, bare, deeper_than_searched, entries_in
 from lightning_bn.functional.inspection.findings import FileFinding, findings_of, listed
 from lightning_bn.functional.inspection.layer_facts import LayerFacts, layer_facts
 from lightning_bn.functional.inspection.recalibrated_layers import callbacks_of, recalibrated_layers
@@ -155,6 +155,12 @@ def _nothing(file: OpenedFile, entries: Sequence[Entry]) -> str:
     foreign = [f"{name} {why}" for one in entries for name, why in one.foreign.items()]
     if foreign:
         return f"{file.path.name} has no BatchNorm layer: {shown(foreign[0])}."
+    deeper = deeper_than_searched(file.content)
+    if deeper:
+        return (
+            f"{file.path.name} has no BatchNorm layer under {DEEPEST} keys one inside the other, as is searched, "
+            f"but under {shown(deeper)!r}: save what is there in a file of its own, and name that."
+        )
     keys = [shown(key, 40) for key in file.content]
     inside = f" Its keys: {quoted(keys)}." if keys and not file.metadata and "safetensors" not in file.kind else ""
     return (

@@ -102,10 +102,11 @@ def recalibrate_checkpoint(
     Source: Wortsman et al. (2022), "Model soups", arXiv 2203.05482; Izmailov et al. (2018), arXiv 1803.05407, section
     3.3, on the statistics of averaged weights.
     """
-    paths, out = [Path(one) for one in ([path] if isinstance(path, str | Path) else path)], Path(out)
+    paths = [Path(one) for one in ([path] if isinstance(path, str | Path) else path)]
     if not paths:
         raise ValueError("path is an empty list: name a checkpoint.")
     check_out(out, overwrite)
+    out = Path(out)
     _refuse_sets(model)
     checkpoint = read_checkpoint(paths[0])
     checkpoint.refuse_format(out)

@@ -17,10 +17,10 @@ from torch import Tensor
 
 from lightning_bn.functional._text import quoted
 from lightning_bn.functional.statistics.claimed_values import check_claim, unlike
-from lightning_bn.functional.statistics.file_entries import FileEntry, Shapes, find_entry, state_dicts_in
+from lightning_bn.functional.statistics.file_entries import DEEPEST, FileEntry, Shapes, find_entry, state_dicts_in
 from lightning_bn.functional.statistics.file_formats import SAFETENSORS, format_of
 from lightning_bn.functional.statistics.recalibration_record import KEY, RecalibratedLayer, can_hold, with_recalibrated
-from lightning_bn.functional.statistics.shards import Shards, checkpoint_in, in_folder
+from lightning_bn.functional.statistics.shards import Shards, named_checkpoint
 from lightning_bn.functional.statistics.snapshots import Snapshot
 from lightning_bn.functional.statistics.writable import complete
 
@@ -111,12 +111,12 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
         ModuleNotFoundError: If the library of its format is not installed.
         pickle.UnpicklingError: If it holds more than tensors and plain values.
     """
-    path = Path(path)
-    found = in_folder(path) if path.is_dir() else checkpoint_in(path)
+    found = named_checkpoint(path)
     read = _read_shards(found) if isinstance(found, Shards) else _read_file(found)
     if not state_dicts_in(read.content):
         raise ValueError(
-            f"{read.path.name} holds no state dict: neither the file itself nor one of its entries is a state dict."
+            f"{read.path.name} holds no state dict: neither the file itself nor an entry of it is one, under "
+            f"{DEEPEST} keys one inside the other at most."
         )
     return read
 

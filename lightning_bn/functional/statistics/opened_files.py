@@ -10,7 +10,7 @@ from typing import Any
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.statistics.file_formats import OLD, SAFETENSORS, format_of, size_of
 from lightning_bn.functional.statistics.files import read_safetensors, read_torch
-from lightning_bn.functional.statistics.shards import Shards, checkpoint_in, in_folder
+from lightning_bn.functional.statistics.shards import Shards, named_checkpoint
 
 PARTS = ("running_mean", "running_var", "num_batches_tracked", "weight", "bias")
 """Tensors of a BatchNorm layer in a state dict."""
@@ -53,8 +53,7 @@ def open_checkpoint(path: str | Path) -> OpenedFile:
         ModuleNotFoundError: If the library of its format is not installed.
         pickle.UnpicklingError: If it holds more than tensors and plain values.
     """
-    path = Path(path)
-    found = in_folder(path) if path.is_dir() else checkpoint_in(path)
+    found, path = named_checkpoint(path), Path(path)
     if isinstance(found, Shards):
         return _open_shards(path, found)
     size = size_of(found)

@@ -63,6 +63,18 @@ class Shards:
         return {name: held[name] for name in there}
 
 
+def named_checkpoint(path: str | Path) -> Path | Shards:
+    """Return the file that a path means, or the files: of an index, or of the folder that it is.
+
+    Raises:
+        ValueError: If the path is empty, or as for the other functions.
+        OSError: As for these.
+    """
+    if not str(path):
+        raise ValueError("the name of the file is empty.")  # and would mean the working folder
+    return in_folder(Path(path)) if Path(path).is_dir() else checkpoint_in(Path(path))
+
+
 def checkpoint_in(path: Path) -> Path | Shards:
     """Return the file itself, or what it says if it is an index.
 

@@ -3,24 +3,25 @@
 from __future__ import annotations
 
 import os
-import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 
-def check_out(out: Path, overwrite: bool) -> None:
+def check_out(path: str | Path, overwrite: bool) -> None:
     """Raise where nothing may or can be written.
 
     Raises:
-        IsADirectoryError: If ``out`` is a folder.
+        IsADirectoryError: If it is a folder, or written as one, with a slash at the end.
         FileExistsError: If it exists and ``overwrite`` is not given, or is a device, a pipe or the like, or a link to
             itself.
         NotADirectoryError: If it is below a file.
         PermissionError: If nothing can be written to its folder, or to the one in which that would be made.
     """
-    if out.is_dir():
+    out = Path(path)
+    if out.is_dir() or str(path).endswith(os.sep):
         raise IsADirectoryError(
             f"{out} is a folder: name the file that is to be written, for instance {out / 'new.ckpt'}."
         )
@@ -52,11 +53,12 @@ def complete(out: Path) -> Iterator[Path]:
     there.parent.mkdir(parents=True, exist_ok=True)
     part = there.with_name(f".{there.name[:200]}.{os.getpid()}.part")
     try:
-        if there.exists():  # what only its owner may read is read by nobody else on the way either
-            part.touch(0o600)
+        # What only its owner may read is read by nobody else on the way either.
+        part.touch(0o600 if there.exists() else 0o666)
+        like = there if there.exists() else part
+        permissions = stat.S_IMODE(like.stat().st_mode)
         yield part
-        if there.exists():
-            shutil.copymode(there, part)
+        part.chmod(permissions)  # safetensors writes files that nobody else may read
         os.replace(part, there)
     finally:
         part.unlink(missing_ok=True)
