@@ -61,10 +61,13 @@ WHY = {
     "zip_that_evaluates": "to read those would execute code",
     "zip_with_an_object": "argparse.Namespace",
     "bytes_by_their_number": "is made to fill the memory: it calls 'bytearray' with a number",
+    "tensors_that_are_not_in_the_file": "it claims tensors of 1,000,000,000",
+    "pairs_that_are_a_tensor_without_end": "it calls 'OrderedDict' with a tensor",
+    "tensor_without_end_in_another_type": "with a tensor that has more values than there are",
     "set_of_a_tensor_without_end": "it calls 'set' with a tensor",
     "key_of_tuples_in_tuples": "a key is a tuple of tuples without end",
     "no_batch_norm": "no name in it ends with running_mean",
-    "nested_deep": "under 8 keys one inside the other, as is searched, but under",
+    "nested_deep": "only deeper than the 8 keys one inside the other that are searched: under",
     "two_dimensions": "BatchNorm has one value per channel",
     "billion_channels_of_four_bytes": "says that it holds 8,000,000,0",
     "many_names_for_more_than_any_network_has": "At most 67,108,864 are read",
@@ -142,6 +145,7 @@ BIG += ["zip_that_claims_other_sizes", "zip_with_a_pickle_beyond_bounds", "neste
 BIG += ["zip_with_lists_in_lists", "zip_bomb", "bytes_by_their_number", "bytes_by_their_number_before_1_6"]
 BIG += ["bytes_by_their_number_as_a_tensor", "bytes_doubled_again_and_again", "bytes_of_the_same_text"]
 BIG += ["set_of_a_tensor_without_end", "tensor_without_end_in_another_type"]
+BIG += ["pairs_that_are_a_tensor_without_end", "tensors_that_are_not_in_the_file"]
 BIG += ["task_that_is_lists_in_lists", "report_of_lists_in_lists"]
 
 

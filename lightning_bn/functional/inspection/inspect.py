@@ -158,8 +158,8 @@ def _nothing(file: OpenedFile, entries: Sequence[Entry]) -> str:
     deeper = deeper_than_searched(file.content)
     if deeper:
         return (
-            f"{file.path.name} has no BatchNorm layer under {DEEPEST} keys one inside the other, as is searched, "
-            f"but under {shown(deeper)!r}: save what is there in a file of its own, and name that."
+            f"{file.path.name} has BatchNorm layers only deeper than the {DEEPEST} keys one inside the other "
+            f"that are searched: under {shown(deeper)!r}. Save what is there in a file of its own, and name that."
         )
     keys = [shown(key, 40) for key in file.content]
     inside = f" Its keys: {quoted(keys)}." if keys and not file.metadata and "safetensors" not in file.kind else ""

@@ -64,10 +64,10 @@ def unlike(tensor: Tensor, own: Tensor) -> str | None:
     """
     why = unreadable(tensor)
     if why is not None and tensor.is_complex():
-        return None if own.is_complex() else "holds complex numbers, and the model has real ones"
+        return None if own.dtype.is_complex else "holds complex numbers, and the model has real ones"
     if why is not None:
         return why.partition(",")[0]
-    if own.is_floating_point() and not tensor.is_floating_point():
+    if own.dtype.is_floating_point and not tensor.is_floating_point():
         return f"holds whole numbers ({tensor.dtype}), and the model has {own.dtype}: it is quantized, or no such value"
     if tensor.is_floating_point() and tensor.element_size() == 1 and tensor.dtype != own.dtype:
         return f"holds fractions of 8 bits ({tensor.dtype}), and the model has {own.dtype}: it is quantized"

@@ -48,7 +48,7 @@ def format_of(path: Path) -> str:
         return ZIP
     if start[:1] == b"\x80" and start[8:9] != b"{":
         with path.open("rb") as file:
-            check_calls(file, path.name, size)
+            check_calls(file, path.name, size, _MOST_PICKLED)
         return OLD
     if path.suffix.lower() == ".safetensors" or start[8:9] == b"{":
         _check_header(path, start, size)
@@ -76,7 +76,7 @@ def _check_zip(path: Path) -> None:
             for one in archive.infolist():
                 if one.filename.lower().endswith("data.pkl"):
                     with BufferedReader(BytesIO(archive.read(one))) as file:
-                        check_calls(file, path.name, _MOST_PICKLED)
+                        check_calls(file, path.name, size_of(path), _MOST_PICKLED)
     except (zipfile.BadZipFile, NotImplementedError, IndexError, EOFError, OverflowError, RuntimeError) as error:
         raise ValueError(f"{path.name} cannot be read as a file of torch.save: it is cut off ({error}).") from error
 

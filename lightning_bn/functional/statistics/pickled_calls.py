@@ -23,18 +23,19 @@ class FilledMemoryError(ValueError):
     """A file is made to fill the memory."""
 
 
-def check_calls(file: BufferedReader[Any], name: str, most: int) -> None:
+def check_calls(file: BufferedReader[Any], name: str, size: int, most: int) -> None:
     """Raise where reading a pickle would fill the memory with what is not in it.
 
     Args:
         file: The pickle, or several of them one after the other.
         name: Of the file, for the error.
+        size: Of the file in bytes, which its tensors are in.
         most: Values that containers and texts may be made of by all calls together.
 
     Raises:
         ValueError: Then, or if it is no pickle.
     """
-    rehearsal = _Rehearsal(file, most)
+    rehearsal = _Rehearsal(file, size, most)
     try:
         for _ in range(_PICKLES):
             rehearsal.load()
@@ -79,6 +80,8 @@ class _Dictionary(dict[Any, Any]):
 class _Made:
     """What a call would return, most likely a tensor."""
 
+    __slots__ = ("repeats",)
+
     def __init__(self, *, repeats: bool = False) -> None:
         self.repeats = repeats
 
@@ -87,12 +90,16 @@ class _Made:
 
 
 class _Storage:
+    __slots__ = ("values",)
+
     def __init__(self, values: int) -> None:
         self.values = values
 
 
 class _Named:
     """What a file has by its name, and may call."""
+
+    __slots__ = ("_rehearsal", "name")
 
     def __init__(self, name: str, rehearsal: _Rehearsal) -> None:
         self.name, self._rehearsal = name, rehearsal
@@ -104,9 +111,10 @@ class _Named:
 class _Rehearsal(pickle._Unpickler):
     """Reads a pickle as torch does, and makes nothing but plain values."""
 
-    def __init__(self, file: BufferedReader[Any], most: int) -> None:
+    def __init__(self, file: BufferedReader[Any], size: int, most: int) -> None:
         super().__init__(file, encoding="bytes")
-        self._left = most
+        self._left, self._size = most, size
+        self._stored: dict[Any, int] = {}
         self.foreign = False
 
     def find_class(self, module: str, name: str) -> Any:
@@ -115,9 +123,20 @@ class _Rehearsal(pickle._Unpickler):
         return _Named(name, self)
 
     def persistent_load(self, pid: Any) -> Any:
-        """What stands for the storage of a tensor."""
-        values = pid[4] if isinstance(pid, tuple) and len(pid) > 4 else 0
-        return _Storage(values if isinstance(values, int) else 0)
+        """What stands for the storage of a tensor.
+
+        Raises:
+            FilledMemoryError: If the file cannot hold so many.
+        """
+        key, values = (pid[2], pid[4]) if isinstance(pid, tuple) and len(pid) > 4 else (None, 0)
+        values = values if isinstance(values, int) else 0
+        self._size -= max(values - self._stored.get(key, 0), 0)
+        self._stored[key] = max(values, self._stored.get(key, 0))
+        if self._size < 0:
+            raise FilledMemoryError(
+                f"it claims tensors of {sum(self._stored.values()):,} values, more than it has bytes"
+            )
+        return _Storage(values)
 
     def called(self, name: str, given: tuple[Any, ...]) -> Any:
         """What a call returns, or stands for it.
@@ -139,8 +158,12 @@ class _Rehearsal(pickle._Unpickler):
         return _Made()
 
     def _spend(self, name: str, given: tuple[Any, ...]) -> None:
-        if any(isinstance(one, _Made | int) and not (name == "complex" and isinstance(one, int)) for one in given):
-            raise FilledMemoryError(f"it calls {name!r} with {'a number' if isinstance(given[0], int) else 'a tensor'}")
+        if name != "complex" and any(isinstance(one, int) for one in given):
+            raise FilledMemoryError(f"it calls {name!r} with a number")
+        # An OrderedDict may be made of pairs, each of which is gone through.
+        inside = [one for part in given if isinstance(part, list | tuple) for one in part]
+        if any(isinstance(one, _Made) for one in (*given, *inside)):
+            raise FilledMemoryError(f"it calls {name!r} with a tensor")
         if name in ("bytearray", "encode") and any(one not in _CODECS for one in given[1:]):
             raise FilledMemoryError(f"it calls {name!r} with another encoding than bytes are saved with")
         self._left -= sum(len(one) for one in given if hasattr(one, "__len__"))

@@ -1,6 +1,8 @@
 """Files of torch.save whose calls would fill the memory: each function called is one that torch lets a file call."""
 
 import codecs
+import collections
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,36 @@ def bytes_of_the_same_text(folder: Path) -> Path:
 @hostile()
 def set_of_a_tensor_without_end(folder: Path) -> Path:
     return saved(folder, {"a": Call(set, endless())})
+
+
+@hostile()
+def pairs_that_are_a_tensor_without_end(folder: Path) -> Path:
+    return saved(folder, {"a": Call(collections.OrderedDict, [endless()])})
+
+
+class Storage:
+    """Of a billion values, as files of torch before 1.6 announce one."""
+
+
+class Announcing(pickle.Pickler):
+    def persistent_id(self, value: Any) -> Any:
+        return ("storage", torch.FloatStorage, "0", "cpu", 10**9, None) if isinstance(value, Storage) else None
+
+
+@hostile()
+def tensors_that_are_not_in_the_file(folder: Path) -> Path:
+    path = saved(folder, {}, _use_new_zipfile_serialization=False)
+    rebuild = torch._utils._rebuild_tensor_v2
+    tensor = Call(rebuild, Storage(), 0, (10**9,), (1,), False, collections.OrderedDict())
+    with path.open("rb") as file:
+        for _ in range(3):  # what all such files begin with
+            pickle.load(file)
+        start = path.read_bytes()[: file.tell()]
+    with path.open("wb") as file:
+        file.write(start)
+        Announcing(file, 2).dump({"a": Call(set, tensor)})
+        pickle.dump(["0"], file, 2)
+    return path
 
 
 @hostile()
