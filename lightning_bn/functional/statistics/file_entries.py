@@ -106,8 +106,8 @@ def find_entry(
         return asked[0]
     if not fitting:
         raise ValueError(
-            f"{failed}: {_nearest(once, wanted)}; it was written by another model, or by "
-            f"a part of this one: pass or select that part."
+            f"{failed}: {_nearest(once, wanted)}; the file is of another model, or of a part of this one: then pass "
+            "or select that part."
         )
     where = "" if prefix is None else f" with prefix={prefix!r}"
     ways = " or ".join(f"key={found.key!r} with prefix={found.prefix!r}" for found in fitting[:5])

@@ -27,7 +27,9 @@ def size_of(path: Path) -> int:
     """
     about = os.stat(path)
     if not stat.S_ISREG(about.st_mode):
-        raise OSError(f"{path.name} is no regular file but a pipe, a socket or a device: save the checkpoint first.")
+        raise OSError(
+            f"{path.name} is not a regular file but a pipe, a socket or a device: save the checkpoint to a file first."
+        )
     return about.st_size
 
 
@@ -42,7 +44,7 @@ def format_of(path: Path) -> str:
     with path.open("rb") as file:
         start = file.read(9)
     if not start:
-        raise ValueError(f"{path.name} is empty: 0 bytes. The save was cut off, or has not begun.")
+        raise ValueError(f"{path.name} is empty (0 bytes): saving it has not begun, or was interrupted.")
     if start[:4] == b"PK\x03\x04":
         _check_zip(path)
         return ZIP
@@ -53,17 +55,16 @@ def format_of(path: Path) -> str:
     if path.suffix.lower() == ".safetensors" or start[8:9] == b"{":
         _check_header(path, start, size)
         return SAFETENSORS
-    raise ValueError(
-        f"{path.name} is no checkpoint: it begins neither as a file of torch.save nor as one of safetensors does."
-    )
+    raise ValueError(f"{path.name} is not a checkpoint: it does not begin like a file of torch.save or of safetensors.")
 
 
 def _check_header(path: Path, start: bytes, size: int) -> None:
     header = int.from_bytes(start[:8], "little")
     if len(start) < 9 or header > size - 8 or header > _MOST_HEADER:
         raise ValueError(
-            f"{path.name} cannot be read as a file of safetensors: its first 8 bytes announce a header of {header:,} "
-            f"bytes in a file of {size:,}; at most {_MOST_HEADER:,} are read. It is cut off, or no such file."
+            f"{path.name} cannot be read as a file of safetensors: its first 8 bytes say that the header has "
+            f"{header:,} bytes, but the file has {size:,}, and at most {_MOST_HEADER:,} are read. It is incomplete, "
+            "or another kind of file."
         )
 
 
@@ -78,7 +79,7 @@ def _check_zip(path: Path) -> None:
                     with BufferedReader(BytesIO(archive.read(one))) as file:
                         check_calls(file, path.name, size_of(path), _MOST_PICKLED)
     except (zipfile.BadZipFile, NotImplementedError, IndexError, EOFError, OverflowError, RuntimeError) as error:
-        raise ValueError(f"{path.name} cannot be read as a file of torch.save: it is cut off ({error}).") from error
+        raise ValueError(f"{path.name} cannot be read as a file of torch.save: it is incomplete ({error}).") from error
 
 
 def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
@@ -97,5 +98,5 @@ def _check_entries(path: Path, entries: list[zipfile.ZipInfo]) -> None:
     if pickled > _MOST_PICKLED:
         raise ValueError(
             f"{path.name} has {pickled:,} bytes beside its tensors, and at most {_MOST_PICKLED:,} are read: names and "
-            f"settings of a checkpoint are smaller. Save its state dict alone, and name that."
+            "settings of a checkpoint are smaller. Save its state dict alone, and name that file."
         )

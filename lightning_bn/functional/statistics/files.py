@@ -115,8 +115,8 @@ def read_checkpoint(path: str | Path) -> CheckpointFile:
     read = _read_shards(found) if isinstance(found, Shards) else _read_file(found)
     if not state_dicts_in(read.content):
         raise ValueError(
-            f"{read.path.name} holds no state dict: neither the file itself nor an entry of it is one, under "
-            f"{DEEPEST} keys one inside the other at most."
+            f"{read.path.name} holds no state dict: neither the file itself nor one of its entries is a state "
+            f"dict, up to {DEEPEST} keys one inside the other."
         )
     return read
 

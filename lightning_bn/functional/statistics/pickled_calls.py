@@ -47,7 +47,7 @@ def check_calls(file: BufferedReader[Any], name: str, size: int, most: int) -> N
         if rehearsal.foreign:  # which torch refuses, and says so better
             return
         raise ValueError(
-            f"{name} cannot be read as a file of torch.save: it is of another kind, or cut off "
+            f"{name} cannot be read as a file of torch.save: it is another kind of file, or incomplete "
             f"({type(error).__name__})."
         ) from error
 

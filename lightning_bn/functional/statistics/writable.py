@@ -22,9 +22,7 @@ def check_out(path: str | Path, overwrite: bool) -> None:
     """
     out = Path(path)
     if out.is_dir() or str(path).endswith(os.sep):
-        raise IsADirectoryError(
-            f"{out} is a folder: name the file that is to be written, for instance {out / 'new.ckpt'}."
-        )
+        raise IsADirectoryError(f"{out} is a folder: name the file to write, for instance {out / 'new.ckpt'}.")
     there = _behind_links(out)
     if out.exists() and not overwrite:
         raise FileExistsError(f"{out} exists: choose another out=, or pass overwrite=True to replace it.")
@@ -74,5 +72,5 @@ def _behind_links(out: Path) -> Path:
     if there.is_symlink():
         raise FileExistsError(f"{out} is a link that leads to itself: choose another out=.")
     if there.exists() and not there.is_file():
-        raise FileExistsError(f"{out} is no regular file but a device, a pipe or a socket: choose another out=.")
+        raise FileExistsError(f"{out} is not a regular file but a device, a pipe or a socket: choose another out=.")
     return there

@@ -37,7 +37,11 @@ def test_whole_module_in_a_file_is_named(tmp_path):
         read_checkpoint(tmp_path / "old.pt")
 
 
-NONE = {b"": "is empty", b"hello world": "is no checkpoint", b"PK\x03\x04 cut off": "cannot be read .*: it is cut off"}
+NONE = {
+    b"": "is empty",
+    b"hello world": "is not a checkpoint",
+    b"PK\x03\x04 cut off": "cannot be read .*: it is incomplete",
+}
 
 
 @pytest.mark.parametrize("content", NONE, ids=["empty", "text", "cut off"])
@@ -240,5 +244,5 @@ def test_bytes_say_the_format_of_what_is_read_and_the_suffix_of_what_is_written(
 def test_what_is_no_regular_file_is_not_waited_for(tmp_path):
     os.mkfifo(tmp_path / "pipe.pt")
     for path in (tmp_path / "pipe.pt", "/dev/zero"):
-        with pytest.raises(OSError, match="is no regular file"):
+        with pytest.raises(OSError, match="is not a regular file"):
             read_checkpoint(path)
