@@ -116,7 +116,7 @@ def test_a_shard_that_is_missing_or_of_another_checkpoint_is_named(tmp_path: Pat
     sharded(tmp_path / "saved", "safetensors")
     part = tmp_path / "saved" / "model-00002-of-00003.safetensors"
     save_file({"other": torch.ones(2)}, part)
-    with pytest.raises(ValueError, match=r"is in model-00002-of-00003\.safetensors, and it is not"):
+    with pytest.raises(ValueError, match=r"is in model-00002-of-00003\.safetensors, but it is not"):
         recalibrate_checkpoint(tmp_path / "saved", Net(), batches(), tmp_path / "new.pt")
     part.unlink()
     with pytest.raises(FileNotFoundError, match="model-00002-of-00003"):
