@@ -1,7 +1,8 @@
 """Real processes over gloo: started together, ended together, their results read."""
 
+import multiprocessing
 import os
-import subprocess
+import runpy
 import sys
 import time
 import traceback
@@ -36,7 +37,7 @@ Results = list[Found]
 
 
 def results_of(module: str, world: int, factory: pytest.TempPathFactory, limit: float) -> Results:
-    """Run ``python -m module rank world folder`` on every rank, once for all workers that share the tests.
+    """Run a module as ``python -m module rank world folder`` on every rank, once for all workers that share the tests.
 
     Args:
         module: Whose ``__main__`` calls :func:`take_part`.
@@ -59,28 +60,35 @@ def results_of(module: str, world: int, factory: pytest.TempPathFactory, limit: 
 
 
 def _run(module: str, world: int, folder: Path, limit: float) -> None:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    with open(folder / "log.txt", "w") as log:
-        processes = [
-            subprocess.Popen(
-                [sys.executable, "-m", module, str(rank), str(world), str(folder)],
-                cwd=ROOT,
-                env=environment,
-                stdout=log,
-                stderr=log,
-            )
-            for rank in range(world)
-        ]
-        try:
-            end = time.monotonic() + limit
-            while time.monotonic() < end and any(process.poll() is None for process in processes):
-                if any(process.poll() for process in processes):
-                    break
-                time.sleep(0.1)
-        finally:
-            for process in processes:
-                process.kill()
-                process.wait()
+    # Forked from a process that has imported what takes seconds to import.
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["lightning_bn.callbacks.precise", "tests.ranks"])
+    arguments = [(module, str(rank), str(world), str(folder)) for rank in range(world)]
+    processes = [context.Process(target=_as_a_script, args=(*one, folder / "log.txt")) for one in arguments]
+    for process in processes:
+        process.start()
+    try:
+        end = time.monotonic() + limit
+        while time.monotonic() < end and any(process.exitcode is None for process in processes):
+            if any(process.exitcode for process in processes):
+                break
+            time.sleep(0.1)
+    finally:
+        for process in processes:
+            process.kill()
+            process.join()
+            process.close()
+
+
+def _as_a_script(module: str, *given: Any) -> None:
+    """What ``python -m module`` does, with its output in a file."""
+    *arguments, log = given
+    file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
+    for stream in (1, 2):
+        os.dup2(file, stream)
+    os.chdir(ROOT)
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 def start_group(rank: int, world: int, store: Path, timeout: float) -> None:

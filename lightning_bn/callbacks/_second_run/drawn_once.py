@@ -134,7 +134,7 @@ def _members(path: str, value: Any) -> Iterator[tuple[str, Any]]:
         yield from ((f"{path}:{name}", held) for name, held in value.gi_frame.f_locals.items())
     attributes = getattr(value, "__dict__", None)
     if isinstance(attributes, dict):
-        # A loader's own, which it begins anew, and what was set, as Lightning records it after a loader's method raised.
+        # A loader's own, which it begins anew, and what was set, which Lightning may go on recording.
         own = ("_iterator", "__pl_attrs_record") if isinstance(value, DataLoader) else ()
         yield from ((f"{path}.{name}", held) for name, held in attributes.items() if name not in own)
     for kind in filter(_is_python, type(value).__mro__):
