@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import io
 import multiprocessing
 import pickle
@@ -87,6 +88,8 @@ def _received(connection: Connection, process: Any) -> Generator[Any, None, None
 def _serve(opened: Opened, other: Connection, connection: Connection) -> None:
     """Answer each message with a batch, in the forked process, until nobody listens any more."""
     other.close()
+    # What is garbage there is not collected here: the iterator of another loader would end that process's workers.
+    gc.freeze()
     _be_quiet()
     with suppress(EOFError, ConnectionError), closing(_replies(opened)) as replies:
         for reply in replies:

@@ -1,7 +1,9 @@
 """A second pass over training's loaders in the middle of an epoch leaves that epoch as it was."""
 
 import functools
+import gc
 import multiprocessing
+import os
 import pickle
 import random
 from collections.abc import Callable, Iterator
@@ -24,6 +26,7 @@ from torch.utils.data import (
     RandomSampler,
     Sampler,
     Subset,
+    TensorDataset,
     WeightedRandomSampler,
     random_split,
 )
@@ -262,9 +265,14 @@ def test_loader_that_wraps_another(kwargs):
             given["generator"] = torch.Generator().manual_seed(given["generator"])
         if "sampler" in given:
             given["sampler"] = Cursor(given["sampler"])
-        return Prefetching(train_loader(**given))
+        loaders.append(train_loader(**given))
+        return Prefetching(loaders[-1])
 
+    loaders: list[Any] = []
     assert_bit_identical(loader)
+    for one in loaders:
+        if one._iterator is not None:  # Lightning ends the workers of loaders that it sees
+            one._iterator._shutdown_workers()
 
 
 def test_loader_that_can_be_iterated_only_once_is_an_error_that_says_so():
@@ -541,6 +549,40 @@ def test_loaders_of_a_process_in_which_making_one_failed_before():
     # Lightning's record of what is set on a loader goes on from then, in a notebook for instance.
     assert "__old__setattr__" in vars(DataLoader)
     assert_bit_identical(lambda: train_loader(num_workers=1, persistent_workers=True))
+
+
+class Collecting(TensorDataset):
+    """Collects what is garbage in another process than its own."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        super().__init__(*tensors)
+        self.process = os.getpid()
+
+    def __getitem__(self, index: int) -> Any:
+        if os.getpid() != self.process:
+            gc.collect()
+        return super().__getitem__(index)
+
+
+def test_workers_of_loaders_that_are_garbage_are_not_the_passes_to_end():
+    gc.collect()
+    gc.disable()
+    try:
+        kept: list[Any] = [iter(train_loader(num_workers=1, persistent_workers=True))]
+        [worker] = kept[0]._workers
+        next(kept[0])
+        kept.append(kept)
+        del kept
+        quiet(max_epochs=1, callbacks=[PreciseBatchNorm(num_batches=2)]).fit(
+            Classifier(), train_loader(Collecting(*samples().tensors)), val_loader()
+        )
+        worker.join(1)
+        assert worker.is_alive()
+    finally:
+        gc.enable()
+        # With it alive, whoever collects the garbage would wait for it for 5 s.
+        worker.terminate()
+        worker.join()
 
 
 @pytest.mark.parametrize("persistent", [True, False])
