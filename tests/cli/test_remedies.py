@@ -9,6 +9,7 @@ import torch
 
 from lightning_bn.functional import recalibrate_checkpoint
 from tests.cli.planting import fill
+from tests.cli.test_inspect import shards
 from tests.models import SmallResNet, images
 
 NAN = float("nan")
@@ -48,7 +49,7 @@ def test_lost_weights_are_not_recalibrated(state, save, command):
     fill(state, "bn1", weight={0: NAN})
     _, said = command("inspect", save(state))
     assert commands(said) == []
-    assert "go back to a checkpoint" in " ".join(said.split())
+    assert "go back to an earlier checkpoint" in " ".join(said.split())
 
 
 def test_collapsed_layers_are_recalibrated_before_the_network_is_blamed(state, save, command):
@@ -217,6 +218,31 @@ def test_a_recalibration_of_a_callback_is_of_the_models_own_statistics_only(stat
     content = {"state_dict": state, "student": {**state}, "global_step": 9, "callbacks": callbacks}
     _, said = found("inspect", save(content))
     assert {one["entry"] for one in said["findings"]} == {"student"}
+
+
+def test_a_recalibration_of_a_callback_is_not_of_the_layers_that_a_freezer_kept(state, save, found, command):
+    layers = [name.removesuffix(".running_mean") for name in state if name.endswith("running_mean")]
+    callbacks = {
+        "PreciseBatchNorm": {"done_at_step": 9},
+        "BatchNormFreezer": {"settings": {"stats": True}, "report": {"layers": layers[:2]}},
+    }
+    path = save({"state_dict": state, "global_step": 9, "callbacks": callbacks})
+    [entry] = found("inspect", path)[1]["entries"]
+    assert sorted(entry["recalibrated"]) == sorted(layers[2:])
+    assert f"Recalibrated: {len(layers) - 2} layers." in command("inspect", path)[1]
+
+
+@pytest.mark.parametrize("named", ["", "model.safetensors.index.json"])
+def test_the_command_for_shards_mends_the_fault(named, trained, tmp_path, command, found):
+    folder = tmp_path / "saved"
+    folder.mkdir()
+    shards(folder, planted(trained))
+    code, said = command("inspect", folder / named)
+    [words] = commands(said)
+    assert code == 1
+    out = tmp_path / option(words, "--out")
+    recalibrate_checkpoint(option(words, "--ckpt_path"), SmallResNet(), [images(8)], out)
+    assert found("inspect", out)[0] == 0
 
 
 def test_lost_counters_are_told_with_the_layers_that_have_them(state, save, found):

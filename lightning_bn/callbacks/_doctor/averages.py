@@ -22,7 +22,7 @@ def averaged_without_recalibration(fit: ExaminedFit) -> Iterator[Finding]:
             f"{names[0]} averages the weights before {counted(len(layers), 'layer')}, and nothing recalibrates the "
             f"running statistics for the average.",
             "Running statistics are those of the weights that trained, or an average of these: the averaged network "
-            "puts out other activations, and validates worse than it is.",
+            "gives other activations, and validates worse than it could.",
             lines(f"# beside {names[0]}, which stays:", "Trainer(callbacks=[PreciseBatchNorm()])"),
             callback_yaml("PreciseBatchNorm"),
         )

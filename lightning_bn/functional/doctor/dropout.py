@@ -80,7 +80,7 @@ def dropout_in_frozen_container(examination: Examination) -> Iterator[Finding]:
             examination.in_order(layers),
             f"{dropout.kind} (p = {dropout.p:g}) is applied by {quoted([*found])} by its own flag, which is train "
             f"mode, though everything in it is in eval mode.",
-            "What was meant to be frozen puts out something else each time, which the statistics that are kept do not "
+            "What was meant to be frozen gives another output each time, which the statistics that are kept do not "
             "describe.",
             lines(
                 "# puts the module itself into eval mode, with all in it:",

@@ -111,7 +111,7 @@ def _counters(entry: str, layers: Sequence[LayerFacts]) -> Iterator[FileFinding]
         False,
         entry,
         tuple(one.name for one in others),
-        f"Layers were updated differently often: {most}, {said}{more}.",
-        "That is well for layers that were frozen, loaded from elsewhere, or used more than once in a forward; else "
-        "they were in eval mode for a while, or part of the batches never reach them.",
+        f"Layers have different numbers of updates: {most}, {said}{more}.",
+        "That is normal for layers that were frozen, loaded from elsewhere, or used more than once in a forward. "
+        "Otherwise they were in eval mode for a while, or some batches never reach them.",
     )

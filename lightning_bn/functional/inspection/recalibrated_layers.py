@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from typing import Any
 
 from lightning_bn.functional.inspection.entries import Entry
+from lightning_bn.functional.layers.names import without_wrappers
+from lightning_bn.functional.statistics.callbacks_in_file import frozen_in
 from lightning_bn.functional.statistics.claimed_values import distinct
 from lightning_bn.functional.statistics.opened_files import OpenedFile
 from lightning_bn.functional.statistics.recalibration_record import recalibrated_in, total_of
@@ -15,7 +17,8 @@ def recalibrated_layers(entry: Entry, file: OpenedFile) -> dict[str, tuple[int |
     """Return layers of a set, each with the batches and the samples that its statistics are from.
 
     A record of :func:`~lightning_bn.functional.recalibrate_checkpoint` counts for layers that still have what was
-    written. PreciseBatchNorm leaves its step: it counts for a file of that step, without batches and samples.
+    written. PreciseBatchNorm leaves its step: it counts for a file of that step, without batches and samples, but not
+    for layers that a BatchNormFreezer kept.
 
     Args:
         entry: The set.
@@ -26,7 +29,8 @@ def recalibrated_layers(entry: Entry, file: OpenedFile) -> dict[str, tuple[int |
     """
     is_models = entry.role == "task" or (entry.path == ("state_dict",) and not entry.prefix)
     if is_models and _is_precise(file.content):
-        return dict.fromkeys(entry.layers, (None, None))
+        frozen = frozen_in(file.content)
+        return {name: (None, None) for name in entry.layers if without_wrappers(name) not in frozen}
     record = recalibrated_in(file.content, file.metadata).get(".".join(entry.path), {})
     named = {name: parts for name, parts in entry.layers.items() if name in record}
     same = distinct(named, file.size)  # those of one layer under several names are added up once

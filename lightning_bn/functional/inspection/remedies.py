@@ -47,8 +47,6 @@ def recalibrating(entry: Entry, keys: Mapping[str, int], file: OpenedFile) -> Re
             f"For a copy inside a model: call recalibrate_checkpoint(..., prefix={shown(entry.prefix, 60)!r}) in "
             f"Python, with the copy as model."
         )
-    if len(file.files) > 1:
-        return _without("Put the shards into one file first.")
     key = _key(entry)
     if keys[key] > 1 or not _is_found(entry, file.content):
         return _without("Save the state dict in a file of its own first.")
@@ -78,10 +76,12 @@ def _without(instead: str) -> Recalibrating:
 
 
 def _name(file: OpenedFile) -> str:
-    name = str(file.files[0])
+    name = str(file.files[0] if len(file.files) == 1 else file.path)
     return name if name.isprintable() else "FILE"
 
 
 def _out(file: OpenedFile) -> str:
     path = Path(_name(file))
+    if len(file.files) > 1:  # a folder or an index; one file is written of all
+        return f"{path.name.split('.')[0]}-precise{file.files[-1].suffix}"
     return f"{path.stem}-precise{path.suffix or '.ckpt'}"

@@ -53,17 +53,17 @@ RULES = (
         True,
         lambda one: one.nonfinite_affine > 0,
         "A weight or bias is NaN or infinite in {where}: everything behind it is NaN, in training and in evaluation.",
-        "The weights are lost: look for the batch or the learning rate that did it, and go back to a checkpoint before "
-        "it.",
+        "The weights cannot be saved: go back to an earlier checkpoint, and look for the batch or the learning rate "
+        "that caused it.",
         "nonfinite_affine",
     ),
     Rule(
         "not finite",
         True,
         lambda one: one.nonfinite > 0,
-        "A running mean or variance is NaN or infinite in {where}: evaluation puts out NaN, and a moving average never "
+        "A running mean or variance is NaN or infinite in {where}: evaluation outputs NaN, and a moving average never "
         "recovers. One batch with an infinite value is enough for it.",
-        "If the losses of training are finite, the weights are well: recalibrate.",
+        "If the losses of training are finite, only the statistics are broken: recalibrate.",
         "nonfinite",
         recalibrates=True,
     ),
@@ -71,7 +71,7 @@ RULES = (
         "negative variance",
         True,
         lambda one: one.negative > 0,
-        "The variance is negative in {where}: no data has that, and evaluation puts out NaN there. It was computed as "
+        "The variance is negative in {where}: no data has that, and evaluation outputs NaN there. It was computed as "
         "E[x^2] - E[x]^2, or by an average with negative weights.",
         "Recalibrate.",
         "negative",
@@ -120,8 +120,8 @@ RULES = (
         "collapsed",
         True,
         lambda one: _is_collapsed(one) and not one.is_zero,
-        "The variance is below 1e-5 in {where}: half of a layer's channels or more put out nothing but their bias, or "
-        "noise magnified.",
+        "The variance is below 1e-5 in {where}: at least half of the layer's channels output nothing but their "
+        "bias, or magnified noise.",
         "Recalibrate, and inspect what that wrote. If the variance is still there, the network makes it: look at what "
         "comes before the layer, as weights that died, a constant input or a ReLU that is never on.",
         "collapsed",
@@ -159,8 +159,8 @@ RULES = (
         "weights near zero",
         False,
         lambda one: 2 * (one.weight_near_zero or 0) >= one.channels,
-        "The affine weight of half the channels or more is near zero in {where}: they put out little but their bias.",
-        "That is well where the weight began at zero, as the last BatchNorm of a residual block often does, or where "
+        "The affine weight of at least half the channels is near zero in {where}: they output little but their bias.",
+        "That is normal where the weight began at zero, as the last BatchNorm of a residual block often does, or where "
         "channels are pruned.",
     ),
 )

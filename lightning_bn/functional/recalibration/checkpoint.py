@@ -20,7 +20,6 @@ from lightning_bn.functional.layers.selection import batch_norm_layers
 from lightning_bn.functional.layers.sets_per_task import sets_of
 from lightning_bn.functional.layers.status import layer_status, update_status
 from lightning_bn.functional.recalibration.average_of_files import average
-from lightning_bn.functional.recalibration.callbacks_in_file import frozen_in, other_tasks_in
 from lightning_bn.functional.recalibration.lacking_statistics import (
     FoundEntry,
     found_entry,
@@ -32,6 +31,7 @@ from lightning_bn.functional.recalibration.lacking_statistics import (
 from lightning_bn.functional.recalibration.precise_bn import recalibrate
 from lightning_bn.functional.recalibration.recalibrated_checkpoint import RecalibratedCheckpoint, tasks_in_words
 from lightning_bn.functional.recalibration.result import AllFrozenError
+from lightning_bn.functional.statistics.callbacks_in_file import frozen_in, other_tasks_in
 from lightning_bn.functional.statistics.file_entries import FileEntry, state_dicts_in
 from lightning_bn.functional.statistics.files import CheckpointFile, read_checkpoint
 from lightning_bn.functional.statistics.recalibration_record import RecalibratedLayer, total_of

@@ -1,4 +1,4 @@
-"""What callbacks of this package left in a checkpoint, as far as a recalibration heeds it."""
+"""What callbacks of this package left in a checkpoint, as far as it is about whose statistics are whose."""
 
 from __future__ import annotations
 
