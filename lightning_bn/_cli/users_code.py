@@ -79,11 +79,14 @@ def with_hint(text: str) -> str:
 
 def _first_cause(text: str) -> str:
     """Of what jsonargparse says of a value the key and the first of the reasons; all where it is of another form."""
-    reason = re.search(r"Errors:\s*\n\s*- (.+?)\n\s*- ", text, re.DOTALL)
+    said = text.partition("Errors:")[2].partition("Given value type:")[0]
+    reasons = [" ".join(one.split()) for one in re.split(r"\n\s*- ", said)]
+    # Older versions begin with what a value might have been too: nothing.
+    reason = next((one for one in reasons if one and "NoneType" not in one), "")
     if not reason:
         return text
     key = re.search(r'Parser key "([^"]+)"', text)
-    return f"{text.partition(': ')[0]}{f', {key[1]}' if key else ''}: {' '.join(reason[1].split())}"
+    return f"{text.partition(': ')[0]}{f', {key[1]}' if key else ''}: {reason}"
 
 
 def see_working_folder() -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -196,7 +197,7 @@ def test_control_c_ends_a_running_recalibration_without_a_file(folder: Path) -> 
         ({"model": {"class_path": "raising_code.Nt"}}, "module 'raising_code' has no attribute 'Nt'"),
         (
             {"model": {"class_path": "raising_code.Raises", "init_args": {"widht": 3}}},
-            "train.yaml, model: Problem with given class_path 'raising_code.Raises': Option 'widht' is not accepted",
+            r"train.yaml, model: Problem with given .*'raising_code.Raises': .*'widht' is not (accepted|expected)",
         ),
         ({"trainer": {"max_epoch": 3}}, "max_epoch"),
         ({"trainer": {"callbacks": [{"class_path": "no_such.C"}]}}, "train.yaml, trainer.callbacks: Problem with"),
@@ -209,7 +210,7 @@ def test_what_is_wrong_with_a_configuration_is_said_without_all_that_might_be(
     configuration(folder, **described)
     code, said = command(*arguments)
     assert code == 2
-    assert says in said
+    assert re.search(says, said)
     assert len(said.splitlines()) == 1
     assert "Union" not in said
 
