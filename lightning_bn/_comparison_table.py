@@ -81,10 +81,11 @@ def next_step(found: Comparison) -> str:
         return "If both have the same weights, the drift is how far off the statistics of the first file were"
     if found.broken_first or found.broken_second or not found.command:
         return "What is wrong in a file, and what to do about it:"
-    ask = "To ask them about the second file, with the YAML file that trained it:"
+    ask = "To recompute those of the second file, with the YAML file that trained it:"
     if all(one.identical for one in found.layers):
-        return f"If the two files have other weights, the statistics fit one of them at most: only data tell. {ask}"
-    return f"Which statistics fit the weights beside them, only data tell. {ask}"
+        one = "If the two files have other weights, these statistics fit at most one of them."
+        return f"{one} Only data can show which. {ask}"
+    return f"Only data can show which statistics fit the weights beside them. {ask}"
 
 
 def commands_of(found: Comparison) -> list[str]:
@@ -168,7 +169,7 @@ def _counters(found: Comparison) -> list[str]:
         said.append(f"Fewer updates than in the first file: {layers} ({listed(back)}), reset or of another run.")
     others = [layer.name for layer in found.layers if not layer.identical and _is_still(layer)]
     others = [name for name in others if name not in known_to_be]
-    if steps == {0} and not others and not known_to_be:
+    if steps == {0} and not others and not known_to_be and not back:
         said.append(f"{'Its' if len(known) == 1 else 'Their'} counters of updates are equal too.")
     if steps and steps != {0}:
         who = "The others were" if back else "Each layer was" if len(steps) == 1 else "Layers were"

@@ -73,7 +73,8 @@ def next_step(found: Inspection) -> str:
     """What the commands do, with the colon before them."""
     if any(one.command for one in found.findings):
         return "To recalibrate, with the YAML file that trained it (in Python: recalibrate_checkpoint):"
-    return "Whether the statistics fit the weights, only data tell. To ask them, with the YAML file that trained it:"
+    ask = "To recompute them, with the YAML file that trained it:"
+    return f"Only data can show whether the statistics fit the weights. {ask}"
 
 
 def verdict(found: Inspection) -> str:

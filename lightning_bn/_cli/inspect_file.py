@@ -52,7 +52,9 @@ worth knowing, and exit code 1 with --strict only:
   dead channels      less than half of a layer's variances are below 1e-5
   warming up         fewer than 44 updates: more than 1 % of the initial values
                      is left
-  counters           layers were updated differently often
+  out of scale       the median variance of a layer is 10,000 times that of
+                     the other layers
+  counters           layers have different numbers of updates
   counters lost      counters are 0, and the statistics are not the initial ones
   weights near zero  of half of a layer's channels, below 1e-3
   averages           averaged weights, whose statistics may not fit them

@@ -32,10 +32,11 @@ examples:
       --model mine:Net --data mine:Data
 
 The checkpoint may be of Lightning, a state dict, or a safetensors file, also in
-several files under an index (model.safetensors.index.json). If it holds
-averages of the weights, these are used. With --average_with, the average of
-several checkpoints is made first (a "model soup"). Running statistics that the
-file lacks are added.
+several files under an index (model.safetensors.index.json). The averages that
+Lightning's WeightAveraging saves are used; any other set of weights in the file
+is chosen with --key, such as --key ema_state_dict. With --average_with, the
+average of several checkpoints is made first (a "model soup"). Running
+statistics that the file lacks are added.
 
 It runs in one process, on one device, without the callbacks and loggers of the
 YAML. A LightningCLI of your own gets the same as a subcommand: see

@@ -198,7 +198,7 @@ def test_averaged_copies_are_listed_beside_the_model(form, state, save, command,
     assert [len(entry["layers"]) for entry in said["entries"]] == [10, 10]
     assert "no fault in 20 BatchNorm layers in 2 sets" in command("inspect", path)[1]
     assert (code, [one["kind"] for one in said["findings"]]) == (0, ["averages"])
-    assert "only data tell" in said["findings"][0]["what"]
+    assert "Only data can show" in said["findings"][0]["what"]
 
 
 def test_averages_with_the_statistics_of_other_weights_are_told(state, save, found):

@@ -41,7 +41,7 @@ def test_a_remedy_is_told_once_with_the_name_of_the_file(state, save, command):
 def test_a_healthy_file_ends_with_the_question_to_the_data(trained, save, command):
     _, said = command("inspect", save(trained))
     *_, question, command_shown = said.strip().split("\n\n")
-    assert question.startswith("Whether the statistics fit the weights, only data tell.")
+    assert question.startswith("Only data can show whether the statistics fit the weights.")
     assert commands(command_shown)[0][:2] == ["lightning-bn", "recalibrate"]
 
 
@@ -57,11 +57,30 @@ def test_collapsed_layers_are_recalibrated_before_the_network_is_blamed(state, s
     assert commands(command("inspect", save(state))[1])
 
 
-def test_a_layer_without_its_variance_is_told_what_helps(state, save, command):
-    del state["bn1.running_var"]
-    _, said = command("inspect", save(state))
-    assert "strict=True" not in said
-    assert "recalibrate in Python" in " ".join(said.split())
+def test_a_layer_without_its_variance_is_told_what_helps(trained, save, command, found, tmp_path):
+    path = save({name: value for name, value in trained.items() if name != "bn1.running_var"})
+    _, said = command("inspect", path)
+    assert "running statistics that a file lacks are added" in " ".join(said.split())
+    [words] = commands(said)
+    recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / option(words, "--out"))
+    assert found("inspect", tmp_path / option(words, "--out"))[0] == 0
+
+
+def test_a_layer_of_another_size_is_not_recalibrated(trained, save, command):
+    code, said = command("inspect", save({**trained, "bn1.running_var": torch.ones(2)}))
+    assert code == 1
+    assert "broken: go back to the file that this one was made from." in " ".join(said.split())
+
+
+@pytest.mark.parametrize(("times", "told"), [(1e6, True), (2e4, True), (1e3, False)])
+def test_a_whole_layer_of_another_order_is_worth_knowing(times, told, trained, save, found):
+    variances = torch.cat([value for name, value in trained.items() if name.endswith("running_var")])
+    variance = torch.full((4,), float(variances.median() * times))
+    code, said = found("inspect", save({**trained, "layer1.0.bn1.running_var": variance}))
+    assert code == 0
+    notes = [one for one in said["findings"] if one["kind"] == "out of scale"]
+    assert [one["layers"] for one in notes] == ([["layer1.0.bn1"]] if told else [])
+    assert all(one["command"] for one in notes)
 
 
 def averages(state):

@@ -34,7 +34,7 @@ def of_averages(entry: Entry, entries: Sequence[Entry], way: Recalibrating) -> l
     else:
         what = (
             "The weights are an average, and so may be the running statistics; the counters do not tell what is left "
-            "of the initial values. Whether the statistics fit these weights, only data tell."
+            "of the initial values. Only data can show whether the statistics fit these weights."
         )
     remedy = f"{_REMEDY} {way.instead}".strip()
     return [FileFinding("averages", False, entry.key, tuple(entry.layers), what, remedy, way.command)]

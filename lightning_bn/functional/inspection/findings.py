@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass
+from statistics import median
 
 from lightning_bn.functional._text import counted
 from lightning_bn.functional.inspection.entries import Role
@@ -15,6 +17,8 @@ from lightning_bn.functional.statistics.opened_files import shown
 
 _NO_BATCH = "Was there a batch of this task? If not, leave it out of tasks."
 _MOST_NAMED = 4
+_OUT_OF_SCALE = 1e4
+"""A layer's variance over those of the others. 84 is the largest in a trained EfficientNet-Lite0."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ def findings_of(
         *(name for one in found if one.kind in ("never updated", "counters lost") for name in one.layers),
     }
     counted_in = [one for one in layers if one.name not in told]
+    found += _out_of_scale(entry, layers, way)
     return found + ([] if role == "averaged" else [*_counters(entry, counted_in)])
 
 
@@ -94,6 +99,28 @@ def _where(hit: Sequence[LayerFacts], of: int, count: str) -> str:
     if len(hit) == of:
         return f"the one layer, {listed(names)}" if of == 1 else f"all {of} layers"
     return f"{len(hit)} of {of} layers ({listed(names)})"
+
+
+def _out_of_scale(entry: str, layers: Sequence[LayerFacts], way: Recalibrating) -> Iterator[FileFinding]:
+    """Where the variance of a whole layer is of another order than those of all others, by their medians."""
+    known = {one.name: one.var[1] for one in layers if 0 < one.var[1] < math.inf}
+    far = {}
+    for name, variance in known.items():
+        others = [other for one, other in known.items() if one != name]
+        if len(others) >= 2 and variance >= _OUT_OF_SCALE * median(others):
+            far[name] = variance / median(others)
+    if far:
+        most = max(far, key=lambda name: far[name])
+        yield FileFinding(
+            "out of scale",
+            False,
+            entry,
+            tuple(far),
+            f"The variance of {listed([*far])} is up to {far[most]:,.0f} times that of the other layers, by their "
+            f"medians. Where the inputs of a layer are not as large, it outputs little but its bias.",
+            f"Recalibrate, and see whether the variance stays. {way.instead}".rstrip(),
+            way.command,
+        )
 
 
 def _counters(entry: str, layers: Sequence[LayerFacts]) -> Iterator[FileFinding]:

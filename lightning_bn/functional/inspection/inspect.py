@@ -13,7 +13,7 @@ from lightning_bn.functional.inspection.entries import DEEPEST, Entry, Role, bar
 from lightning_bn.functional.inspection.findings import FileFinding, findings_of, listed
 from lightning_bn.functional.inspection.layer_facts import LayerFacts, layer_facts
 from lightning_bn.functional.inspection.recalibrated_layers import callbacks_of, recalibrated_layers
-from lightning_bn.functional.inspection.remedies import keys_of, recalibrating
+from lightning_bn.functional.inspection.remedies import Recalibrating, keys_of, recalibrating
 from lightning_bn.functional.layers.patterns import Patterns, SelectionError, as_patterns
 from lightning_bn.functional.statistics.opened_files import OpenedFile, open_checkpoint, shown
 
@@ -115,7 +115,7 @@ def inspect_checkpoint(path: str | Path, modules: Patterns = None) -> Inspection
         way = recalibrating(entry, keys, file)
         others = {**entry.broken, **entry.foreign}
         inspected.append(InspectedEntry(entry.key, entry.role, tuple(facts), others, recalibrated, way.command))
-        findings += [*_broken(entry), *findings_of(entry.key, facts, entry.role, way, recalibrated)]
+        findings += [*_broken(entry, way), *findings_of(entry.key, facts, entry.role, way, recalibrated)]
         if len(recalibrated) < len(entry.layers):
             findings += of_averages(entry, entries, way)
     findings.sort(key=lambda one: not one.is_fault)
@@ -183,17 +183,17 @@ def _with_affine(entry: Entry, first: Entry) -> dict[str, dict[str, Any]]:
     return found
 
 
-def _broken(entry: Entry) -> list[FileFinding]:
+def _broken(entry: Entry, way: Recalibrating) -> list[FileFinding]:
     found = []
     if entry.broken:
         why = "; ".join(f"{listed([name])} {why}" for name, why in [*entry.broken.items()][:4])
         layers = counted(len(entry.broken), "layer")
         what = f"The tensors of {layers} are not those of a whole BatchNorm: {why}."
-        remedy = (
-            "Go back to the file that this one was made from. Without it: load this one with strict=False, look that "
-            "the layers' weights are right, recalibrate in Python, and save."
-        )
-        found.append(FileFinding("broken", True, entry.key, tuple(entry.broken), what, remedy))
+        remedy, command = "Go back to the file that this one was made from.", ""
+        if all(" without " in one for one in entry.broken.values()):
+            remedy += " Without it, recalibrate: running statistics that a file lacks are added."
+            remedy, command = f"{remedy} {way.instead}".rstrip(), way.command
+        found.append(FileFinding("broken", True, entry.key, tuple(entry.broken), what, remedy, command))
     if entry.foreign:
         why = "; ".join(f"{listed([name])} {why}" for name, why in [*entry.foreign.items()][:4])
         what = f"Of another kind than BatchNorm, and not listed: {why}."

@@ -13,7 +13,14 @@ FileFault: TypeAlias = Literal[
 ]
 """What makes a file unhealthy."""
 FileNote: TypeAlias = Literal[
-    "dead channels", "warming up", "counters", "counters lost", "weights near zero", "averages", "other kind"
+    "dead channels",
+    "out of scale",
+    "warming up",
+    "counters",
+    "counters lost",
+    "weights near zero",
+    "averages",
+    "other kind",
 ]
 """What may be meant so."""
 

@@ -51,7 +51,7 @@ class RecalibratedCheckpoint:
             layers = counted(len(self.not_in_model), "BatchNorm layer")
             said += f"; {layers} of the file not in the model and left as they were: {quoted(self.not_in_model)}"
         if self.entries_left:
-            said += f"; {quoted(self.entries_left)} of the same file left as they were: choose with key"
+            said += f"; {quoted(self.entries_left)} of the same file not changed (key= or --key chooses)"
         return f"{said}; {tasks_in_words(self.tasks_left)}" if self.tasks_left else said
 
 

@@ -293,7 +293,7 @@ def test_other_weights_in_a_checkpoint_of_lightning_are_named_as_left(lightning_
     path = saved(content, tmp_path)
     done = recalibrate_checkpoint(path, Net(), batches(), tmp_path / "new.pt")
     assert done.entries_left == ("ema_state_dict",)
-    assert "'ema_state_dict' of the same file left as they were: choose with key" in str(done)
+    assert "'ema_state_dict' of the same file not changed (key= or --key chooses)" in str(done)
     assert recalibrate_checkpoint(lightning_checkpoint, Net(), batches(), tmp_path / "n.pt").entries_left == ()
 
 
