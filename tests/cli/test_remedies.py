@@ -160,6 +160,22 @@ def test_the_note_on_averages_stays_when_the_other_entry_was_recalibrated(
     assert found("inspect", out)[1]["findings"] == []
 
 
+@pytest.mark.parametrize("wrapped", ["", "module."])
+def test_averages_without_statistics_are_told_and_get_them(wrapped, trained, save, found, tmp_path):
+    average = {f"{wrapped}{name}": value for name, value in trained.items() if name.endswith(("weight", "bias"))}
+    path = save({"state_dict": trained, "ema_state_dict": average, "pytorch-lightning_version": "2.5"})
+    code, said = found("inspect", path)
+    [note] = said["findings"]
+    assert (code, note["kind"], note["entry"], len(note["layers"])) == (0, "averages", "ema_state_dict", 10)
+    words = shlex.split(note["command"])
+    assert option(words, "--key") == "ema_state_dict"
+    recalibrate_checkpoint(path, SmallResNet(), [images(8)], tmp_path / "out.ckpt", key="ema_state_dict")
+    entries = found("inspect", tmp_path / "out.ckpt")[1]["entries"]
+    assert [one["key"] for one in entries] == ["state_dict", "ema_state_dict"]
+    head = {name: value for name, value in average.items() if "head" in name}
+    assert found("inspect", save({"state_dict": trained, "ema_head": head}))[1]["findings"] == []
+
+
 def test_averaged_counters_say_nothing_of_initial_values(trained, save, found, command):
     average = averages(trained)
     for name in average:

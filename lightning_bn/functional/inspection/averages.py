@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 
-from lightning_bn.functional.inspection.entries import Entry, bare
+from lightning_bn.functional.inspection.entries import Entry, averages_without_statistics, bare
 from lightning_bn.functional.inspection.findings import FileFinding
-from lightning_bn.functional.inspection.remedies import Recalibrating
+from lightning_bn.functional.inspection.remedies import Recalibrating, recalibrating
+from lightning_bn.functional.statistics.opened_files import OpenedFile
 
 _REMEDY = "Recalibrate before these weights are used, or compare their validation with and without."
 
@@ -38,6 +39,24 @@ def of_averages(entry: Entry, entries: Sequence[Entry], way: Recalibrating) -> l
         )
     remedy = f"{_REMEDY} {way.instead}".strip()
     return [FileFinding("averages", False, entry.key, tuple(entry.layers), what, remedy, way.command)]
+
+
+def averages_alone(entries: Sequence[Entry], keys: Mapping[str, int], file: OpenedFile) -> Iterator[FileFinding]:
+    """Yield what is to be known of averaged weights without running statistics.
+
+    Args:
+        entries: All sets of the file, the model's own first.
+        keys: :func:`~lightning_bn.functional.inspection.remedies.keys_of` them.
+        file: The file.
+    """
+    for one in averages_without_statistics(file.content, entries[0]):
+        way = recalibrating(one, {**keys, one.key: 1}, file)
+        what = (
+            "These weights are an average and have no running statistics beside them: evaluated with those of the "
+            "model, they are evaluated with statistics of other weights."
+        )
+        remedy = f"Recalibrate, which adds them. {way.instead}".strip()
+        yield FileFinding("averages", False, one.key, tuple(one.layers), what, remedy, way.command)
 
 
 def _has_statistics_of(entry: Entry, other: Entry) -> bool:

@@ -69,8 +69,20 @@ def deeper_than_searched(content: Mapping[Any, Any]) -> str:
     return next((".".join(path) for path, _ in _states(content, _MOST_VISITED) if len(path) > DEEPEST), "")
 
 
-def _states(content: Mapping[Any, Any], deepest: int = DEEPEST) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
-    """Dictionaries with tensors of BatchNorm layers, each once, outer ones first."""
+def averages_without_statistics(content: Mapping[Any, Any], model: Entry) -> Iterator[Entry]:
+    """Yield averaged weights of most of the model's layers that have no running statistics beside them."""
+    layers = {without_wrappers(name.removeprefix(model.prefix)) for name in model.layers}
+    for path, state in _states(content, parts=("weight",)):
+        names = {without_wrappers(name.rpartition(".")[0]) for name in state if _part(name) == "weight"}
+        has_statistics = any(_part(name) in PARTS[:2] for name in state)
+        if any(map(_AVERAGED.search, path)) and 2 * len(layers & names) > len(layers) and not has_statistics:
+            yield Entry(path, "", "averaged", dict.fromkeys(sorted(layers & names), {}), {}, {})
+
+
+def _states(
+    content: Mapping[Any, Any], deepest: int = DEEPEST, parts: tuple[str, ...] = PARTS[:2]
+) -> Iterator[tuple[tuple[str, ...], Mapping[Any, Any]]]:
+    """Dictionaries with tensors of these names, by default of BatchNorm layers, each once, outer ones first."""
     seen: set[int] = set()
     waiting: list[tuple[tuple[str, ...], Any]] = [((), content)]
     while waiting and len(seen) < _MOST_VISITED:
@@ -79,7 +91,7 @@ def _states(content: Mapping[Any, Any], deepest: int = DEEPEST) -> Iterator[tupl
             continue
         seen.add(id(value))
         if isinstance(value, Mapping):
-            if any(_part(name) in PARTS[:2] for name, one in value.items() if isinstance(one, Tensor)):
+            if any(_part(name) in parts for name, one in value.items() if isinstance(one, Tensor)):
                 yield path, value
             inside = value.items()
         else:

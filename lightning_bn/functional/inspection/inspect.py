@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lightning_bn.functional._text import counted, quoted
-from lightning_bn.functional.inspection.averages import of_averages
+from lightning_bn.functional.inspection.averages import averages_alone, of_averages
 from lightning_bn.functional.inspection.entries import DEEPEST, Entry, Role, bare, deeper_than_searched, entries_in
 from lightning_bn.functional.inspection.findings import FileFinding, findings_of, listed
 from lightning_bn.functional.inspection.layer_facts import LayerFacts, layer_facts
@@ -118,6 +118,7 @@ def inspect_checkpoint(path: str | Path, modules: Patterns = None) -> Inspection
         findings += [*_broken(entry, way), *findings_of(entry.key, facts, entry.role, way, recalibrated)]
         if len(recalibrated) < len(entry.layers):
             findings += of_averages(entry, entries, way)
+    findings += averages_alone(entries, keys, file)
     findings.sort(key=lambda one: not one.is_fault)
     return Inspection(
         path=file.path,
