@@ -76,7 +76,7 @@ def averages_without_statistics(content: Mapping[Any, Any], model: Entry) -> Ite
         names = {without_wrappers(name.rpartition(".")[0]) for name in state if _part(name) == "weight"}
         has_statistics = any(_part(name) in PARTS[:2] for name in state)
         if any(map(_AVERAGED.search, path)) and 2 * len(layers & names) > len(layers) and not has_statistics:
-            yield Entry(path, "", "averaged", dict.fromkeys(sorted(layers & names), {}), {}, {})
+            yield Entry(path, "", "averaged", {name: {} for name in sorted(layers & names)}, {}, {})
 
 
 def _states(
