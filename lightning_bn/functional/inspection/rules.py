@@ -149,7 +149,7 @@ RULES = (
         "Fewer than 44 updates were counted in {where}: at torch's momentum of 0.1 more than 1 % of the running "
         "statistics is still the initial mean 0 and variance 1. Where the file was recalibrated and has no record of "
         "it, that is not so: counters stay as they were.",
-        "More training ends it. If training is over, recalibrate.",
+        "More training ends it, but not in layers that are frozen. If training is over, recalibrate.",
         recalibrates=True,
     ),
     Rule(

@@ -6,7 +6,7 @@ import os
 import stat
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 
@@ -56,7 +56,8 @@ def complete(out: Path) -> Iterator[Path]:
         like = there if there.exists() else part
         permissions = stat.S_IMODE(like.stat().st_mode)
         yield part
-        part.chmod(permissions)  # safetensors writes files that nobody else may read
+        with suppress(PermissionError):  # a file system without permissions; nothing is open to more readers for it
+            part.chmod(permissions)  # safetensors writes files that nobody else may read
         os.replace(part, there)
     finally:
         part.unlink(missing_ok=True)

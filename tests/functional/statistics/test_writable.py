@@ -40,6 +40,16 @@ def test_permissions_stay(old: Path, permissions: int, suffix: str) -> None:
     assert mode(out) == permissions
 
 
+def test_a_file_system_without_permissions_is_written_to(old: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(self: Path, mode: int) -> None:
+        raise PermissionError(1, "Operation not permitted", str(self))
+
+    old.chmod(0o640)
+    monkeypatch.setattr(Path, "chmod", refused)
+    recalibrated(old, old)
+    assert mode(old) & ~0o640 == 0
+
+
 def test_a_link_stays_and_what_it_leads_to_is_replaced(old: Path, tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
     link = tmp_path / "sub" / "link.pt"
